@@ -1,0 +1,768 @@
+import gc
+import io
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from training.config import TrainingConfig
+from training.dataset import load_image_data, make_dataloader
+from training.errors import UserInputError
+from training.sprites import CLASS_NAMES, draw_sprites
+
+# Two float32 operations on numbers of at most 2 in size, each rounded by at most 2 * 2**-24.
+ATOL = 2**-22
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_datasets():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        # Loading local files asks the Hub to count it, which waits for the network.
+        monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
+        # Each pass over streamed parquet ends in five seconds of sleep, a broken-off one when it is collected.
+        monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
+        yield
+        gc.collect()
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load_from_flags(with_labels=False, **flags):
+        if flags.get("streaming"):
+            flags.setdefault("max_train_steps", 1)
+        config = TrainingConfig(cache_dir=str(tmp_path / "cache"), **flags)
+        return load_image_data(config, with_labels)
+
+    return load_from_flags
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    return folder
+
+
+def random_pixels(*shape, seed=0, dtype=np.uint8):
+    return np.random.default_rng(seed).integers(0, np.iinfo(dtype).max, shape, dtype=dtype, endpoint=True)
+
+
+def to_levels(images, white=255):
+    """[-1, 1] -> 0..white, and exactly so: a level that is not a whole number fails."""
+    levels = (images.double().numpy() + 1) * white / 2
+    # float32 in [-1, 1] is off by at most ATOL, a level by white / 2 times that: at most 0.008.
+    np.testing.assert_allclose(levels, levels.round(), atol=white / 2 * ATOL)
+    return levels.round().astype(int)
+
+
+def read_all(data):
+    """All images, in order, as (N, C, H, W)."""
+    return data.dataset.__getitems__(list(range(len(data.dataset))))["images"]
+
+
+def read_one(data, white=255):
+    return to_levels(read_all(data), white)[0]
+
+
+def compose(colour, alpha, background=255):
+    """round((alpha * colour + (255 - alpha) * background) / 255), in whole numbers, halves up."""
+    colour, alpha = np.asarray(colour, int), np.asarray(alpha, int)
+    return (2 * (alpha * colour + (255 - alpha) * background) + 255) // 510
+
+
+def encode(image, format="PNG"):
+    buffer = io.BytesIO()
+    image.save(buffer, format)
+    return buffer.getvalue()
+
+
+# Modes
+
+
+def make_mode(mode):
+    """An 8x8 image and the levels (C, 8, 8) to expect from it, of 255 or 65535."""
+    a, b, c, d = random_pixels(4, 8, 8)
+    deep = random_pixels(8, 8, dtype=np.uint16)
+    deep[0, :2] = 0, 65535
+    palette = random_pixels(256, 3, seed=1)
+    match mode:
+        case "1":
+            return Image.fromarray(a > 127), [255 * (a > 127)]
+        case "L":
+            return Image.fromarray(a), [a]
+        case "LA":
+            return Image.fromarray(np.stack([a, b], -1)), [compose(a, b)]
+        case "P":
+            image = Image.fromarray(a)
+            image.putpalette(palette.tobytes())
+            return image, palette[a].transpose(2, 0, 1)
+        case "RGB":
+            return Image.fromarray(np.stack([a, b, c], -1)), [a, b, c]
+        case "RGBA":
+            return Image.fromarray(np.stack([a, b, c, d], -1)), compose([a, b, c], d)
+        case "CMYK":
+            image = Image.frombytes("CMYK", (8, 8), np.stack([a, b, c, d], -1).tobytes())
+            return image, [compose(0, ink, 255 - d.astype(int)) for ink in (a, b, c)]
+        case "I;16":
+            return Image.fromarray(deep), [deep]
+        case "I":
+            return Image.fromarray(deep.astype(np.int32)), [deep]
+        case "F":
+            return Image.fromarray((deep / np.float32(65535)).astype(np.float32)), [deep]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"])
+def test_mode(mode, load, pictures):
+    image, expected = make_mode(mode)
+    assert image.mode == mode
+    is_deep = mode in ("I;16", "I", "F")
+    path = pictures / ("image.tiff" if mode in ("CMYK", "I", "F") else "image.png")
+    image.save(path)
+    with Image.open(path) as reopened:
+        assert reopened.mode == mode
+    data = load(train_data_dir=str(pictures), resolution="8")
+    assert data.num_channels == len(expected)
+    np.testing.assert_array_equal(read_one(data, 65535 if is_deep else 255), expected)
+
+
+def test_range_ends_are_exact(load, pictures):
+    Image.fromarray(np.array([[0, 255]], np.uint8)).save(pictures / "a.png")
+    assert read_all(load(train_data_dir=str(pictures), resolution="2x1")).flatten().tolist() == [-1, 1]
+    Image.fromarray(np.array([[0, 65535]], np.uint16)).save(pictures / "a.png")
+    assert read_all(load(train_data_dir=str(pictures), resolution="2x1")).flatten().tolist() == [-1, 1]
+
+
+def test_palette_transparency_is_composed(load, pictures):
+    image = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8))
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    image.save(pictures / "a.png", transparency=1)
+    levels = read_one(load(train_data_dir=str(pictures), resolution="2", background="#010203"))
+    assert levels.transpose(1, 2, 0).tolist() == [[[10, 20, 30], [1, 2, 3]], [[70, 80, 90], [1, 2, 3]]]
+
+
+def test_background_under_alpha(load, pictures):
+    rgba = random_pixels(8, 8, 4)
+    Image.fromarray(rgba).save(pictures / "a.png")
+    levels = read_one(load(train_data_dir=str(pictures), resolution="8", background="#204060"))
+    background = np.reshape([0x20, 0x40, 0x60], (3, 1, 1))
+    np.testing.assert_array_equal(levels, compose(rgba[..., :3].transpose(2, 0, 1), rgba[..., 3], background))
+
+
+def test_coloured_background_makes_grey_images_colour(load, pictures):
+    grey_alpha = random_pixels(8, 8, 2)
+    Image.fromarray(grey_alpha).save(pictures / "a.png")
+    levels = read_one(load(train_data_dir=str(pictures), resolution="8", background="red"))
+    expected = compose(grey_alpha[..., 0], grey_alpha[..., 1], np.reshape([255, 0, 0], (3, 1, 1)))
+    np.testing.assert_array_equal(levels, expected)
+
+
+def test_resize_does_not_mix_in_hidden_colours(load, pictures):
+    # White disc on white; what is hidden under its transparent surroundings is black.
+    rgba = np.zeros((32, 32, 4), np.uint8)
+    rgba[8:24, 8:24] = 255
+    Image.fromarray(rgba).save(pictures / "a.png")
+    assert (read_all(load(train_data_dir=str(pictures), resolution="12")) == 1).all()
+
+
+def test_image_mode_flag(load, pictures):
+    rgb = random_pixels(8, 8, 3)
+    Image.fromarray(rgb).save(pictures / "a.png")
+    grey = read_one(load(train_data_dir=str(pictures), resolution="8", image_mode="L"))
+    # ITU-R BT.601 luma; Pillow's whole-number weights are within 2**-16 of these, so a level is off by one at most.
+    np.testing.assert_allclose(grey[0], rgb @ [0.299, 0.587, 0.114], atol=0.51)
+
+    Image.fromarray(rgb[..., 0]).save(pictures / "a.png")
+    colour = read_one(load(train_data_dir=str(pictures), resolution="8", image_mode="RGB"))
+    np.testing.assert_array_equal(colour, [rgb[..., 0]] * 3)
+
+
+def test_one_colour_image_makes_the_set_colour(load, pictures):
+    grey, rgb = random_pixels(8, 8), random_pixels(8, 8, 3)
+    Image.fromarray(grey).save(pictures / "a.png")
+    Image.fromarray(rgb).save(pictures / "b.png")
+    levels = to_levels(read_all(load(train_data_dir=str(pictures), resolution="8")))
+    np.testing.assert_array_equal(levels, [[grey] * 3, rgb.transpose(2, 0, 1)])
+
+
+def test_8_and_16_bit_images_mix(load, pictures):
+    shallow, deep = random_pixels(8, 8), random_pixels(8, 8, dtype=np.uint16)
+    Image.fromarray(shallow).save(pictures / "a.png")
+    Image.fromarray(deep).save(pictures / "b.png")
+    images = read_all(load(train_data_dir=str(pictures), resolution="8")).double().numpy()
+    np.testing.assert_allclose(images[0, 0], shallow / 127.5 - 1, rtol=0, atol=ATOL)
+    np.testing.assert_allclose(images[1, 0], deep / 32767.5 - 1, rtol=0, atol=ATOL)
+
+
+def test_16_bit_levels_survive_the_resize(load, pictures):
+    deep = np.linspace(0, 65535, 64 * 64).round().astype(np.uint16).reshape(64, 64)
+    Image.fromarray(deep).save(pictures / "a.png")
+    levels = read_one(load(train_data_dir=str(pictures), resolution="32", interpolation="box"), 65535)[0]
+    means = deep.reshape(32, 2, 32, 2).mean(axis=(1, 3))
+    # Rounded to a whole level; the mean itself is taken in float32, 2**-8 of a level at 65535.
+    np.testing.assert_allclose(levels, means, atol=0.5 + 4 * 2**-8)
+    assert len(np.unique(levels)) == 32 * 32
+
+
+def test_lanczos_overshoot_is_clipped(load, pictures):
+    deep = np.zeros((16, 16), np.uint16)
+    deep[:, 8:] = 65535
+    Image.fromarray(deep).save(pictures / "a.png")
+    levels = read_one(load(train_data_dir=str(pictures), resolution="32"), 65535)[0]
+    # Unclipped, the ringing beside the edge wraps round: dark where it should be white.
+    assert levels[:, :14].max() < 10000
+    assert levels[:, 18:].min() > 55000
+
+
+def test_exif_orientation_is_applied(load, pictures):
+    grey = random_pixels(6, 8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to display
+    Image.fromarray(grey).save(pictures / "a.png", exif=exif)
+    levels = read_one(load(train_data_dir=str(pictures), resolution="6x8", resize_mode="none"))
+    np.testing.assert_array_equal(levels[0], np.rot90(grey, k=-1))
+
+
+# Shape
+
+
+def save_disc(path, size, diameter):
+    image = Image.new("L", size, 0)
+    x, y = (size[0] - diameter) / 2, (size[1] - diameter) / 2
+    ImageDraw.Draw(image).ellipse([x, y, x + diameter - 1, y + diameter - 1], fill=255)
+    image.save(path)
+
+
+@pytest.mark.parametrize("size", [(80, 40), (40, 80)])
+@pytest.mark.parametrize(("resize_mode", "scale"), [("crop", 0.5), ("pad", 0.25)])
+def test_a_disc_stays_a_disc(load, pictures, size, resize_mode, scale):
+    save_disc(pictures / "a.png", size, diameter=36)
+    data = load(
+        train_data_dir=str(pictures),
+        resolution="20",
+        resize_mode=resize_mode,
+        center_crop=True,
+        background="black",
+    )
+    inside = read_one(data)[0] > 127
+    width, height = inside.any(axis=0).sum(), inside.any(axis=1).sum()
+    # An outline is moved by half a pixel at most on either side.
+    assert abs(width - 36 * scale) <= 1
+    assert abs(height - 36 * scale) <= 1
+    rows, columns = np.nonzero(inside)
+    np.testing.assert_allclose([rows.mean(), columns.mean()], 9.5, atol=0.5)
+
+
+def test_center_crop_takes_the_middle(load, pictures):
+    grey = random_pixels(8, 16)
+    Image.fromarray(grey).save(pictures / "a.png")
+    data = load(train_data_dir=str(pictures), resolution="4", center_crop=True, interpolation="box")
+    blocks = grey.reshape(4, 2, 8, 2).mean(axis=(1, 3))
+    # Pillow rounds after each of the two passes of a resize: half a level each.
+    np.testing.assert_allclose(read_one(data)[0], blocks[:, 2:6], atol=1)
+
+
+def test_pad_puts_the_background_around(load, pictures):
+    rgb = random_pixels(4, 2, 3)
+    Image.fromarray(rgb).save(pictures / "a.png")
+    data = load(train_data_dir=str(pictures), resolution="8x4", resize_mode="pad", background="#0a141e")
+    expected = np.empty((4, 8, 3), int)
+    expected[:] = 10, 20, 30
+    expected[:, 3:5] = rgb
+    np.testing.assert_array_equal(read_one(data).transpose(1, 2, 0), expected)
+
+
+def test_pad_of_16_bit_images(load, pictures):
+    Image.fromarray(np.full((4, 2), 1000, np.uint16)).save(pictures / "a.png")
+    levels = read_one(load(train_data_dir=str(pictures), resolution="4", resize_mode="pad"), 65535)
+    assert levels[0].tolist() == [[65535, 1000, 1000, 65535]] * 4
+
+
+def test_a_line_keeps_a_pixel(load, pictures):
+    Image.new("L", (300, 1), 0).save(pictures / "a.png")
+    levels = read_one(load(train_data_dir=str(pictures), resolution="8", resize_mode="pad"))
+    assert [row.tolist() for row in levels[0] if row.min() == 0] == [[0] * 8]
+
+
+def test_nearest_keeps_the_colours(load, pictures):
+    rgb = random_pixels(8, 8, 3)
+    Image.fromarray(rgb).save(pictures / "a.png")
+    data = load(train_data_dir=str(pictures), resolution="24", interpolation="nearest")
+    expected = rgb.repeat(3, axis=0).repeat(3, axis=1).transpose(2, 0, 1)
+    np.testing.assert_array_equal(read_one(data), expected)
+
+
+@pytest.mark.parametrize("interpolation", ["lanczos", "bicubic", "bilinear", "box"])
+def test_other_filters_average(load, pictures, interpolation):
+    checker = 255 * (np.indices((64, 64)).sum(axis=0) % 2).astype(np.uint8)
+    Image.fromarray(checker).save(pictures / "a.png")
+    levels = read_one(load(train_data_dir=str(pictures), resolution="16", interpolation=interpolation))[0]
+    # Without antialiasing a reduced checkerboard is black or white. The edge rows average over half a window.
+    assert levels[2:-2, 2:-2].min() > 110
+    assert levels[2:-2, 2:-2].max() < 145
+
+
+# Augmentation
+
+
+def numbered_images(tmp_path, num_images, height, width):
+    """(path, images) with levels that name the image (channel 0), the row (1) and the column (2)."""
+    images = np.zeros((num_images, height, width, 3), np.uint8)
+    images[..., 0] = (np.arange(num_images) % 256)[:, None, None]
+    images[..., 1] = np.arange(height)[:, None]
+    images[..., 2] = np.arange(width)
+    np.save(tmp_path / "numbered.npy", images)
+    return str(tmp_path / "numbered.npy")
+
+
+def test_half_of_the_images_are_flipped(load, tmp_path):
+    path = numbered_images(tmp_path, 1024, 2, 4)
+    columns = to_levels(read_all(load(dataset_name=path, resolution="4x2", random_flip=True)))[:, 2, 0]
+    flipped = (columns == [3, 2, 1, 0]).all(axis=1)
+    assert (flipped | (columns == [0, 1, 2, 3]).all(axis=1)).all()
+    assert abs(flipped.sum() - 512) < 5 * 16  # 5 standard deviations, sqrt(1024) / 2 each
+
+    columns = to_levels(read_all(load(dataset_name=path, resolution="4x2")))[:, 2, 0]
+    assert (columns == [0, 1, 2, 3]).all()
+
+
+def test_random_crop_covers_all_places(load, tmp_path):
+    path = numbered_images(tmp_path, 400, 4, 12)
+    levels = to_levels(read_all(load(dataset_name=path, resolution="4")))
+    lefts = levels[:, 2, 0, 0]
+    np.testing.assert_array_equal(levels[:, 2], lefts[:, None, None] + np.arange(4) + np.zeros((4, 1), int))
+    np.testing.assert_array_equal(levels[:, 1], np.broadcast_to(np.arange(4)[:, None], (400, 4, 4)))
+    assert set(lefts) == set(range(9))  # missing one of 9 places has probability 9 * (8/9)**400 < 1e-19
+
+
+@pytest.mark.parametrize("height_width", [(4, 12), (12, 4)])
+def test_augmentation_is_a_function_of_seed_epoch_and_index(load, tmp_path, height_width):
+    path = numbered_images(tmp_path, 64, *height_width)
+
+    def read(seed, epoch):
+        data = load(dataset_name=path, resolution="4", random_flip=True, seed=seed)
+        for passed_epoch in range(epoch % 3):  # whatever came before
+            data.dataset.set_epoch(passed_epoch)
+        data.dataset.set_epoch(epoch)
+        return data.dataset, read_all(data)
+
+    dataset, images = read(seed=1, epoch=5)
+    for indices in ([63, 5, 17], [5], list(range(63, -1, -1))):
+        torch.testing.assert_close(dataset.__getitems__(indices)["images"], images[indices], rtol=0, atol=0)
+    assert torch.equal(images, read(seed=1, epoch=5)[1])
+    assert not torch.equal(images, read(seed=1, epoch=6)[1])
+    assert not torch.equal(images, read(seed=2, epoch=5)[1])
+
+
+def test_dataloader_gives_each_image_once_with_its_label(tmp_path, load):
+    path = numbered_images(tmp_path, 50, 4, 4)
+    np.save(tmp_path / "labels.npy", np.arange(50) % 7)
+    flags = {"dataset_name": path, "labels_file": str(tmp_path / "labels.npy"), "resolution": "4"}
+    data = load(with_labels=True, **flags)
+    batches = list(make_dataloader(data, TrainingConfig(train_batch_size=16, **flags)))
+    assert [len(batch["images"]) for batch in batches] == [16, 16, 16, 2]
+    assert all(batch["images"].dtype == torch.float32 for batch in batches)
+    assert all(batch["class_labels"].dtype == torch.int64 for batch in batches)
+    numbers = np.concatenate([to_levels(batch["images"])[:, 0, 0, 0] for batch in batches])
+    assert sorted(numbers) == list(range(50))
+    assert list(numbers) != list(range(50))
+    np.testing.assert_array_equal(np.concatenate([batch["class_labels"] for batch in batches]), numbers % 7)
+
+
+# Sources
+
+
+def test_built_in_sprites(load):
+    data = load(with_labels=True, resolution="16", max_train_samples=20)
+    images, class_labels, _ = draw_sprites(20)
+    np.testing.assert_array_equal(to_levels(read_all(data)), images.transpose(0, 3, 1, 2))
+    np.testing.assert_array_equal(data.dataset.class_labels, class_labels)
+    assert data.id2label == dict(enumerate(CLASS_NAMES))
+    assert (data.num_images, data.num_channels, data.num_skipped) == (20, 3, 0)
+
+
+def test_labels_only_where_asked_for(load):
+    data = load(resolution="16", max_train_samples=3)
+    assert data.id2label is None
+    assert set(data.dataset.__getitems__([0, 1])) == {"images"}
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_npy_images(load, tmp_path, channels):
+    images = random_pixels(5, 8, 8, channels)
+    np.save(tmp_path / "images.npy", images)
+    data = load(dataset_name=str(tmp_path / "images.npy"), resolution="8")
+    expected = images.transpose(0, 3, 1, 2)
+    if channels == 4:
+        expected = compose(expected[:, :3], expected[:, 3:])
+    np.testing.assert_array_equal(to_levels(read_all(data)), expected)
+
+
+@pytest.mark.parametrize("one_hot", [True, False])
+def test_npy_labels(load, tmp_path, one_hot):
+    ids = np.array([2, 0, 3, 1, 2])
+    np.save(tmp_path / "images.npy", random_pixels(5, 8, 8, 3))
+    np.save(tmp_path / "labels.npy", np.eye(5)[ids] if one_hot else ids)
+    flags = {"dataset_name": str(tmp_path / "images.npy"), "labels_file": str(tmp_path / "labels.npy")}
+    data = load(with_labels=True, resolution="8", **flags)
+    np.testing.assert_array_equal(data.dataset.class_labels, ids)
+    assert data.id2label == {k: str(k) for k in range(5 if one_hot else 4)}
+    data = load(with_labels=True, resolution="8", max_train_samples=2, class_names=list("vwxyz"), **flags)
+    assert (data.num_images, data.dataset.class_labels.tolist()) == (2, [2, 0])
+    assert data.id2label == dict(enumerate("vwxyz"))
+
+
+def save_tree(folder, names):
+    """Images of one level each, in the order of `names`, which may hold folders."""
+    for level, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), level).save(path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_folder_names_are_the_classes(load, pictures, streaming):
+    # "train" and "test" in a name make `datasets` see splits and drop the files without one.
+    names = ["cat/my_train.png", "cat/other.png", "dog/1.png", "test/[2].png", "toy_test/3.png"]
+    save_tree(pictures, names)
+    data = load(with_labels=True, train_data_dir=str(pictures), resolution="8", streaming=streaming)
+    assert data.id2label == {0: "cat", 1: "dog", 2: "test", 3: "toy_test"}
+    examples = as_multiset(data)
+    assert sorted((levels[0], label) for levels, label in examples) == [(0, 0), (1, 0), (2, 1), (3, 2), (4, 3)]
+
+
+def test_folder_with_glob_characters(load, tmp_path):
+    save_tree(tmp_path / "a [1]", ["0.png", "1.png"])
+    assert load(train_data_dir=str(tmp_path / "a [1]"), resolution="8").num_images == 2
+
+
+def test_split_of_a_folder(load, pictures):
+    save_tree(pictures, ["train/a/0.png", "train/b/1.png", "valid/a/2.png", "valid/b/3.png", "valid/c/4.png"])
+    data = load(with_labels=True, train_data_dir=str(pictures), resolution="8")
+    assert (data.num_images, data.id2label) == (2, {0: "a", 1: "b"})
+    data = load(with_labels=True, train_data_dir=str(pictures), resolution="8", dataset_split="valid")
+    assert (data.num_images, data.id2label) == (3, {0: "a", 1: "b", 2: "c"})
+
+
+def save_parquet(path, with_features=True, **columns):
+    num_rows = len(next(iter(columns.values())))
+    encoded = [encode(Image.new("L", (8, 8), level)) for level in range(num_rows)]
+    features = None
+    if with_features:
+        label_names = [f"class {k}" for k in range(max(columns["label"]) + 1)]
+        features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=label_names))
+        encoded = [{"bytes": image, "path": None} for image in encoded]
+    datasets.Dataset.from_dict({"image": encoded, **columns}, features=features).to_parquet(path)
+    return str(path)
+
+
+def test_parquet_with_features(load, tmp_path):
+    path = save_parquet(tmp_path / "data.parquet", label=[1, 0, 2])
+    data = load(with_labels=True, dataset_name=path, resolution="8")
+    assert data.id2label == {0: "class 0", 1: "class 1", 2: "class 2"}
+    assert to_levels(read_all(data))[:, 0, 0, 0].tolist() == [0, 1, 2]
+    assert data.dataset.class_labels.tolist() == [1, 0, 2]
+    data = load(with_labels=True, dataset_name=path, resolution="8", class_names=["x", "y", "z"])
+    assert data.id2label == {0: "x", 1: "y", 2: "z"}
+
+
+def test_label_columns_of_integers_and_strings(load, tmp_path):
+    path = save_parquet(tmp_path / "data.parquet", False, number=[3, 0, 1], word=["pear", "fig", "apple"])
+    flags = {"dataset_name": path, "image_column": "image", "resolution": "8"}
+    data = load(with_labels=True, label_column="number", **flags)
+    assert (data.dataset.class_labels.tolist(), data.id2label) == ([3, 0, 1], {k: str(k) for k in range(4)})
+    data = load(with_labels=True, label_column="word", **flags)
+    assert data.dataset.class_labels.tolist() == [2, 1, 0]
+    assert data.id2label == {0: "apple", 1: "fig", 2: "pear"}
+    # The ids of a part of the data are those of the whole.
+    data = load(with_labels=True, label_column="word", max_train_samples=2, **flags)
+    assert data.dataset.class_labels.tolist() == [2, 1]
+    data = load(with_labels=True, label_column="word", class_names=["fig", "pear", "apple"], **flags)
+    assert data.dataset.class_labels.tolist() == [1, 0, 2]
+
+
+def test_local_dataset_folder(load, tmp_path):
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    save_parquet(folder / "train.parquet", label=[0, 1])
+    save_parquet(folder / "test.parquet", label=[0, 1, 0])
+    assert load(dataset_name=str(folder), resolution="8").num_images == 2
+    assert load(dataset_name=str(folder), dataset_split="test", resolution="8").num_images == 3
+
+
+def test_bad_images_are_skipped_and_counted(load, pictures, capsys):
+    save_tree(pictures, ["a/0.png", "a/1.png", "b/2.png", "b/3.png"])
+    (pictures / "a/1.png").write_bytes(b"not an image")
+    data = load(with_labels=True, train_data_dir=str(pictures), resolution="8", on_bad_image="skip")
+    assert (data.num_images, data.num_skipped) == (3, 1)
+    assert to_levels(read_all(data))[:, 0, 0, 0].tolist() == [0, 2, 3]
+    assert data.dataset.class_labels.tolist() == [0, 1, 1]
+    assert "1.png" in capsys.readouterr().err
+
+
+# Streams
+
+
+def as_multiset(data):
+    """The images' levels and labels, in a fixed order."""
+    if data.num_images is None:
+        items = [(item["images"][None], item.get("class_labels")) for item in data.dataset]
+    else:
+        batch = data.dataset.__getitems__(list(range(data.num_images)))
+        items = zip(batch["images"].split(1), batch["class_labels"], strict=True)
+    return sorted((tuple(to_levels(image).flatten()), int(label)) for image, label in items)
+
+
+@pytest.fixture
+def coloured_tree(pictures):
+    for index in range(24):
+        path = pictures / f"class {index % 3}" / f"{index}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(random_pixels(6, 9, 3, seed=index)).save(path)
+    return str(pictures)
+
+
+def test_stream_gives_the_same_images(load, coloured_tree):
+    flags = {"train_data_dir": coloured_tree, "resolution": "6", "center_crop": True}
+    in_memory, stream = (load(with_labels=True, streaming=s, **flags) for s in (False, True))
+    assert (stream.id2label, stream.num_channels) == (in_memory.id2label, in_memory.num_channels)
+    assert stream.num_images is None
+    assert as_multiset(stream) == as_multiset(in_memory)
+    assert len(as_multiset(load(with_labels=True, streaming=True, max_train_samples=5, **flags))) == 5
+
+
+def test_stream_depends_on_seed_and_epoch(load, coloured_tree):
+    def read(epoch, **flags):
+        data = load(train_data_dir=coloured_tree, resolution="6", streaming=True, **flags)
+        data.dataset.set_epoch(epoch)
+        return [tuple(item["images"].flatten().tolist()) for item in data.dataset]
+
+    whole = read(0, center_crop=True)  # nothing but the order is random
+    assert read(0, center_crop=True) == whole
+    for other in (read(1, center_crop=True), read(0, center_crop=True, seed=1)):
+        assert other != whole
+        assert sorted(other) == sorted(whole)
+
+    crops = read(0)
+    assert read(0) == crops
+    for other in (read(1), read(0, seed=1)):
+        assert sorted(other) != sorted(crops)
+
+    num_flipped = len(set(read(0, center_crop=True, random_flip=True)) - set(whole))
+    assert 0 < num_flipped < 24  # none or all have probability 2**-23
+
+
+def test_stream_of_grey_and_colour(load, pictures):
+    save_tree(pictures, ["0.png", "1.png"])
+    Image.new("RGB", (8, 8), "red").save(pictures / "2.png")
+    data = load(train_data_dir=str(pictures), resolution="8", streaming=True)
+    assert data.num_channels == 3
+    corners = sorted(to_levels(item["images"])[:, 0, 0].tolist() for item in data.dataset)
+    assert corners == [[0, 0, 0], [1, 1, 1], [255, 0, 0]]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_stream_in_a_dataloader(tmp_path, load, num_workers):
+    labels = [k % 3 for k in range(20)]
+    path = save_parquet(tmp_path / "data.parquet", label=labels)
+    flags = {"dataset_name": path, "resolution": "8", "streaming": True, "max_train_steps": 1}
+    data = load(with_labels=True, **flags)
+    config = TrainingConfig(train_batch_size=8, dataloader_num_workers=num_workers, **flags)
+    batches = list(make_dataloader(data, config))
+    assert batches[0]["images"].shape == (8, 1, 8, 8)
+    pairs = [
+        (level, label)
+        for batch in batches
+        for level, label in zip(to_levels(batch["images"])[:, 0, 0, 0], batch["class_labels"], strict=True)
+    ]
+    assert sorted(pairs) == list(enumerate(labels))
+    assert pairs != list(enumerate(labels))
+
+
+def test_stream_skips_bad_images(load, pictures, capsys):
+    save_tree(pictures, [f"{k:02}.png" for k in range(20)])
+    (pictures / "18.png").write_bytes(b"not an image")
+    data = load(train_data_dir=str(pictures), resolution="8", streaming=True, on_bad_image="skip")
+    assert sorted(to_levels(item["images"])[0, 0, 0] for item in data.dataset) == [*range(18), 19]
+    error_lines = capsys.readouterr().err.splitlines()
+    assert len(error_lines) == 2
+    assert "18.png" in error_lines[0]
+    assert "1 images skipped" in error_lines[1]
+
+
+def test_stream_that_turns_to_colour(load, pictures):
+    save_tree(pictures, [f"{k:02}.png" for k in range(20)])
+    Image.new("RGB", (8, 8), "red").save(pictures / "99.png")
+    data = load(train_data_dir=str(pictures), resolution="8", streaming=True)
+    assert data.num_channels == 1
+    with pytest.raises(UserInputError, match="--image_mode"):
+        list(data.dataset)
+    data = load(train_data_dir=str(pictures), resolution="8", streaming=True, image_mode="RGB")
+    assert {item["images"].shape for item in data.dataset} == {(3, 8, 8)}
+
+
+# Errors
+
+
+def truncated_png():
+    whole = encode(Image.fromarray(random_pixels(32, 32, 3)))
+    return whole[: len(whole) // 2]
+
+
+def folder_of(names, **contents):
+    def make(tmp_path):
+        save_tree(tmp_path / "in", names)
+        for name, content in contents.items():
+            (tmp_path / "in" / name.replace("__", ".")).write_bytes(content)
+
+    return make
+
+
+def parquet_of(**columns):
+    return lambda tmp_path: save_parquet(tmp_path / "in.parquet", False, **columns)
+
+
+def arrays_of(labels, images=None):
+    def make(tmp_path):
+        np.save(tmp_path / "in.npy", random_pixels(3, 8, 8, 3) if images is None else images)
+        np.save(tmp_path / "labels.npy", labels, allow_pickle=True)
+
+    return make
+
+
+def bad_class_label(tmp_path):
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"]))
+    image = {"bytes": encode(Image.new("L", (8, 8))), "path": None}
+    rows = {"image": [image] * 3, "label": [0, -1, 1]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "in.parquet")
+
+
+def two_image_columns(tmp_path):
+    features = datasets.Features(left=datasets.Image(), right=datasets.Image())
+    image = {"bytes": encode(Image.new("L", (8, 8))), "path": None}
+    rows = {"left": [image], "right": [image]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "in.parquet")
+
+
+def wide_float(tmp_path):
+    save_tree(tmp_path / "in", [])
+    (tmp_path / "in").mkdir()
+    Image.fromarray(np.full((8, 8), 200, np.float32)).save(tmp_path / "in" / "deep.tiff")
+
+
+FOLDER = {"train_data_dir": "in"}
+UNLABELLED = {**FOLDER, "with_labels": False}
+PARQUET = {"dataset_name": "in.parquet"}
+ARRAYS = {"dataset_name": "in.npy", "labels_file": "labels.npy"}
+IMAGE = {"image_column": "image"}
+NOT_ONE_HOT = np.array([[1, 0], [1, 1], [0, 1]])
+ERRORS = {
+    "missing folder": (None, FOLDER, ["--train_data_dir", "in", "no such folder"]),
+    "empty folder": (lambda path: (path / "in").mkdir(), FOLDER, ["--train_data_dir", "in", "no image"]),
+    "no image in folder": (folder_of(["x.png"]), {**FOLDER, "dataset_split": "test"}, ["--dataset_split", "test"]),
+    "undecodable image": (folder_of(["a.png"], bad__png=b"x"), UNLABELLED, ["bad.png", "--on_bad_image skip"]),
+    "truncated image": (folder_of(["a.png"], cut__png=truncated_png()), UNLABELLED, ["cut.png", "truncated"]),
+    "only bad images": (
+        folder_of(["a.png"], a__png=b"x"),
+        {**UNLABELLED, "on_bad_image": "skip"},
+        ["in", "no image that can be decoded"],
+    ),
+    "float image out of range": (wide_float, UNLABELLED, ["deep.tiff", "200", "0 to 1"]),
+    "image of another size": (
+        folder_of(["a.png"]),
+        {**UNLABELLED, "resize_mode": "none", "resolution": "8x4"},
+        ["a.png", "8x8", "8x4", "--resize_mode"],
+    ),
+    "missing parquet": (None, PARQUET, ["--dataset_name", "in.parquet"]),
+    "not a parquet": (lambda path: (path / "in.parquet").write_bytes(b"x"), PARQUET, ["--dataset_name in.parquet"]),
+    "missing dataset folder": (None, {"dataset_name": "./in"}, ["--dataset_name ./in", "no such folder"]),
+    "missing split": (parquet_of(x=[1]), {**PARQUET, "dataset_split": "test"}, ["--dataset_split test", "train"]),
+    "no image column": (parquet_of(x=[1]), PARQUET, ["in.parquet", "--image_column", "image, x"]),
+    "two image columns": (two_image_columns, PARQUET, ["left, right", "--image_column"]),
+    "wrong image column": (parquet_of(x=[1]), {**PARQUET, "image_column": "img"}, ["--image_column img", "image, x"]),
+    "image column of numbers": (
+        parquet_of(x=[1]),
+        {**PARQUET, "image_column": "x", "label_column": "x"},
+        ["row 0", "not an image"],
+    ),
+    "no label column": (parquet_of(x=[1]), {**PARQUET, **IMAGE}, ["in.parquet", "--label_column", "image, x"]),
+    "flat folder": (folder_of(["a.png"]), FOLDER, ["in", "--label_column", "folder of its own"]),
+    "wrong label column": (parquet_of(x=[1]), {**PARQUET, **IMAGE, "label_column": "y"}, ["--label_column y", "x"]),
+    "fractional labels": (parquet_of(x=[0.5]), {**PARQUET, **IMAGE, "label_column": "x"}, ["'x'", "integers"]),
+    "unknown string": (
+        parquet_of(x=["a", "b"]),
+        {**PARQUET, **IMAGE, "label_column": "x", "class_names": ["a", "c"]},
+        ["in.parquet", "'x'", "row 1", "'b'", "a, c"],
+    ),
+    "label missing": (parquet_of(x=["a", None]), {**PARQUET, **IMAGE, "label_column": "x"}, ["'x'", "row 1"]),
+    "label too large": (
+        parquet_of(x=[0, 2]),
+        {**PARQUET, **IMAGE, "label_column": "x", "class_names": ["a", "b"]},
+        ["'x'", "row 1", "label 2", "0 to 1"],
+    ),
+    "label of no class": (bad_class_label, PARQUET, ["in.parquet", "'label'", "row 1", "label -1", "0 to 1"]),
+    "too few class names": (bad_class_label, {**PARQUET, "class_names": ["a"]}, ["--class_names", "1", "2 classes"]),
+    "class names of a folder": (
+        folder_of(["a/1.png", "b/1.png"]),
+        {**FOLDER, "class_names": ["a", "b", "c"]},
+        ["--class_names", "3", "2 classes"],
+    ),
+    "missing npy": (None, {"dataset_name": "in.npy"}, ["--dataset_name in.npy", "no such file"]),
+    "not an npy": (lambda path: (path / "in.npy").write_bytes(b"x"), ARRAYS, ["--dataset_name in.npy"]),
+    "float npy": (arrays_of([0], np.zeros((1, 8, 8, 3))), ARRAYS, ["--dataset_name in.npy", "float64", "uint8"]),
+    "npy of 2 channels": (arrays_of([0], random_pixels(1, 8, 8, 2)), ARRAYS, ["in.npy", "1, 3 or 4 channels"]),
+    "no labels file": (arrays_of([0]), {"dataset_name": "in.npy"}, ["in.npy", "--labels_file"]),
+    "pickled labels": (arrays_of(np.array([0, "a"], object)), ARRAYS, ["--labels_file labels.npy"]),
+    "too few labels": (arrays_of([0, 1]), ARRAYS, ["--labels_file labels.npy", "2 labels", "3 images"]),
+    "not one-hot": (arrays_of(NOT_ONE_HOT), ARRAYS, ["--labels_file labels.npy", "row 1", "one-hot"]),
+    "negative label": (arrays_of([0, 1, -1]), ARRAYS, ["--labels_file labels.npy", "row 2", "label -1"]),
+    "fractional npy labels": (arrays_of([0, 0.5, 1]), ARRAYS, ["--labels_file labels.npy", "integers"]),
+    "labels file of a folder": (folder_of(["a.png"]), {**FOLDER, "labels_file": "y.npy"}, ["--labels_file", ".npy"]),
+    "unknown colour": (None, {"background": "whit"}, ["--background whit"]),
+    "streamed sprites": (None, {"streaming": True}, ["--streaming", "sprites"]),
+    "streamed empty folder": (
+        lambda path: (path / "in").mkdir(),
+        {**FOLDER, "streaming": True},
+        ["--train_data_dir", "no image"],
+    ),
+    "streamed csv": (
+        lambda path: [(path / "in").mkdir(), (path / "in" / "train.csv").write_text("image,label\na.png,1\n")],
+        {"dataset_name": "./in", "streaming": True},
+        ["--streaming", "columns"],
+    ),
+    "streamed integers": (
+        parquet_of(x=[1]),
+        {**PARQUET, **IMAGE, "label_column": "x", "streaming": True},
+        ["in.parquet", "'x'", "--class_names"],
+    ),
+    "streamed label of no class": (bad_class_label, {**PARQUET, "streaming": True}, ["'label'", "label -1", "0 to 1"]),
+    "streamed truncated image": (
+        folder_of(["a/1.png", "b/1.png"], cut__png=truncated_png()),
+        {**UNLABELLED, "streaming": True},
+        ["cut.png", "--on_bad_image skip"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_error_names_what_to_change(case, load, tmp_path, monkeypatch):
+    make, flags, parts = ERRORS[case]
+    if make is not None:
+        make(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserInputError) as raised:
+        load(**{"with_labels": True, "resolution": "8", **flags})
+    message = str(raised.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_unreachable_hub_names_the_flag(load, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ConnectionError("Couldn't reach 'some/name' on the Hub\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(UserInputError, match=r"--dataset_name some/name: no such folder, .*Couldn't reach.*Hub$"):
+        load(dataset_name="some/name")

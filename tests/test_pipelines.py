@@ -1,0 +1,329 @@
+"""The pipelines against diffusers' own, and their folders in programs that do not know this project."""
+
+import inspect
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
+
+import pipelines.pipeline_conditional_ddpm as conditional_module
+import pipelines.pipeline_unconditional_ddpm as unconditional_module
+from models import BasicUNet2DModel, ContextUNet2DModel
+from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline
+from schedulers import ClosedFormDDPMScheduler, LinearCorruptionScheduler
+
+ID2LABEL = {0: "hero", 1: "food", 2: "spell"}
+
+
+def tiny_unet(num_class_embeds: int | None = None, **kwargs) -> UNet2DModel:
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        num_class_embeds=num_class_embeds,
+        **kwargs,
+    ).eval()
+
+
+def quiet(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def seeds(*values: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(value) for value in values]
+
+
+@pytest.fixture
+def unconditional() -> UnconditionalDDPMPipeline:
+    return quiet(UnconditionalDDPMPipeline(tiny_unet(), ClosedFormDDPMScheduler()))
+
+
+@pytest.fixture(params=["unet2d", "context"])
+def conditional(request) -> ConditionalDDPMPipeline:
+    if request.param == "unet2d":
+        unet = tiny_unet(num_class_embeds=4)
+    else:
+        torch.manual_seed(0)
+        unet = ContextUNet2DModel(sample_size=8, num_features=8, context_dim=3).eval()
+    return quiet(ConditionalDDPMPipeline(unet, ClosedFormDDPMScheduler(), id2label=ID2LABEL))
+
+
+def test_same_images_as_the_stock_pipeline(unconditional):
+    stock = quiet(DDPMPipeline(unconditional.unet, DDPMScheduler()))
+    for num_steps in (10, 100):
+        ours = unconditional(2, num_steps, torch.Generator().manual_seed(1), output_type="np").images
+        theirs = stock(2, torch.Generator().manual_seed(1), num_steps, output_type="np").images
+        # stock's float32 tables cost it up to some 1e-4 of its coefficients, and the network passes that on
+        np.testing.assert_allclose(ours, theirs, atol=2e-3)
+
+
+def test_an_image_depends_on_its_own_seed_only(unconditional):
+    together = unconditional(3, 20, seeds(5, 6, 7), output_type="pt").images
+    alone = unconditional(1, 20, seeds(6), output_type="pt").images
+    # The same arithmetic in another batch size: convolutions may sum in another order, about 1e-6 a step.
+    torch.testing.assert_close(together[1], alone[0], atol=1e-4, rtol=0)
+    assert (together[0] - together[1]).abs().max() > 0.1
+
+
+def test_latents_are_the_noise_that_the_generator_draws(unconditional):
+    drawn = unconditional(2, 5, torch.Generator().manual_seed(3), output_type="np").images
+    generator = torch.Generator().manual_seed(3)
+    latents = torch.randn(2, 3, 8, 8, generator=generator)
+    given = unconditional(2, 5, generator, latents=latents, output_type="np").images
+    np.testing.assert_array_equal(drawn, given)
+
+
+def test_output_types(unconditional):
+    def run(**kwargs):
+        return unconditional(2, 3, torch.Generator().manual_seed(0), **kwargs)
+
+    array, tensor, pictures = run(output_type="np"), run(output_type="pt"), run()
+    assert array.images.shape == (2, 8, 8, 3)
+    np.testing.assert_array_equal(tensor.images.permute(0, 2, 3, 1).numpy(), array.images)
+    assert tensor.images.min() >= 0
+    assert tensor.images.max() <= 1
+    np.testing.assert_array_equal(np.asarray(pictures.images[1]), np.round(array.images[1] * 255).astype(np.uint8))
+    np.testing.assert_array_equal(run(output_type="np", return_dict=False)[0], array.images)
+
+
+def test_callback_sees_and_changes_the_latents(unconditional):
+    timesteps = []
+
+    def blank(pipeline, i, t, tensors):
+        timesteps.append((i, int(t)))
+        return {"latents": torch.ones_like(tensors["latents"])}
+
+    images = unconditional(1, 4, output_type="np", callback_on_step_end=blank).images
+    assert timesteps == [(0, 750), (1, 500), (2, 250), (3, 0)]
+    np.testing.assert_array_equal(images, np.ones_like(images))
+
+
+def test_one_channel_and_non_square():
+    pipeline = quiet(
+        UnconditionalDDPMPipeline(BasicUNet2DModel(sample_size=(12, 8)).eval(), LinearCorruptionScheduler())
+    )
+    picture = pipeline(1, 3, torch.Generator().manual_seed(0)).images[0]
+    assert picture.size == (8, 12)
+    assert picture.mode == "L"
+
+
+def test_uniform_noise_starts_uniform():
+    pipeline = quiet(UnconditionalDDPMPipeline(BasicUNet2DModel(), LinearCorruptionScheduler(noise_type="uniform")))
+    started = []
+    pipeline.unet.register_forward_pre_hook(lambda module, args: started.append(args[0]))
+    pipeline(4, 2, torch.Generator().manual_seed(0))
+    assert started[0].abs().max() <= 1
+    assert abs(started[0].std().item() - 3**-0.5) < 0.03  # of U(-1, 1); 3,136 draws give it within 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models(unconditional, dtype):
+    expected = unconditional(1, 10, seeds(0), output_type="pt").images
+    unconditional.unet.to(dtype)
+    images = unconditional(1, 10, seeds(0), output_type="pt").images
+    assert images.dtype == torch.float32
+    assert images.isfinite().all()
+    # ten steps of a prediction that is off by the dtype's 2^-8 or 2^-11
+    assert (images - expected).abs().mean() < (0.04 if dtype == torch.bfloat16 else 0.005)
+
+
+@pytest.mark.parametrize(
+    "scheduler_class",
+    [
+        DDPMScheduler,
+        DDIMScheduler,
+        DPMSolverMultistepScheduler,
+        EulerDiscreteScheduler,
+        HeunDiscreteScheduler,
+        UniPCMultistepScheduler,
+    ],
+)
+def test_any_compatible_scheduler_recovers_the_image(scheduler_class):
+    """With a network that knows the clean image, every sampler has to end at that image."""
+    clean = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    unet = tiny_unet()
+    alphas_cumprod = DDPMScheduler().alphas_cumprod
+
+    def predict_noise(sample, timestep, **kwargs):
+        t = torch.as_tensor(timestep, dtype=torch.float32).clamp(0, 999)
+        alpha_bar = torch.lerp(alphas_cumprod[t.floor().long()], alphas_cumprod[t.ceil().long()], t.frac())
+        noise = (sample - alpha_bar.sqrt() * clean) / (1 - alpha_bar).sqrt()
+        return type("Output", (), {"sample": noise})
+
+    unet.forward = predict_noise
+    scheduler = scheduler_class.from_config(ClosedFormDDPMScheduler(clip_sample=False).config)
+    pipeline = quiet(UnconditionalDDPMPipeline(unet, scheduler))
+    images = pipeline(1, 25, torch.Generator().manual_seed(0), output_type="pt").images
+    # alpha_bar at the last listed t leaves up to sqrt(1 - 0.9999) = 0.01 of noise, half that in [0, 1]
+    torch.testing.assert_close(images, clean / 2 + 0.5, atol=0.02, rtol=0)
+
+
+def test_class_names_ids_and_contexts_agree(conditional):
+    def run(**kwargs):
+        return conditional(num_inference_steps=5, generator=seeds(0, 1), output_type="np", **kwargs).images
+
+    by_name = run(class_labels=["food", "spell"])
+    np.testing.assert_array_equal(run(class_labels=[1, 2]), by_name)
+    np.testing.assert_array_equal(run(context=torch.tensor([[0.0, 1, 0], [0, 0, 1]])), by_name)
+    np.testing.assert_array_equal(run(context=[{"food": 1}, {"spell": 1}]), by_name)
+    assert np.abs(run(class_labels="hero", batch_size=2) - by_name).max() > 1e-3
+
+
+def test_unet2d_is_given_the_embedding_of_the_label():
+    """What a mix does through a hook is, for a plain class, what UNet2DModel does by itself."""
+    unet = tiny_unet(num_class_embeds=4)
+    pipeline = quiet(ConditionalDDPMPipeline(unet, ClosedFormDDPMScheduler()))
+    context = torch.tensor([[0.0, 1, 0], [0, 0, 0], [1, 0, 0.6]])
+    sample, t = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(500)
+    with torch.no_grad(), pipeline._conditioned_on(context) as model_kwargs:
+        conditioned = unet(sample, t, **model_kwargs).sample
+    with torch.no_grad():
+        expected = unet(sample, t, class_labels=torch.tensor([1, 3, 0])).sample
+        table = unet.class_embedding.weight
+        unet.class_embedding.weight[0] = table[0] + 0.6 * (table[2] - table[3])
+        mixed = unet(sample[2:], t, class_labels=torch.tensor([0])).sample
+    torch.testing.assert_close(conditioned[:2], expected[:2], atol=0, rtol=0)
+    torch.testing.assert_close(conditioned[2:], mixed, atol=1e-5, rtol=1e-4)
+    assert not unet.class_embedding._forward_hooks
+
+
+def test_mixed_classes_lie_between(conditional):
+    def run(**context):
+        return conditional(context=context, num_inference_steps=3, generator=seeds(0), output_type="np").images
+
+    hero, mix = run(hero=1), run(hero=1, food=0.6)
+    assert np.abs(hero - mix).max() > 1e-4
+    np.testing.assert_array_equal(run(hero=1, food=0), hero)
+
+
+def test_guidance_is_the_formula_in_one_batch(conditional):
+    batches = []
+
+    def run(**kwargs):
+        outputs = []
+
+        def record(module, args, output):
+            batches.append(len(args[0]))
+            outputs.append(output.sample)
+
+        hook = conditional.unet.register_forward_hook(record)
+        conditional(num_inference_steps=1, latents=latents, generator=seeds(0, 1), **kwargs)
+        hook.remove()
+        return outputs[0]
+
+    latents = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    cond, uncond = run(class_labels=["hero", "food"]), run(batch_size=2)
+    both = run(class_labels=["hero", "food"], guidance_scale=3.0)
+    assert batches == [2, 2, 4]
+    torch.testing.assert_close(both, torch.cat([cond, uncond]), atol=1e-5, rtol=1e-4)
+
+    seen = []
+    step = conditional.scheduler.step
+    conditional.scheduler.step = lambda output, *args, **kw: (seen.append(output), step(output, *args, **kw))[1]
+    run(class_labels=["hero", "food"], guidance_scale=3.0)
+    torch.testing.assert_close(seen[0], 3 * cond - 2 * uncond, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"class_labels": "dragon"}, "unknown class 'dragon': this model's classes are hero, food, spell"),
+        ({"class_labels": 3}, "unknown class 3"),
+        ({"class_labels": -1}, "unknown class -1"),
+        ({"context": {"hero": 1, "cake": 1}}, "unknown class 'cake'"),
+        ({"context": torch.zeros(2, 4)}, r"shape \(2, 4\): it must be \(B, 3\)"),
+        ({"class_labels": [0, 1], "context": torch.zeros(2, 3)}, "not both"),
+        ({"class_labels": [0, 1], "batch_size": 3}, "2 classes for a `batch_size` of 3"),
+        ({"class_labels": [0, 1], "generator": [torch.Generator()] * 3}, "list of 3, `batch_size` is 2"),
+        ({"batch_size": 0}, "must be at least 1"),
+        ({"latents": torch.zeros(1, 3, 8, 4)}, r"shape \(1, 3, 8, 4\): this model takes \(1, 3, 8, 8\)"),
+        ({"output_type": "latent"}, "must be 'pil', 'np' or 'pt'"),
+        ({"callback_on_step_end_tensor_inputs": ("noise",)}, "only 'latents'"),
+    ],
+)
+def test_what_the_caller_got_wrong(conditional, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        conditional(num_inference_steps=1, **kwargs)
+
+
+LOAD = """
+import sys, numpy as np, torch
+from diffusers import DiffusionPipeline
+folder, out, trust, kwargs = sys.argv[1:]
+pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=trust == "trust")
+pipeline.set_progress_bar_config(disable=True)
+images = pipeline(generator=torch.Generator().manual_seed(4), num_inference_steps=20, output_type="np",
+                  **eval(kwargs)).images
+np.save(out, images)
+print(type(pipeline).__name__, type(pipeline.unet).__name__, type(pipeline.scheduler).__name__)
+pipeline.save_pretrained(folder + "-again")
+"""
+
+
+def load_elsewhere(tmp_path, folder, trust: str, **kwargs) -> tuple[str, np.ndarray]:
+    """Loads a pipeline folder with diffusers alone, in a process that can't import this project."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(exist_ok=True)
+    command = [sys.executable, "-I", "-c", LOAD, str(folder), str(tmp_path / "images.npy"), trust, repr(kwargs)]
+    result = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip(), np.load(tmp_path / "images.npy")
+
+
+def test_unconditional_folder_is_stock(unconditional, tmp_path):
+    folder = tmp_path / "model"
+    unconditional.save_pretrained(folder)
+    assert not list(folder.rglob("*.py"))
+    classes, images = load_elsewhere(tmp_path, folder, "no-trust", batch_size=2)
+    assert classes == "DDPMPipeline UNet2DModel DDPMScheduler"
+    expected = unconditional(2, 20, torch.Generator().manual_seed(4), output_type="np").images
+    np.testing.assert_allclose(images, expected, atol=2e-3)  # as for the stock pipeline above
+
+
+def test_folder_with_own_network_carries_its_code(tmp_path):
+    torch.manual_seed(0)
+    pipeline = quiet(UnconditionalDDPMPipeline(BasicUNet2DModel().eval(), LinearCorruptionScheduler()))
+    folder = tmp_path / "model"
+    pipeline.save_pretrained(folder)
+    classes, images = load_elsewhere(tmp_path, folder, "trust", batch_size=2)
+    assert classes == "UnconditionalDDPMPipeline BasicUNet2DModel LinearCorruptionScheduler"
+    expected = pipeline(2, 20, torch.Generator().manual_seed(4), output_type="np").images
+    np.testing.assert_array_equal(images, expected)
+
+
+def test_conditional_folder_carries_its_code(conditional, tmp_path):
+    folder = tmp_path / "model"
+    conditional.save_pretrained(folder)
+    expected = conditional(
+        ["hero", "food"], None, 2.0, None, 20, torch.Generator().manual_seed(4), output_type="np"
+    ).images
+    # once as saved by us, once as saved by the program that loaded it
+    for source in (folder, tmp_path / "model-again"):
+        classes, images = load_elsewhere(tmp_path, source, "trust", class_labels=["hero", "food"], guidance_scale=2.0)
+        assert classes.split()[0] == "ConditionalDDPMPipeline"
+        assert classes.split()[2] == "ClosedFormDDPMScheduler"
+        np.testing.assert_array_equal(images, expected)
+
+
+def test_functions_in_both_files_are_the_same():
+    names = ["_check_inputs", "_scale_initial_noise", "_accepted_by", "_save_code"]
+    for name in names:
+        twins = [inspect.getsource(getattr(module, name)) for module in (conditional_module, unconditional_module)]
+        assert twins[0] == twins[1], name

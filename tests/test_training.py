@@ -1,0 +1,176 @@
+"""The training scripts and the loop: runs of seconds, and what they leave."""
+
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from conftest import REPOSITORY, TINY
+from diffusers import DiffusionPipeline, UNet2DModel
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from training.training_loop import choose_precision, draw_randomness
+
+
+def weights(folder, name="unet/diffusion_pytorch_model.safetensors"):
+    return load_file(folder / name)
+
+
+def assert_same_weights(first, second):
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def read_scalars(folder) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder / "sprite-diffusion"), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.mark.parametrize("script", ["train_unconditional", "train_conditional"])
+def test_launched_run_leaves_its_files_and_resumes(script, tmp_path):
+    output_dir = tmp_path / "run"
+
+    def launch(flags: str) -> str:
+        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", f"{script}.py"]
+        result = subprocess.run(
+            [*command, *TINY.split(), *flags.split(), "--output_dir", str(output_dir)],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    launch("")
+    assert {p.name for p in output_dir.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6", "checkpoint-8"}
+    assert {p.name for p in (output_dir / "samples").iterdir()} == {"step-000008.png"}
+    assert (output_dir / "training_config.yaml").is_file()
+    grid = Image.open(output_dir / "samples" / "step-000008.png")
+    rows, columns = (2, 2) if script == "train_unconditional" else (5, 3)
+    assert grid.size == (columns * 68 + 4, rows * 68 + 4)  # sprites of 64 pixels, 4 apart
+    pipeline = DiffusionPipeline.from_pretrained(output_dir, trust_remote_code=script == "train_conditional")
+    assert isinstance(pipeline.unet, UNet2DModel)
+
+    before = weights(output_dir)
+    printed = launch("--num_epochs 3 --resume_from_checkpoint latest --checkpoints_total_limit 2")
+    assert "from " + str(output_dir / "checkpoint-8") in printed
+    assert {p.name for p in output_dir.glob("checkpoint-*")} == {"checkpoint-9", "checkpoint-12"}
+    assert any(not torch.equal(before[name], tensor) for name, tensor in weights(output_dir).items())
+
+
+@pytest.mark.parametrize(
+    "flags", ["--use_ema", "--gradient_accumulation_steps 2 --random_flip --mixed_precision bf16"]
+)
+def test_resumed_run_equals_the_uninterrupted_one(run_script, tmp_path, flags):
+    """Also in the middle of an epoch: the order, flips, noise and schedule go on where they were."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    run_script("train_conditional", f"{TINY} {flags}", whole)
+    resumed.mkdir()
+    shutil.copytree(whole / "checkpoint-3", resumed / "checkpoint-3")
+    run_script("train_conditional", f"{TINY} {flags} --resume_from_checkpoint checkpoint-3", resumed)
+    assert_same_weights(weights(whole), weights(resumed))
+    final = sorted(p.name for p in whole.glob("checkpoint-*"))[-1]
+    assert_same_weights(weights(whole / final, "model.safetensors"), weights(resumed / final, "model.safetensors"))
+    state = "samples/" + sorted(p.name for p in (whole / "samples").iterdir())[-1]
+    assert (whole / state).read_bytes() == (resumed / state).read_bytes()
+
+
+def test_saved_config_repeats_the_run(run_script, tmp_path):
+    run_script("train_unconditional", f"{TINY} --seed 3 --learning_rate 2e-4", tmp_path / "first")
+    config_file = tmp_path / "first" / "training_config.yaml"
+    assert yaml.safe_load(config_file.read_text())["learning_rate"] == 2e-4
+    run_script("train_unconditional", f"--config {config_file}", tmp_path / "second")
+    assert_same_weights(weights(tmp_path / "first"), weights(tmp_path / "second"))
+    run_script("train_unconditional", f"--config {config_file} --seed 4", tmp_path / "third")
+    assert any(
+        not torch.equal(tensor, weights(tmp_path / "third")[name])
+        for name, tensor in weights(tmp_path / "first").items()
+    )
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_schedule_is_counted_in_optimizer_steps(run_script, tmp_path, accumulation):
+    """4 micro-batches an epoch, 4 epochs; linear decay from 1e-3 after 2 steps of warm-up, to 0 at the end."""
+    run_script(
+        "train_unconditional",
+        f"{TINY} --num_epochs 4 --gradient_accumulation_steps {accumulation} --lr_scheduler linear "
+        "--learning_rate 1e-3",
+        tmp_path,
+    )
+    total = 16 // accumulation
+    logged = dict(read_scalars(tmp_path / "logs")["lr"])
+    expected = {step: 1e-3 * (step / 2 if step < 2 else (total - step) / (total - 2)) for step in range(1, total + 1)}
+    assert logged == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+def test_a_run_learns_and_is_tracked(run_script, tmp_path):
+    run_script(
+        "train_unconditional",
+        f"{TINY} --num_epochs 40 --learning_rate 3e-3 --save_images_epochs 20 --logging_steps 8",
+        tmp_path,
+    )
+    scalars = read_scalars(tmp_path / "logs")
+    losses = [value for _, value in scalars["loss"]]
+    # Predicting no noise at all costs 1; the noise is most of the noisy image, so copying that is soon learned.
+    assert losses[0] > 0.5
+    assert sum(losses[-3:]) / 3 < 0.5 * losses[0]
+    assert scalars.keys() >= {"loss", "lr", "epoch", "images_per_second", "ema_decay"}
+    assert {p.name for p in (tmp_path / "samples").iterdir()} == {"step-000080.png", "step-000160.png"}
+
+
+def test_snapshots_are_pipelines(run_script, tmp_path):
+    run_script("train_unconditional", f"{TINY} --num_epochs 3 --snapshot_epochs 2", tmp_path)
+    folders = sorted((tmp_path / "snapshots").iterdir())
+    assert [f.name for f in folders] == ["epoch-0002", "epoch-0003"]
+    DiffusionPipeline.from_pretrained(folders[0])
+    assert_same_weights(weights(folders[1]), weights(tmp_path))
+
+
+def test_overwriting_removes_only_what_runs_write(run_script, tmp_path):
+    run_script("train_unconditional", TINY, tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    run_script("train_unconditional", f"{TINY} --overwrite_output_dir --num_epochs 1", tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert {p.name for p in tmp_path.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-4"}
+
+
+def test_processes_draw_what_one_process_of_the_global_batch_draws():
+    images = torch.zeros(6, 3, 4, 4)
+    alone = SimpleNamespace(num_processes=1, process_index=0)
+    whole = draw_randomness(alone, (7, 100, 0), images, 1000)
+    parts = [
+        draw_randomness(SimpleNamespace(num_processes=2, process_index=rank), (7, 100, 0), images[:3], 1000)
+        for rank in (0, 1)
+    ]
+    for expected, first, second in zip(whole, *parts, strict=True):
+        assert torch.equal(expected, torch.cat([first, second]))
+
+
+def test_randomness_is_that_of_the_named_distributions_and_differs_by_step():
+    accelerator = SimpleNamespace(num_processes=1, process_index=0)
+    images = torch.zeros(4000, 1, 2, 2, dtype=torch.bfloat16)
+    noise, timesteps, uniform = draw_randomness(accelerator, (0, 0, 0), images, 10)
+    assert noise.dtype == torch.float32
+    # five standard errors: 16,000 normal numbers, 4,000 of the others
+    assert abs(noise.mean()) < 5 / 16000**0.5
+    assert abs(noise.var() - 1) < 5 * (2 / 16000) ** 0.5
+    counts = timesteps.bincount(minlength=10)
+    assert len(counts) == 10
+    assert (counts - 400).abs().max() < 5 * (4000 * 0.09) ** 0.5
+    assert abs(uniform.mean() - 0.5) < 5 / (12 * 4000) ** 0.5
+    for other in [(1, 0, 0), (0, 1, 0), (0, 0, 1)]:
+        assert not torch.equal(draw_randomness(accelerator, other, images, 10)[0], noise)
+
+
+def test_precision_set_for_accelerate_wins_over_auto(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert choose_precision("auto") == "fp16"
+    assert choose_precision("no") == "no"

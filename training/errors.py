@@ -1,0 +1,31 @@
+"""Errors that a user can cause, and how the command-line programs report them."""
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+
+
+class UserInputError(Exception):
+    """A flag, file or column that the user has to change.
+
+    The message is one line: it names the flag, file or column and says what would be right.
+    """
+
+
+def exits_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
+    """Decorates a `main`: a `UserInputError` becomes one line on standard error and exit status 2.
+
+    Any other exception is a fault of ours and keeps its traceback.
+    """
+
+    @wraps(main)
+    def wrapper() -> None:
+        try:
+            main()
+        except UserInputError as error:
+            # From a DataLoader's worker the message comes as the last line of a traceback.
+            message = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.{type(error).__name__}: ")
+            print(f"error: {message}", file=sys.stderr)
+            sys.exit(2)
+
+    return wrapper

@@ -1,0 +1,49 @@
+"""A saved pipeline as this project's classes, so that loading runs no code from the folder or the Hub."""
+
+from typing import Any
+
+import diffusers
+from diffusers import DiffusionPipeline
+
+from models import BasicUNet2DModel, ContextUNet2DModel
+from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline
+from schedulers import ClosedFormDDPMScheduler, LinearCorruptionScheduler
+from training.errors import UserInputError
+
+OWN_CLASSES = {
+    "BasicUNet2DModel": BasicUNet2DModel,
+    "ContextUNet2DModel": ContextUNet2DModel,
+    "ClosedFormDDPMScheduler": ClosedFormDDPMScheduler,
+    "LinearCorruptionScheduler": LinearCorruptionScheduler,
+    "ConditionalDDPMPipeline": ConditionalDDPMPipeline,
+    "UnconditionalDDPMPipeline": UnconditionalDDPMPipeline,
+    # the stock folder that an unconditional model is saved as: the same configs, our classes
+    "DDPMPipeline": UnconditionalDDPMPipeline,
+    "DDPMScheduler": ClosedFormDDPMScheduler,
+}
+
+
+def load_pipeline(model: str) -> UnconditionalDDPMPipeline | ConditionalDDPMPipeline:
+    """Loads a pipeline folder, or a repository of the Hub, of the kinds that this project writes."""
+    try:
+        index = DiffusionPipeline.load_config(model)
+        pipeline_class = _find_class(model, index["_class_name"])
+        if pipeline_class not in (UnconditionalDDPMPipeline, ConditionalDDPMPipeline):
+            raise UserInputError(f"{model} holds a {pipeline_class.__name__}: not a pipeline of this project")
+        components = {
+            name: _find_class(model, index[name][1]).from_pretrained(model, subfolder=name)
+            for name in ("unet", "scheduler")
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserInputError(f"{model} is not a pipeline folder or repository that can be loaded: {reason}") from None
+    options = {"id2label": index["id2label"]} if "id2label" in index else {}
+    return pipeline_class(**components, **options)
+
+
+def _find_class(model: str, name: Any) -> Any:
+    name = name[1] if isinstance(name, list) else name  # [file, class] for classes shipped as code
+    found = OWN_CLASSES.get(name) or getattr(diffusers, name, None)
+    if found is None:
+        raise UserInputError(f"{model} holds a {name}, which neither diffusers nor this project has")
+    return found
