@@ -1,5 +1,6 @@
 """The training scripts and the loop: runs of seconds, and what they leave."""
 
+import io
 import shutil
 import subprocess
 import sys
@@ -27,9 +28,12 @@ def assert_same_weights(first, second):
         assert torch.equal(tensor, second[name]), name
 
 
+def read_events(folder) -> EventAccumulator:
+    return EventAccumulator(str(folder / "sprite-diffusion"), size_guidance={"scalars": 0, "images": 0}).Reload()
+
+
 def read_scalars(folder) -> dict[str, list[tuple[int, float]]]:
-    events = EventAccumulator(str(folder / "sprite-diffusion"), size_guidance={"scalars": 0})
-    events.Reload()
+    events = read_events(folder)
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
@@ -124,6 +128,10 @@ def test_a_run_learns_and_is_tracked(run_script, tmp_path):
     assert sum(losses[-3:]) / 3 < 0.5 * losses[0]
     assert scalars.keys() >= {"loss", "lr", "epoch", "images_per_second", "ema_decay"}
     assert {p.name for p in (tmp_path / "samples").iterdir()} == {"step-000080.png", "step-000160.png"}
+    logged = read_events(tmp_path / "logs").Images("samples")
+    assert [image.step for image in logged] == [80, 160]
+    pixels = Image.open(io.BytesIO(logged[1].encoded_image_string))
+    assert list(pixels.getdata()) == list(Image.open(tmp_path / "samples" / "step-000160.png").getdata())
 
 
 def test_snapshots_are_pipelines(run_script, tmp_path):

@@ -1,0 +1,342 @@
+"""Pushing to the Hub and loading from it: the real clients, in processes of their own, against a loopback server."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.request import ProxyHandler, Request, build_opener
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY, TINY
+from hub_server import DROP, TOKEN, HubServer, Repository
+from PIL import Image
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+PRIVATE_FLAGS = f"--push_to_hub --hub_model_id me/sprites --hub_private_repo --hub_token {TOKEN} --save_model_epochs 1"
+
+
+@dataclass
+class User:
+    """Somebody at a machine of their own: the cache of another would answer in place of the server."""
+
+    server: HubServer
+    home: Path
+
+    def run(self, *command: str, cwd: Path = REPOSITORY, status: int = 0) -> subprocess.CompletedProcess:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+        environment |= {"HF_ENDPOINT": self.server.url, "HF_HOME": str(self.home), "HF_HUB_DISABLE_XET": "1"}
+        environment |= {"NO_PROXY": "*", "no_proxy": "*"}
+        # With threads that wait in a loop, steps of milliseconds take seconds on a machine that is busy otherwise.
+        environment |= {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+        result = subprocess.run(
+            [sys.executable, *command],
+            cwd=cwd,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+        )
+        assert result.returncode == status, result.stderr
+        return result
+
+
+@pytest.fixture
+def server():
+    with HubServer().running() as server:
+        yield server
+
+
+@pytest.fixture
+def author(server, tmp_path):
+    return User(server, tmp_path / "author")
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory):
+    """Two runs that were pushed: `me/sprites`, private, and `me/sprites-by-class`, public."""
+    folder = tmp_path_factory.mktemp("pushed")
+    with HubServer().running() as server:
+        author = User(server, folder / "author")
+        private = ["train_unconditional.py", *TINY.split(), *PRIVATE_FLAGS.split()]
+        public = ["train_conditional.py", *TINY.split(), *f"--push_to_hub --hub_token {TOKEN}".split()]
+        results = [
+            author.run(*private, "--output_dir", str(folder / "sprites")),
+            author.run(*public, "--snapshot_epochs", "1", "--output_dir", str(folder / "sprites-by-class")),
+        ]
+        printed = "".join(result.stdout + result.stderr for result in results)
+        yield server, folder, printed
+
+
+def shared_files(server: HubServer, name: str) -> set[str]:
+    return set(server.repos[name].files) - {".gitattributes"}  # which the Hub itself puts into a new repository
+
+
+def test_private_repository_holds_the_pipeline_and_nothing_else(pushed):
+    server, folder, _ = pushed
+    assert server.repos["me/sprites"].private
+    assert shared_files(server, "me/sprites") == {
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        WEIGHTS,
+        "samples/step-000008.png",
+        "training_config.yaml",
+    }
+    for name in shared_files(server, "me/sprites"):
+        assert server.repos["me/sprites"].files[name] == (folder / "sprites" / name).read_bytes(), name
+
+
+def test_public_repository_has_the_code_as_well(pushed):
+    server, _, _ = pushed
+    assert not server.repos["me/sprites-by-class"].private
+    assert shared_files(server, "me/sprites-by-class") == {
+        "model_index.json",
+        "pipeline_conditional_ddpm.py",
+        "scheduler/scheduler_config.json",
+        "scheduler/scheduling_closed_form_ddpm.py",
+        "unet/config.json",
+        WEIGHTS,
+        "samples/step-000008.png",
+        "training_config.yaml",
+    }
+
+
+def test_token_is_nowhere(pushed):
+    server, folder, printed = pushed
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {"training_config.yaml", "model_index.json"} <= {path.name for path in files}
+    assert any(path.name.startswith("events.out.tfevents") for path in files)
+    for path in files:
+        assert TOKEN.encode() not in path.read_bytes(), path
+    for name, repository in server.repos.items():
+        for commit in repository.commits:
+            assert TOKEN not in commit.title
+            for path, content in commit.files.items():
+                assert TOKEN.encode() not in content, (name, path)
+    assert TOKEN not in printed
+
+
+def test_push_in_training_sends_what_changed(pushed):
+    """After each epoch: the second has new weights and the only grid, all else is as it was."""
+    server, _, _ = pushed
+    first, second = server.repos["me/sprites"].commits[1:]
+    assert [first.title, second.title] == ["Step 4", "Step 8"]
+    assert first.changed == shared_files(server, "me/sprites") - {"samples/step-000008.png"}
+    assert second.changed == {WEIGHTS, "samples/step-000008.png"}
+
+
+CLIENT = """
+import json, sys
+from huggingface_hub import CommitOperationAdd, HfApi
+api, anonymous, expired = (HfApi(token=token) for token in (sys.argv[1], False, "hf_expired"))
+repo = {"repo_id": "me/sprites"}
+
+def error(call, *args, **kwargs):
+    try:
+        call(*args, **kwargs)
+    except Exception as error:
+        response = getattr(error, "response", None)
+        return type(error).__name__.removeprefix("Remote"), response and response.status_code
+
+def commit(content, **kwargs):
+    readme = CommitOperationAdd("README.md", content)
+    return api.create_commit(**repo, operations=[readme], commit_message="card", **kwargs)
+
+api.create_repo("sprites", private=True)
+head = commit(b"---\\nlicense: mit\\n---\\n").oid
+print(json.dumps([
+    api.whoami()["name"],
+    [entry.path for entry in api.list_repo_tree(**repo, recursive=True, revision=head)],
+    [entry.size for entry in api.get_paths_info(**repo, paths=["README.md", "x"])],
+    [api.model_info(**repo).sha == head, api.model_info(**repo).private],
+    error(anonymous.model_info, "me/sprites"),
+    error(api.model_info, "me/missing"),
+    error(expired.hf_hub_download, "me/sprites", "README.md"),
+    error(api.model_info, "me/sprites", revision="v9"),
+    error(api.hf_hub_download, "me/sprites", "x"),
+    error(commit, b"---\\nlicense: mit"),
+    error(commit, b"", parent_commit="0" * 40),
+    error(api.create_repo, "sprites"),
+]))
+"""
+
+
+def test_server_is_a_hub_to_its_client(author):
+    """The errors are those that the client documents for what was wrong."""
+    output = author.run("-c", CLIENT, TOKEN).stdout
+    assert json.loads(output) == [
+        "me",
+        [".gitattributes", "README.md"],
+        [21],
+        [True, True],
+        ["RepositoryNotFoundError", 401],
+        ["RepositoryNotFoundError", 404],
+        ["HfHubHTTPError", 401],
+        ["RevisionNotFoundError", 404],
+        ["EntryNotFoundError", 404],
+        ["ValueError", None],
+        ["HfHubHTTPError", 412],
+        ["HfHubHTTPError", 409],
+    ]
+
+
+def test_server_sends_parts_of_files(server):
+    content = bytes(range(100))
+    server.repos["me/data"] = Repository(private=False)
+    server.repos["me/data"].commit("data", {"x.bin": content})
+    request = Request(f"{server.url}/me/data/resolve/main/x.bin", headers={"Range": "bytes=10-19"})
+    with build_opener(ProxyHandler({})).open(request) as answer:
+        assert (answer.status, answer.headers["Content-Range"]) == (206, "bytes 10-19/100")
+        assert answer.read() == content[10:20]
+
+
+DRAW = """
+import json, sys, numpy as np, torch
+for name in ("models", "pipelines", "schedulers", "training"):  # an installation of this project can't help
+    sys.modules[name] = None
+from diffusers import DiffusionPipeline
+repository, folder, out, loading, calling = sys.argv[1:]
+for name, model in ("hub", repository), ("local", folder):
+    pipeline = DiffusionPipeline.from_pretrained(model, **json.loads(loading))
+    generator = torch.Generator().manual_seed(4)
+    images = pipeline(generator=generator, num_inference_steps=3, output_type="np", **json.loads(calling)).images
+    np.save(f"{out}-{name}.npy", images)
+    print(type(pipeline).__name__, type(pipeline.scheduler).__name__)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "loading", "calling", "classes"),
+    [
+        ("sprites", {"token": TOKEN}, {"batch_size": 2}, "DDPMPipeline DDPMScheduler"),
+        (
+            "sprites-by-class",
+            {"trust_remote_code": True},
+            {"class_labels": ["food", "hero"], "guidance_scale": 2.0},
+            "ConditionalDDPMPipeline ClosedFormDDPMScheduler",
+        ),
+    ],
+)
+def test_others_load_it_and_draw_the_same_images(pushed, tmp_path, name, loading, calling, classes):
+    server, folder, _ = pushed
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    arguments = [str(folder / name), str(tmp_path / "images"), json.dumps(loading), json.dumps(calling)]
+    result = User(server, tmp_path / "stranger").run("-I", "-c", DRAW, f"me/{name}", *arguments, cwd=elsewhere)
+    assert result.stdout.splitlines() == [classes] * 2
+    hub, local = (np.load(tmp_path / f"images-{source}.npy") for source in ("hub", "local"))
+    np.testing.assert_array_equal(hub, local)
+    assert hub.shape == (2, 16, 16, 3)
+    assert np.abs(hub[0] - hub[1]).max() > 0.1  # not two blanks
+
+
+def test_sample_script_draws_from_a_repository(pushed, tmp_path):
+    server, _, _ = pushed
+    flags = f"me/sprites-by-class --output {tmp_path}/x.png --num_inference_steps 2 --num_images 2"
+    User(server, tmp_path / "user").run("sample.py", *flags.split())
+    assert Image.open(tmp_path / "x.png").size == (2 * 68 + 4, 5 * 68 + 4)  # 5 classes, sprites of 64 pixels, 4 apart
+
+
+def test_wrong_token_stops_the_run_before_it_starts(author, tmp_path):
+    flags = PRIVATE_FLAGS.replace(TOKEN, "hf_expired")
+    command = ["train_unconditional.py", *TINY.split(), *flags.split(), "--output_dir", str(tmp_path / "run")]
+    result = author.run(*command, status=2)
+    assert result.stderr.splitlines()[-1].startswith("error: --push_to_hub can't create me/sprites: ")
+    assert "Traceback" not in result.stderr
+    assert "hf_expired" not in result.stdout + result.stderr
+    assert not (tmp_path / "run").exists()
+    assert not author.server.repos
+
+
+CREATE = """
+import sys
+from training.config import TrainingConfig
+from training.errors import UserInputError
+from training.hub import create_repository
+for token, name in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+    try:
+        print(create_repository(TrainingConfig(push_to_hub=True, hub_model_id=name, hub_token=token or None)))
+    except UserInputError as error:
+        print(error)
+"""
+
+
+def test_repository_that_cannot_be_created_is_one_line(author):
+    author.server.failures["create"] = [DROP, 503]
+    cases = [
+        (TOKEN, "me/a", "disconnected"),
+        (TOKEN, "me/b", "503"),
+        (TOKEN, "other/c", "you don't have the rights"),
+        (TOKEN, "me/two words", "'me/two words'"),
+        ("", "me/d", "401"),
+        ("hf_expired", "me/e", "401"),
+    ]
+    arguments = [argument for case in cases for argument in case[:2]]
+    # a name without a user's is a repository of the token's owner; the second time it is there already
+    result = author.run("-c", CREATE, *arguments, TOKEN, "f", TOKEN, "f")
+    *refused, created, found = result.stdout.splitlines()
+    assert len(refused) == len(cases)
+    for line, (_, name, reason) in zip(refused, cases, strict=True):
+        assert line.startswith(f"--push_to_hub can't create {name}: ")
+        assert reason in line.lower()
+    assert created == found == "me/f"
+    assert set(author.server.repos) == {"me/f"}
+
+
+UPLOAD = """
+import sys
+from pathlib import Path
+from training.config import TrainingConfig
+from training.hub import create_repository, upload_pipeline
+output_dir, token, *changes = sys.argv[1:]
+config = TrainingConfig(output_dir=output_dir, push_to_hub=True, hub_model_id="me/sprites", hub_token=token)
+repo_id = create_repository(config)
+for step, change in enumerate(changes):
+    if change:
+        Path(output_dir, change).write_text("new")
+    upload_pipeline(config, repo_id, step)
+"""
+
+
+@pytest.fixture
+def pipeline_folder(pushed, tmp_path):
+    shutil.copytree(pushed[1] / "sprites", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_second_push_does_not_send_the_weights_again(author, pipeline_folder):
+    result = author.run("-c", UPLOAD, str(pipeline_folder), TOKEN, "", "samples/new.png", "", "logs/new")
+    first, second = author.server.repos["me/sprites"].commits[1:]
+    assert WEIGHTS in first.changed
+    assert second.changed == {"samples/new.png"}
+    assert [name for name, _ in author.server.requests].count("lfs_upload") == 1
+    assert len([line for line in result.stdout.splitlines() if line.startswith("uploaded ")]) == 4
+
+
+def test_hub_that_fails_costs_a_warning(author, pipeline_folder):
+    """Refused storage, a lost connection and a limit, each in another way of the client; then it goes on."""
+    author.server.failures |= {"lfs_upload": [403], "commit": [DROP, 429]}
+    result = author.run("-c", UPLOAD, str(pipeline_folder), TOKEN, "", "", "", "")
+    *warnings, uploaded = result.stdout.splitlines()
+    assert len(warnings) == 3
+    for line in warnings:
+        assert line.startswith("warning: me/sprites was not updated (")
+        assert line.endswith(f"the pipeline is in {pipeline_folder}")
+    assert uploaded.startswith("uploaded ")
+    assert author.server.repos["me/sprites"].commits[-1].title == "Step 3"
+
+
+def test_run_survives_a_hub_that_fails(author, tmp_path):
+    author.server.failures["commit"] = [503] * 10
+    command = ["train_unconditional.py", *TINY.split(), *PRIVATE_FLAGS.split(), "--output_dir", str(tmp_path / "run")]
+    result = author.run(*command)
+    warnings = [line for line in result.stdout.splitlines() if line.startswith("warning: me/sprites was not updated")]
+    assert len(warnings) == 2  # of two epochs
+    assert all("503" in line for line in warnings)
+    assert (tmp_path / "run" / WEIGHTS).is_file()
+    assert shared_files(author.server, "me/sprites") == set()
