@@ -264,7 +264,10 @@ def test_what_the_caller_got_wrong(conditional, kwargs, message):
 
 
 LOAD = """
-import sys, numpy as np, torch
+import sys
+for name in ("models", "pipelines", "schedulers", "training"):
+    sys.modules[name] = None  # an editable install would be found from anywhere
+import numpy as np, torch
 from diffusers import DiffusionPipeline
 folder, out, trust, kwargs = sys.argv[1:]
 pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=trust == "trust")
