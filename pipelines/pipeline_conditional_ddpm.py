@@ -35,7 +35,7 @@ class ConditionalDDPMPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ("latents",)
 
-    def __init__(self, unet: Any, scheduler: Any, id2label: dict[int, str] | None = None):
+    def __init__(self, unet: Any, scheduler: Any, id2label: dict[int, str] | dict[str, str] | None = None):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         if id2label is not None:  # JSON turns the ids into strings
