@@ -104,8 +104,14 @@ def training_loop(
     losses: list[torch.Tensor] = []  # of the micro-batches since the last log, on the device
     images_seen, log_time = 0, time.perf_counter()
     micro_batch = 0  # since the last optimizer step
-    bar = {"desc": "training", "unit": "step", "dynamic_ncols": True, "disable": not accelerator.is_local_main_process}
-    with tqdm(total=total_steps, initial=state.global_step, **bar) as progress_bar:
+    with tqdm(
+        total=total_steps,
+        initial=state.global_step,
+        desc="training",
+        unit="step",
+        dynamic_ncols=True,
+        disable=not accelerator.is_local_main_process,
+    ) as progress_bar:
         while state.global_step < total_steps:
             train_dataloader.set_epoch(state.epoch)
             data.dataset.set_epoch(state.epoch)
