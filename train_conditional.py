@@ -30,7 +30,7 @@ def main() -> None:
     if config.noise_scheduler_class == "LinearCorruptionScheduler":
         raise UserInputError("--noise_scheduler_class LinearCorruptionScheduler: use train_unconditional.py")
     check_output_dir(config)
-    check_tracker(config)
+    check_tracker(config.logger)
     set_seed(config.seed)
 
     data = load_image_data(config, with_labels=True)
@@ -49,7 +49,9 @@ def main() -> None:
         return ConditionalDDPMPipeline(unet=model, scheduler=scheduler, id2label=id2label)
 
     columns = config.eval_batch_size
-    labels = [label for label in range(min(len(id2label), MAX_GRID_ROWS)) for _ in range(columns)]
+    rows = list(id2label)[:MAX_GRID_ROWS]
+    labels = [label for label in rows for _ in range(columns)]
+    row_names = ", ".join(id2label[label] for label in rows)
     training_loop(
         config,
         data,
@@ -58,7 +60,13 @@ def main() -> None:
         loss_fn=partial(ddpm_loss, snr_gamma=config.snr_gamma),
         get_model_kwargs=get_model_kwargs,
         make_pipeline=make_pipeline,
-        grid=SampleGrid(len(labels), columns, {"class_labels": labels, "guidance_scale": config.guidance_scale}),
+        grid=SampleGrid(
+            num_images=len(labels),
+            columns=columns,
+            caption=f"{config.ddpm_num_inference_steps} inference steps, guidance {config.guidance_scale:g}, "
+            f"rows: {row_names}",
+            pipeline_kwargs={"class_labels": labels, "guidance_scale": config.guidance_scale},
+        ),
     )
 
 

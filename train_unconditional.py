@@ -22,7 +22,7 @@ from training.training_loop import SampleGrid, training_loop
 def main() -> None:
     config = parse_config(sys.argv[1:], default_preset="sprites_unconditional.yaml")
     check_output_dir(config)
-    check_tracker(config)
+    check_tracker(config.logger)
     set_seed(config.seed)
 
     data = load_image_data(config, with_labels=False)
@@ -45,7 +45,11 @@ def main() -> None:
         loss_fn,
         get_model_kwargs=lambda batch, uniform: {},
         make_pipeline=make_pipeline,
-        grid=SampleGrid(config.eval_batch_size, columns=math.ceil(math.sqrt(config.eval_batch_size))),
+        grid=SampleGrid(
+            num_images=config.eval_batch_size,
+            columns=math.ceil(math.sqrt(config.eval_batch_size)),
+            caption=f"{config.ddpm_num_inference_steps} inference steps",
+        ),
     )
 
 

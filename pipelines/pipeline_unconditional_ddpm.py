@@ -30,7 +30,7 @@ class UnconditionalDDPMPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet"
-    _callback_tensor_inputs = ("latents",)
+    _callback_tensor_inputs = ("latents", "pred_original_sample")
 
     def __init__(self, unet: Any, scheduler: Any):
         super().__init__()
@@ -41,6 +41,7 @@ class UnconditionalDDPMPipeline(DiffusionPipeline):
         self,
         batch_size: int = 1,
         num_inference_steps: int | None = None,
+        eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
@@ -56,6 +57,9 @@ class UnconditionalDDPMPipeline(DiffusionPipeline):
                 The number of images.
             num_inference_steps (`int`, *optional*):
                 The number of denoising steps; all timesteps of the training process if not given.
+            eta (`float`, defaults to 0):
+                For [`~diffusers.DDIMScheduler`]: the share of DDPM's noise that each step adds, 0 to 1; equation 16
+                of https://huggingface.co/papers/2010.02502. Other schedulers ignore it.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 One generator for the batch, or one for each image: an image then depends on its own seed only.
             latents (`torch.Tensor` of shape `(batch_size, channels, height, width)`, *optional*):
@@ -69,7 +73,8 @@ class UnconditionalDDPMPipeline(DiffusionPipeline):
                 Called after each step with the pipeline, the step's index, the timestep and a dict of the tensors
                 named by `callback_on_step_end_tensor_inputs`; it returns a dict that may hold changed `latents`.
             callback_on_step_end_tensor_inputs (`tuple[str]`, defaults to `("latents",)`):
-                The tensors to pass to the callback: `"latents"` is the only one.
+                The tensors to pass to the callback: `"latents"` (x_{t-1}) and, for the schedulers that return it,
+                `"pred_original_sample"` (the clean images predicted at this step).
 
         Returns:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: the images.
@@ -87,7 +92,7 @@ class UnconditionalDDPMPipeline(DiffusionPipeline):
         if latents is None:
             latents = randn_tensor(latents_shape, generator=generator, device=device, dtype=torch.float32)
         latents = _scale_initial_noise(self.scheduler, latents.to(device, torch.float32))
-        step_kwargs = _accepted_by(self.scheduler.step, generator=generator)
+        step_kwargs = _accepted_by(self.scheduler.step, generator=generator, eta=eta)
 
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             # 2. the network's prediction from x_t
@@ -95,10 +100,14 @@ class UnconditionalDDPMPipeline(DiffusionPipeline):
             model_output = self.unet(model_input, t).sample.float()  # (B, C, H, W)
 
             # 3. x_t -> x_{t-1}
-            latents = self.scheduler.step(model_output, t, latents, **step_kwargs).prev_sample
+            step_output = self.scheduler.step(model_output, t, latents, **step_kwargs)
+            latents = step_output.prev_sample
 
             if callback_on_step_end is not None:
-                outputs = callback_on_step_end(self, i, t, {"latents": latents})
+                tensors = {"latents": latents, "pred_original_sample": step_output.get("pred_original_sample")}
+                outputs = callback_on_step_end(
+                    self, i, t, {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                )
                 latents = outputs.pop("latents", latents)
 
         # 4. [-1, 1] -> images
@@ -146,8 +155,9 @@ def _check_inputs(
         raise ValueError(f"`generator` is a list of {len(generator)}, `batch_size` is {batch_size}: they must match")
     if output_type not in ("pil", "np", "pt"):
         raise ValueError(f"`output_type` is {output_type!r}: it must be 'pil', 'np' or 'pt'")
-    if unknown := set(callback_tensor_inputs) - set(pipeline._callback_tensor_inputs):
-        raise ValueError(f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}: only 'latents' can be passed")
+    known = list(pipeline._callback_tensor_inputs)
+    if unknown := set(callback_tensor_inputs) - set(known):
+        raise ValueError(f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}: it can pass {known}")
     config = pipeline.unet.config
     side = config.sample_size
     height, width = (side, side) if isinstance(side, int) else side

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from training.config import TrainingConfig
 from training.errors import UserInputError
 
 CONFIG_FILE = "training_config.yaml"
-EMA_FILE = "ema.safetensors"
 STATE_FILE = "train_state.json"
+WEIGHTS_FILE = "unet/diffusion_pytorch_model.safetensors"
+# A pipeline for others. A `*` goes across folders: `*.py` would take those of snapshots.
+PIPELINE_FILES = ["model_index.json", "pipeline_*.py", "unet/*", "scheduler/*", CONFIG_FILE]
 # What a run writes: the only things that --overwrite_output_dir removes.
 RUN_FILES = (CONFIG_FILE, "model_index.json", "unet", "scheduler", "samples", "snapshots", "*.py", "checkpoint-*")
 
@@ -80,19 +83,21 @@ def save_checkpoint(
     accelerator: Accelerator,
     config: TrainingConfig,
     state: TrainState,
-    model: torch.nn.Module,
     lr_scheduler: Any,
     ema: EMAModel | None,
+    save_pipeline: Callable[[Path], None],
 ) -> None:
-    """Writes `checkpoint-STEP`, then removes the oldest beyond the limit. Call it on every process."""
+    """Writes `checkpoint-STEP`, then removes the oldest beyond the limit. Call it on every process.
+
+    A checkpoint is a pipeline folder too, so that samples can be drawn from it; with an EMA, its weights are those.
+    """
     path = Path(config.output_dir) / f"checkpoint-{state.global_step}"
     partial = path.with_name(path.name + ".partial")
     accelerator.save_state(str(partial))
     if accelerator.is_main_process:
+        save_pipeline(partial)
         values = {**asdict(state), "lr_scheduler": lr_scheduler.state_dict()}
         if ema is not None:
-            names = accelerator.unwrap_model(model).state_dict()
-            save_file(dict(zip(names, ema.shadow_params, strict=True)), partial / EMA_FILE)
             values["ema_optimization_step"] = ema.optimization_step
         (partial / STATE_FILE).write_text(json.dumps(values))
     accelerator.wait_for_everyone()
@@ -118,7 +123,7 @@ def load_checkpoint(
     if ema is not None:
         if ema_optimization_step is None:
             raise UserInputError(f"{path} was written without --use_ema: resume without it as well")
-        shadow = load_file(path / EMA_FILE, device=str(accelerator.device))
+        shadow = load_file(path / WEIGHTS_FILE, device=str(accelerator.device))
         ema.shadow_params = [shadow[name] for name in accelerator.unwrap_model(model).state_dict()]
         ema.optimization_step = ema_optimization_step
     return TrainState(**values)

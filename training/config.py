@@ -147,8 +147,10 @@ class TrainingConfig:
     checkpointing_steps: int = _field(500, "Write a checkpoint to resume from every N optimizer steps.")
     checkpoints_total_limit: int | None = _field(None, "Keep the newest N checkpoints.")
     resume_from_checkpoint: str | None = _field(None, "'latest', or a checkpoint folder inside `output_dir`.")
-    logger: Literal["tensorboard", "wandb", "none"] = _field("tensorboard", "Experiment tracker.")
-    logging_dir: str = _field("logs", "Folder of the tracker, inside `output_dir`.")
+    logger: Literal["tensorboard", "wandb", "trackio", "all", "none"] = _field(
+        "tensorboard", "Experiment tracker; 'all': each of the three that is installed."
+    )
+    logging_dir: str = _field("logs", "Folder of the trackers, inside `output_dir`.")
     logging_steps: int = _field(10, "Log the mean loss every N optimizer steps.")
 
     # Hub

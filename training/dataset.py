@@ -193,6 +193,14 @@ def load_image_data(config: TrainingConfig, with_labels: bool) -> ImageData:
     return _decode_all(_open_table(dataset, source_name, image_column, label_column, config), config)
 
 
+def load_image_file(path: str, config: TrainingConfig) -> torch.Tensor:
+    """One image, (C, H, W) float32 in [-1, 1], treated as those of a dataset."""
+    try:
+        return _to_tensor(prepare_image(open_image(path), path, config))
+    except _BadImageError as error:
+        raise UserInputError(f"{path} {error}") from None
+
+
 def make_dataloader(data: ImageData, config: TrainingConfig) -> DataLoader:
     """Shuffled batches of `config.train_batch_size`; the last of an epoch may be smaller."""
     if isinstance(data.dataset, StreamedImages):

@@ -1,7 +1,5 @@
 """Many small images as one picture."""
 
-from pathlib import Path
-
 import torch
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
@@ -10,12 +8,18 @@ from torchvision.utils import make_grid
 MIN_SIDE = 64  # pixels at which a person can look at a sprite
 
 
-def save_grid(images: torch.Tensor, path: Path, columns: int) -> Image.Image:
-    """Writes images (N, C, H, W) in [0, 1] as a PNG of `columns`, enlarged by a whole number where small."""
-    scale = max(1, MIN_SIDE // max(images.shape[-2:]))
-    levels = (images.float().cpu() * 255).round().to(torch.uint8)  # [0, 1] -> uint8, rounded
-    enlarged = levels.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
-    grid = to_pil_image(make_grid(enlarged, nrow=columns, padding=scale, pad_value=255))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    grid.save(path)
-    return grid
+def choose_scale(images: torch.Tensor) -> int:
+    """The whole number by which images (N, C, H, W) are enlarged to be looked at."""
+    return max(1, MIN_SIDE // max(images.shape[-2:]))
+
+
+def to_pixels(images: torch.Tensor, scale: int) -> torch.Tensor:
+    """Images (N, C, H, W) in [0, 1] -> uint8 (N, C, scale * H, scale * W): rounded, and each pixel a square."""
+    levels = (images.float().cpu() * 255).round().to(torch.uint8)
+    return levels.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
+
+
+def make_picture(images: torch.Tensor, columns: int, scale: int | None = None) -> Image.Image:
+    """Images (N, C, H, W) in [0, 1], `columns` in a row, enlarged by `scale`, else by `choose_scale`."""
+    scale = scale or choose_scale(images)
+    return to_pil_image(make_grid(to_pixels(images, scale), nrow=columns, padding=scale, pad_value=255))

@@ -5,12 +5,11 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from tqdm.auto import tqdm
 
-from training.checkpoint import CONFIG_FILE
+from training.checkpoint import PIPELINE_FILES
 from training.config import TrainingConfig
 from training.errors import UserInputError
 
-# Never checkpoints, optimizer states, logs or data. A `*` goes across folders: `*.py` would take those of snapshots.
-UPLOADED = ["model_index.json", "pipeline_*.py", "unet/*", "scheduler/*", "samples/*", CONFIG_FILE]
+UPLOADED = [*PIPELINE_FILES, "samples/*"]  # never checkpoints, optimizer states, logs or data
 
 
 def create_repository(config: TrainingConfig) -> str | None:

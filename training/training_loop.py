@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration
+from accelerate.utils import DataLoaderConfiguration
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
@@ -24,19 +24,20 @@ from training.config import TrainingConfig
 from training.dataset import ImageData, make_dataloader
 from training.ema import ema_tensors, ema_weights, make_ema
 from training.errors import UserInputError
-from training.grid import save_grid
+from training.grid import make_picture
 from training.hub import create_repository, upload_pipeline
-from training.tracking import log_grid, start_trackers
+from training.tracking import Trackers
 
 Batch = dict[str, torch.Tensor]  # "images" (B, C, H, W) float32 in [-1, 1], "class_labels" (B,) int64
 
 
 @dataclass(frozen=True)
 class SampleGrid:
-    """A picture of samples, `columns` in a row, and what the pipeline is called with for it."""
+    """A picture of samples, `columns` in a row, what it shows, and what the pipeline is called with for it."""
 
     num_images: int
     columns: int
+    caption: str
     pipeline_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -84,24 +85,31 @@ def training_loop(
         prepare_output_dir(config)
         start = f"from {checkpoint}" if checkpoint else "from the start"
         print_summary(accelerator, config, data, model, total_steps, start)
-        start_trackers(accelerator, config)
+    trackers = make_trackers(accelerator, config, resumed_from=None if checkpoint is None else state.global_step)
     accelerator.wait_for_everyone()
+
+    def save_pipeline(folder: Path) -> None:
+        with averaged_pipeline(accelerator, model, ema, make_pipeline) as averaged:
+            averaged.save_pretrained(str(folder))
 
     def write_outputs(samples: bool = False, pipeline: bool = False, snapshot: bool = False) -> None:
         output_dir = Path(config.output_dir)
         if accelerator.is_main_process and (samples or pipeline or snapshot):
             with averaged_pipeline(accelerator, model, ema, make_pipeline) as averaged:
                 if samples:
-                    write_samples(accelerator, config, averaged, grid, state.global_step)
+                    write_samples(trackers, config, averaged, grid, state)
                 if pipeline:
                     write_pipeline(averaged, output_dir)
                     if repo_id is not None:
                         upload_pipeline(config, repo_id, state.global_step)
+                    aliases = [f"epoch_{state.epoch}"] + ["latest"] * (state.global_step == total_steps)
+                    trackers.log_model(output_dir, aliases, metadata=asdict(state))
                 if snapshot:
                     write_pipeline(averaged, output_dir / "snapshots" / f"epoch-{state.epoch:04d}")
         accelerator.wait_for_everyone()
 
     losses: list[torch.Tensor] = []  # of the micro-batches since the last log, on the device
+    grad_norm: Any = None
     images_seen, log_time = 0, time.perf_counter()
     micro_batch = 0  # since the last optimizer step
     with tqdm(
@@ -127,7 +135,7 @@ def training_loop(
                     loss = loss_fn(model, noise_scheduler, clean_images, noise, timesteps, model_kwargs)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                        grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
                 losses.append(loss.detach())
@@ -147,10 +155,14 @@ def training_loop(
                 last = state.global_step == total_steps
                 if last or state.global_step % config.logging_steps == 0:
                     rate = images_seen / (time.perf_counter() - log_time)
-                    log_metrics(accelerator, progress_bar, state, losses, lr_scheduler, ema, rate)
+                    metrics = measure(accelerator, state, losses, grad_norm, lr_scheduler, ema, rate)
+                    progress_bar.set_postfix_str(
+                        "loss={loss:.4f}, lr={lr:.1e}, {images_per_second:.0f} images/s".format(**metrics)
+                    )
+                    trackers.log(metrics, state.global_step)
                     losses, images_seen, log_time = [], 0, time.perf_counter()
                 if last or state.global_step % config.checkpointing_steps == 0:
-                    save_checkpoint(accelerator, config, state, model, lr_scheduler, ema)
+                    save_checkpoint(accelerator, config, state, lr_scheduler, ema, save_pipeline)
                 if last:
                     break
                 if config.save_images_steps and state.global_step % config.save_images_steps == 0:
@@ -165,18 +177,15 @@ def training_loop(
                 pipeline=last or state.epoch % config.save_model_epochs == 0,
                 snapshot=config.snapshot_epochs is not None and (last or state.epoch % config.snapshot_epochs == 0),
             )
+    trackers.finish()
     accelerator.end_training()
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """Processes, devices, precision and trackers, as `accelerate config` and the flags say."""
+    """Processes, devices and precision, as `accelerate config` and the flags say."""
     accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=choose_precision(config.mixed_precision),
-        log_with=None if config.logger == "none" else config.logger,
-        project_config=ProjectConfiguration(
-            project_dir=config.output_dir, logging_dir=str(Path(config.output_dir, config.logging_dir))
-        ),
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
         # Sampling on the main process may take long while the others wait.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
@@ -230,27 +239,38 @@ def draw_randomness(
     return noise[rows], timesteps[rows], uniform[rows]
 
 
-def log_metrics(
+def make_trackers(accelerator: Accelerator, config: TrainingConfig, resumed_from: int | None) -> Trackers:
+    """The trackers, on the main process; none on the others."""
+    values = {name: value for name, value in asdict(config).items() if name != "hub_token"}
+    logger = config.logger if accelerator.is_main_process else "none"
+    return Trackers(logger, Path(config.output_dir, config.logging_dir), values, resumed_from)
+
+
+def measure(
     accelerator: Accelerator,
-    progress_bar: tqdm,
     state: TrainState,
     losses: list[torch.Tensor],
+    grad_norm: torch.Tensor,
     lr_scheduler: Any,
     ema: Any,
     images_per_second: float,
-) -> None:
-    """The mean loss since the last log, to the progress bar and the tracker; the only place that waits for it."""
+) -> dict[str, float]:
+    """What is logged, with the mean loss since the last log; the only place that waits for the device."""
     loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
     if not math.isfinite(loss):
         raise UserInputError(
             f"the loss is {loss} at step {state.global_step}: lower --learning_rate, or give --mixed_precision no"
         )
-    lr = lr_scheduler.get_last_lr()[0]
-    metrics = {"loss": loss, "lr": lr, "epoch": state.epoch, "images_per_second": images_per_second}
+    metrics = {
+        "loss": loss,
+        "lr": lr_scheduler.get_last_lr()[0],
+        "epoch": state.epoch,
+        "grad_norm": float(grad_norm),
+        "images_per_second": images_per_second,
+    }
     if ema is not None:
         metrics["ema_decay"] = ema.cur_decay_value
-    progress_bar.set_postfix_str(f"loss={loss:.4f}, lr={lr:.1e}, {images_per_second:.0f} images/s")
-    accelerator.log(metrics, step=state.global_step)
+    return metrics
 
 
 @contextmanager
@@ -268,9 +288,9 @@ def averaged_pipeline(
 
 
 def write_samples(
-    accelerator: Accelerator, config: TrainingConfig, pipeline: DiffusionPipeline, grid: SampleGrid, global_step: int
+    trackers: Trackers, config: TrainingConfig, pipeline: DiffusionPipeline, grid: SampleGrid, state: TrainState
 ) -> None:
-    """A sample grid, from the same noise each time, as a PNG and to the tracker."""
+    """A sample grid, from the same noise each time, as a PNG and to the trackers."""
     pipeline.set_progress_bar_config(desc="sampling", unit="step", leave=False, dynamic_ncols=True)
     images = pipeline(
         **grid.pipeline_kwargs,
@@ -279,8 +299,12 @@ def write_samples(
         generator=[torch.Generator().manual_seed(config.seed + i) for i in range(grid.num_images)],
         output_type="pt",
     ).images  # (N, C, H, W) in [0, 1]
-    path = Path(config.output_dir, "samples", f"step-{global_step:06d}.png")
-    log_grid(accelerator, save_grid(images, path, grid.columns), global_step)
+    path = Path(config.output_dir, "samples", f"step-{state.global_step:06d}.png")
+    caption = f"epoch {state.epoch}, step {state.global_step}; {grid.caption}"
+    picture = make_picture(images, grid.columns)
+    path.parent.mkdir(exist_ok=True)
+    picture.save(path)
+    trackers.log_image("samples", picture, caption, state.global_step)
     tqdm.write(f"wrote {path}")
 
 

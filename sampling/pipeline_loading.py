@@ -1,5 +1,6 @@
 """A saved pipeline as this project's classes, so that loading runs no code from the folder or the Hub."""
 
+from importlib.util import find_spec
 from typing import Any
 
 import diffusers
@@ -24,7 +25,13 @@ OWN_CLASSES = {
 
 
 def load_pipeline(model: str) -> UnconditionalDDPMPipeline | ConditionalDDPMPipeline:
-    """Loads a pipeline folder, or a repository of the Hub, of the kinds that this project writes."""
+    """Loads a pipeline of the kinds that this project writes.
+
+    `model` is an output folder, a checkpoint or a snapshot inside one, the id of a repository on the Hub, or
+    `wandb:ENTITY/PROJECT/ARTIFACT:ALIAS`.
+    """
+    if model.startswith("wandb:"):
+        model = _download_artifact(model)
     try:
         index = DiffusionPipeline.load_config(model)
         pipeline_class = _find_class(model, index["_class_name"])
@@ -39,6 +46,18 @@ def load_pipeline(model: str) -> UnconditionalDDPMPipeline | ConditionalDDPMPipe
         raise UserInputError(f"{model} is not a pipeline folder or repository that can be loaded: {reason}") from None
     options = {"id2label": index["id2label"]} if "id2label" in index else {}
     return pipeline_class(**components, **options)
+
+
+def _download_artifact(model: str) -> str:
+    if find_spec("wandb") is None:
+        raise UserInputError(f"{model}: run 'pip install wandb' first")
+    import wandb
+
+    try:
+        return wandb.Api().artifact(model.removeprefix("wandb:"), type="model").download()
+    except Exception as error:  # its own, those of its network library, and of the disk
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserInputError(f"{model}: W&B does not give this artifact ({reason})") from None
 
 
 def _find_class(model: str, name: Any) -> Any:
