@@ -3,7 +3,7 @@
 import argparse
 import math
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import yaml
@@ -27,7 +27,7 @@ from sampling.pictures import labelled_grid, save_animation, save_json, save_png
 from sampling.pipeline_loading import load_pipeline
 from sampling.samplers import SAMPLERS, Sampler, make_sampler, parse_samplers
 from training.checkpoint import CONFIG_FILE
-from training.errors import UserInputError, exits_on_user_error
+from training.errors import ArgumentParser, UserInputError, exits_on_user_error
 from training.grid import make_picture
 from training.tracking import Trackers, check_tracker
 
@@ -36,13 +36,8 @@ MAX_FRAMES = 60
 FIGURES = ("compare", "snapshots", "forward", "no_noise", "interpolate")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserInputError(message)
-
-
 def parse_args() -> argparse.Namespace:
-    parser = _Parser(description=__doc__, allow_abbrev=False)
+    parser = ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "model",
         nargs="?",

@@ -52,13 +52,13 @@ class ConditionalDDPMPipeline(DiffusionPipeline):
         guidance_scale: float = 1.0,
         batch_size: int | None = None,
         num_inference_steps: int | None = None,
-        eta: float = 0.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
+        eta: float = 0.0,
     ) -> Any:
         r"""
         Generates images.
@@ -76,9 +76,6 @@ class ConditionalDDPMPipeline(DiffusionPipeline):
                 The number of images; that of the classes if not given.
             num_inference_steps (`int`, *optional*):
                 The number of denoising steps; all timesteps of the training process if not given.
-            eta (`float`, defaults to 0):
-                For [`~diffusers.DDIMScheduler`]: the share of DDPM's noise that each step adds, 0 to 1; equation 16
-                of https://huggingface.co/papers/2010.02502. Other schedulers ignore it.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 One generator for the batch, or one for each image: an image then depends on its own seed only.
             latents (`torch.Tensor` of shape `(batch_size, channels, height, width)`, *optional*):
@@ -94,6 +91,9 @@ class ConditionalDDPMPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs (`tuple[str]`, defaults to `("latents",)`):
                 The tensors to pass to the callback: `"latents"` (x_{t-1}) and, for the schedulers that return it,
                 `"pred_original_sample"` (the clean images predicted at this step).
+            eta (`float`, defaults to 0):
+                For [`~diffusers.DDIMScheduler`]: the share of DDPM's noise that each step adds, 0 to 1; equation 16
+                of https://huggingface.co/papers/2010.02502. Other schedulers ignore it.
 
         Returns:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: the images.

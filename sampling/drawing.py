@@ -73,7 +73,7 @@ def draw_images(
 
     `noise` (N, C, H, W) takes the place of the noise of the seeds; what a sampler adds on its way is still theirs.
     """
-    pipeline.scheduler = sampler.scheduler
+    own_scheduler, pipeline.scheduler = pipeline.scheduler, sampler.scheduler
     pipeline.set_progress_bar_config(desc=sampler.label, unit="step", dynamic_ncols=True, leave=False)
     images = []
     for start in range(0, len(request.seeds), request.batch_size):
@@ -101,6 +101,7 @@ def draw_images(
             **kwargs,
         )
         images.append(output.images.float().cpu())
+    pipeline.scheduler = own_scheduler
     return torch.cat(images)
 
 

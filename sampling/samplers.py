@@ -70,8 +70,9 @@ def make_sampler(flag: str, pipeline: Any, name: str | None, num_inference_steps
     if num_inference_steps is None:
         num_inference_steps = num_train_timesteps if scheduler is own else min(FEW_STEPS, num_train_timesteps)
     if not 1 <= num_inference_steps <= num_train_timesteps:
+        where = "--num_inference_steps" if flag == "--scheduler" else f"{flag}, {name}"
         raise UserInputError(
-            f"{flag}: {num_inference_steps} steps; this model's process has {num_train_timesteps}, so 1 to that"
+            f"{where}: {num_inference_steps} steps are out of the 1 to {num_train_timesteps} of this model's process"
         )
     return Sampler(name, scheduler, num_inference_steps)
 

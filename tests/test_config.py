@@ -159,3 +159,21 @@ def test_official_flags_keep_their_defaults():
     for name, default in rows:
         if name != "train_data_dir":
             assert str(getattr(defaults, name)) == default, name
+
+
+@pytest.mark.parametrize("channels", [[8], [32], [32, 64], [48, 96], [64], [128, 256]])
+def test_networks_of_any_width_see_the_time_and_the_class(channels):
+    """A normalisation of single channels would take away what these add to a channel."""
+    config = TrainingConfig(block_out_channels=channels, attention_levels=[0], attention_head_dim=8, resolution="8")
+    torch.manual_seed(0)
+    unet = build_model(config, 3, num_classes=2).eval()
+    noisy = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        outputs = [
+            unet(noisy, timestep, class_labels=torch.tensor([label])).sample
+            for timestep, label in [(10, 0), (900, 0), (10, 1)]
+        ]
+    # Far above rounding, which is what a network that does not see them has: about 1e-6 of its output's size.
+    for other in outputs[1:]:
+        assert (other - outputs[0]).abs().max() > 1e-3 * outputs[0].abs().max()
+    assert 32 % unet.config.norm_num_groups == 0

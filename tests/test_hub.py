@@ -197,7 +197,7 @@ def test_server_sends_parts_of_files(server):
 
 DRAW = """
 import json, sys, numpy as np, torch
-for name in ("models", "pipelines", "schedulers", "training"):  # an installation of this project can't help
+for name in ("models", "pipelines", "sampling", "schedulers", "training"):  # an installation of it can't help
     sys.modules[name] = None
 from diffusers import DiffusionPipeline
 repository, folder, out, loading, calling = sys.argv[1:]
@@ -237,9 +237,11 @@ def test_others_load_it_and_draw_the_same_images(pushed, tmp_path, name, loading
 
 def test_sample_script_draws_from_a_repository(pushed, tmp_path):
     server, _, _ = pushed
-    flags = f"me/sprites-by-class --output {tmp_path}/x.png --num_inference_steps 2 --num_images 2"
+    flags = f"me/sprites-by-class --output {tmp_path}/out --scale 1 --num_inference_steps 2 --num_images 2"
     User(server, tmp_path / "user").run("sample.py", *flags.split())
-    assert Image.open(tmp_path / "x.png").size == (2 * 68 + 4, 5 * 68 + 4)  # 5 classes, sprites of 64 pixels, 4 apart
+    pictures = sorted((tmp_path / "out").glob("*.png"))
+    assert len(pictures) == 10  # 2 for each of 5 classes
+    assert all(Image.open(path).size == (16, 16) for path in pictures)
 
 
 def test_wrong_token_stops_the_run_before_it_starts(author, tmp_path):

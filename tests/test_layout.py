@@ -11,7 +11,7 @@ ALLOWED = {*sys.stdlib_module_names, "numpy", "torch", "diffusers"}
 ALLOWED_IN = {"schedulers": ALLOWED, "models": ALLOWED, "pipelines": {*ALLOWED, "PIL"}}
 LIBRARIES = {
     *("accelerate", "datasets", "diffusers", "evaluate", "huggingface_hub", "numpy", "PIL", "safetensors", "scipy"),
-    *("tensorboard", "torch", "torchvision", "tqdm", "transformers", "yaml"),
+    *("tensorboard", "torch", "torchvision", "tqdm", "trackio", "transformers", "wandb", "yaml"),
 }
 
 

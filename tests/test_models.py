@@ -1,9 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from course_network import make_course_network
 from torch import nn
 
 from models import BasicUNet2DModel, ContextUNet2DModel
+from training.convert_course_checkpoint import convert_weights
 
 
 def noisy(seed: int, *shape: int) -> torch.Tensor:
@@ -15,99 +17,18 @@ def context_unet(seed: int = 0, **config) -> ContextUNet2DModel:
     return ContextUNet2DModel(**{"num_features": 16, **config}).eval()
 
 
-class CourseBlock(nn.Module):
-    """A residual block without its shortcut: the course's, with an all-zero 1x1 convolution."""
-
-    def __init__(self, channels_in, channels_out, norm, is_res=False):
-        super().__init__()
-        self.is_res = is_res
-        self.conv1 = nn.Sequential(nn.Conv2d(channels_in, channels_out, 3, 1, 1), norm(channels_out), nn.GELU())
-        self.conv2 = nn.Sequential(nn.Conv2d(channels_out, channels_out, 3, 1, 1), norm(channels_out), nn.GELU())
-
-    def forward(self, x):
-        x = self.conv2(self.conv1(x))
-        return x / 1.414 if self.is_res else x
-
-
-class CourseUNet(nn.Module):
-    """The `ContextUnet` of the course, with its parameter names, for sides other than square too."""
-
-    def __init__(self, height, width, norm, f=16, c=5):
-        super().__init__()
-        sides = (height // 4, width // 4)
-        self.init_conv = CourseBlock(3, f, norm, is_res=True)
-        self.down1 = nn.Sequential(CourseBlock(f, f, norm), CourseBlock(f, f, norm), nn.MaxPool2d(2))
-        self.down2 = nn.Sequential(CourseBlock(f, 2 * f, norm), CourseBlock(2 * f, 2 * f, norm), nn.MaxPool2d(2))
-        self.timeembed1, self.timeembed2 = self.embed(1, 2 * f), self.embed(1, f)
-        self.contextembed1, self.contextembed2 = self.embed(c, 2 * f), self.embed(c, f)
-        self.up0 = nn.Sequential(nn.ConvTranspose2d(2 * f, 2 * f, sides, sides), nn.GroupNorm(8, 2 * f), nn.ReLU())
-        self.up1 = nn.Sequential(nn.ConvTranspose2d(4 * f, f, 2, 2), CourseBlock(f, f, norm), CourseBlock(f, f, norm))
-        self.up2 = nn.Sequential(nn.ConvTranspose2d(2 * f, f, 2, 2), CourseBlock(f, f, norm), CourseBlock(f, f, norm))
-        self.out = nn.Sequential(nn.Conv2d(2 * f, f, 3, 1, 1), nn.GroupNorm(8, f), nn.ReLU(), nn.Conv2d(f, 3, 3, 1, 1))
-
-    @staticmethod
-    def embed(dim_in, dim_out):
-        return nn.Sequential(nn.Linear(dim_in, dim_out), nn.GELU(), nn.Linear(dim_out, dim_out))
-
-    def forward(self, x, t, c):
-        def image(v):
-            return v.view(*v.shape, 1, 1)
-
-        x = self.init_conv(x)
-        down1 = self.down1(x)
-        down2 = self.down2(down1)
-        vector = F.gelu(down2.mean(dim=(2, 3), keepdim=True))
-        up1 = self.up0(vector)
-        up1 = image(self.contextembed1(c)) * up1 + image(self.timeembed1(t))
-        up2 = self.up1(torch.cat((up1, down2), 1))
-        up2 = image(self.contextembed2(c)) * up2 + image(self.timeembed2(t))
-        up3 = self.up2(torch.cat((up2, down1), 1))
-        return self.out(torch.cat((up3, x), 1))
-
-
-COURSE_NAMES = {
-    "init_conv.": "conv_in.",
-    "down1.": "down_blocks.0.",
-    "down2.": "down_blocks.1.",
-    "up0.": "unpool.",
-    "timeembed1.": "time_embeddings.0.",
-    "timeembed2.": "time_embeddings.1.",
-    "contextembed1.": "context_embeddings.0.",
-    "contextembed2.": "context_embeddings.1.",
-    "up1.": "up_blocks.0.",
-    "up2.": "up_blocks.1.",
-    "out.": "conv_out.",
-}
-
-
 @pytest.mark.parametrize("norm_type", ["batch", "group"])
 @pytest.mark.parametrize("sides", [(16, 16), (24, 16)])
 def test_context_unet_with_a_zero_shortcut_is_the_course_network(norm_type, sides):
-    torch.manual_seed(0)
     norm = nn.BatchNorm2d if norm_type == "batch" else lambda channels: nn.GroupNorm(8, channels)
-    course = CourseUNet(*sides, norm)
-    for layer in course.modules():  # a new norm layer is nearly the identity, which would hide a missing one
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.running_mean.normal_()
-            layer.running_var.uniform_(0.5, 2)
-        if isinstance(layer, nn.BatchNorm2d | nn.GroupNorm):
-            layer.weight.data.uniform_(0.5, 2)
-            layer.bias.data.normal_()
-    weights = {}
-    for name, weight in course.state_dict().items():
-        prefix = name.split(".")[0] + "."
-        weights[COURSE_NAMES[prefix] + name.removeprefix(prefix)] = weight
-    weights["conv_in.shortcut.weight"] = torch.zeros(16, 3, 1, 1)
-    weights["conv_in.shortcut.bias"] = torch.zeros(16)
+    course = make_course_network(*sides, norm)
     model = context_unet(sample_size=sides, norm_type=norm_type, num_train_timesteps=500)
-    model.load_state_dict(weights)
+    model.load_state_dict(convert_weights(course.state_dict()))
 
     sample, context = noisy(1, 4, 3, *sides), noisy(2, 4, 5)
     timesteps = torch.tensor([0, 1, 250, 499])
     # The course's t is 1 .. 500, and its network takes t / 500. About 20 layers of sums of up to 600 products, summed
     # in blocks, differ by at most 8 roundings (2^-24) each: 1e-5 of values of order one.
-    for network in (course, model):
-        network.eval()
     with torch.no_grad():
         expected = course(sample, (timesteps + 1)[:, None] / 500, context)
         torch.testing.assert_close(model(sample, timesteps, context=context).sample, expected, rtol=1e-5, atol=1e-5)

@@ -115,6 +115,28 @@ def test_callback_sees_and_changes_the_latents(unconditional):
     np.testing.assert_array_equal(images, np.ones_like(images))
 
 
+def test_callback_sees_the_predicted_images(unconditional, conditional):
+    for pipeline in (unconditional, conditional):
+        seen = []
+
+        def record(pipeline, i, t, tensors, seen=seen):
+            assert tensors.keys() == {"pred_original_sample"}
+            seen.append(tensors["pred_original_sample"])
+            return {}
+
+        images = pipeline(
+            batch_size=2,
+            num_inference_steps=3,
+            generator=torch.Generator().manual_seed(0),
+            output_type="pt",
+            callback_on_step_end=record,
+            callback_on_step_end_tensor_inputs=("pred_original_sample",),
+        ).images
+        assert len(seen) == 3
+        assert torch.equal((seen[-1] / 2 + 0.5).clamp(0, 1), images)  # DDPM's last step is its prediction
+        assert not torch.equal(seen[0], seen[-1])
+
+
 def test_one_channel_and_non_square():
     pipeline = quiet(
         UnconditionalDDPMPipeline(BasicUNet2DModel(sample_size=(12, 8)).eval(), LinearCorruptionScheduler())
@@ -255,7 +277,7 @@ def test_guidance_is_the_formula_in_one_batch(conditional):
         ({"batch_size": 0}, "must be at least 1"),
         ({"latents": torch.zeros(1, 3, 8, 4)}, r"shape \(1, 3, 8, 4\): this model takes \(1, 3, 8, 8\)"),
         ({"output_type": "latent"}, "must be 'pil', 'np' or 'pt'"),
-        ({"callback_on_step_end_tensor_inputs": ("noise",)}, "only 'latents'"),
+        ({"callback_on_step_end_tensor_inputs": ("noise",)}, r"\['noise'\]: it can pass \['latents', 'pred"),
     ],
 )
 def test_what_the_caller_got_wrong(conditional, kwargs, message):
@@ -265,7 +287,7 @@ def test_what_the_caller_got_wrong(conditional, kwargs, message):
 
 LOAD = """
 import sys
-for name in ("models", "pipelines", "schedulers", "training"):
+for name in ("models", "pipelines", "sampling", "schedulers", "training"):
     sys.modules[name] = None  # an editable install would be found from anywhere
 import numpy as np, torch
 from diffusers import DiffusionPipeline

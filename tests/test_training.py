@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from sampling.pipeline_loading import load_pipeline
 from training.training_loop import choose_precision, draw_randomness
 
 
@@ -126,12 +127,22 @@ def test_a_run_learns_and_is_tracked(run_script, tmp_path):
     # Predicting no noise at all costs 1; the noise is most of the noisy image, so copying that is soon learned.
     assert losses[0] > 0.5
     assert sum(losses[-3:]) / 3 < 0.5 * losses[0]
-    assert scalars.keys() >= {"loss", "lr", "epoch", "images_per_second", "ema_decay"}
+    assert scalars.keys() >= {"loss", "lr", "epoch", "grad_norm", "images_per_second", "ema_decay"}
     assert {p.name for p in (tmp_path / "samples").iterdir()} == {"step-000080.png", "step-000160.png"}
     logged = read_events(tmp_path / "logs").Images("samples")
     assert [image.step for image in logged] == [80, 160]
     tracked = Image.open(io.BytesIO(logged[1].encoded_image_string))
     assert tracked.tobytes() == Image.open(tmp_path / "samples" / "step-000160.png").tobytes()
+
+
+def test_checkpoints_are_pipelines_of_the_averaged_weights(run_script, tmp_path):
+    run_script("train_conditional", f"{TINY} --use_ema", tmp_path)
+    last = load_pipeline(str(tmp_path / "checkpoint-8"))
+    assert last.id2label[2] == "food"
+    averaged = last.unet.state_dict()
+    assert_same_weights(averaged, weights(tmp_path))
+    trained = weights(tmp_path / "checkpoint-8", "model.safetensors")
+    assert any(not torch.equal(averaged[name], tensor) for name, tensor in trained.items())
 
 
 def test_snapshots_are_pipelines(run_script, tmp_path):

@@ -71,7 +71,7 @@ def _build_unet2d(config: TrainingConfig, num_channels: int, num_classes: int | 
             down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
             up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
             attention_head_dim=config.attention_head_dim,
-            norm_num_groups=math.gcd(32, *channels),
+            norm_num_groups=_choose_num_groups(channels),
         )
     if config.enable_xformers_memory_efficient_attention:
         try:
@@ -79,6 +79,16 @@ def _build_unet2d(config: TrainingConfig, num_channels: int, num_classes: int | 
         except (ModuleNotFoundError, ValueError) as error:
             raise UserInputError(f"--enable_xformers_memory_efficient_attention: {error}") from None
     return model
+
+
+def _choose_num_groups(channels: list[int]) -> int:
+    """diffusers' 32 groups, or fewer where the channels can't be divided so.
+
+    Never a channel per group: time and class enter a block as a number for each channel, and the normalisation after
+    that would take it away again.
+    """
+    groups = math.gcd(32, *channels)
+    return groups // 2 if groups == min(channels) else groups
 
 
 def _load_unet2d_config(name_or_path: str) -> dict[str, Any]:

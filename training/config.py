@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from transformers import HfArgumentParser
 
-from training.errors import UserInputError
+from training.errors import ArgumentParser, UserInputError
 
 PRESETS_DIR = Path(__file__).resolve().parent.parent / "configs"
 BUILT_IN_DATASET = "sprites"
@@ -221,11 +221,8 @@ class TrainingConfig:
         path.write_text(yaml.safe_dump(values, sort_keys=False))
 
 
-class _Parser(HfArgumentParser):
-    """argparse with its errors as one line."""
-
-    def error(self, message: str) -> Any:
-        raise UserInputError(message)
+class _Parser(ArgumentParser, HfArgumentParser):
+    """Flags from the fields of a dataclass."""
 
 
 def parse_config(argv: list[str], default_preset: str) -> TrainingConfig:

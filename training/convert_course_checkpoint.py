@@ -1,6 +1,5 @@
 """A checkpoint of the sprite course as a pipeline folder: `python -m training.convert_course_checkpoint PTH OUT`."""
 
-import argparse
 import pickle
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from models import ContextUNet2DModel
 from pipelines import ConditionalDDPMPipeline
 from schedulers import ClosedFormDDPMScheduler
-from training.errors import UserInputError, exits_on_user_error
+from training.errors import ArgumentParser, UserInputError, exits_on_user_error
 from training.sprites import CLASS_NAMES
 
 # The course's `ContextUnet`, module by module. Its blocks wrap their layers in a `model`.
@@ -105,7 +104,7 @@ def convert(checkpoint: Path, output_dir: Path) -> None:
 
 @exits_on_user_error
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="Such as context_model_trained.pth: a state dict.")
     parser.add_argument("output_dir", type=Path, help="Folder to write; new or empty.")
     args = parser.parse_args()

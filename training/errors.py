@@ -1,8 +1,10 @@
 """Errors that a user can cause, and how the command-line programs report them."""
 
+import argparse
 import sys
 from collections.abc import Callable
 from functools import wraps
+from typing import NoReturn
 
 
 class UserInputError(Exception):
@@ -10,6 +12,13 @@ class UserInputError(Exception):
 
     The message is one line: it names the flag, file or column and says what would be right.
     """
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with its errors as one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserInputError(message)
 
 
 def exits_on_user_error(main: Callable[[], None]) -> Callable[[], None]:

@@ -74,8 +74,8 @@ class Trackers:
 
         self._each(log)
 
-    def log_model(self, folder: Path, aliases: list[str], metadata: dict[str, Any]) -> None:
-        """The pipeline in `folder`, as a W&B artifact named after it."""
+    def log_model(self, folder: Path, alias: str, metadata: dict[str, Any]) -> None:
+        """The pipeline in `folder`, as a W&B artifact named after it. The newest has the alias 'latest' as well."""
 
         def log(tracker: Any) -> None:
             if tracker.name != "wandb":
@@ -85,7 +85,7 @@ class Trackers:
             files = (str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file())
             for file in filter_repo_objects(files, allow_patterns=PIPELINE_FILES):
                 artifact.add_file(str(folder / file), file)
-            tracker.run.log_artifact(artifact, aliases=aliases)
+            tracker.run.log_artifact(artifact, aliases=[alias, "latest"])
 
         self._each(log)
 

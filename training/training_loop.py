@@ -102,8 +102,7 @@ def training_loop(
                     write_pipeline(averaged, output_dir)
                     if repo_id is not None:
                         upload_pipeline(config, repo_id, state.global_step)
-                    aliases = [f"epoch_{state.epoch}"] + ["latest"] * (state.global_step == total_steps)
-                    trackers.log_model(output_dir, aliases, metadata=asdict(state))
+                    trackers.log_model(output_dir, f"epoch_{state.epoch}", metadata=asdict(state))
                 if snapshot:
                     write_pipeline(averaged, output_dir / "snapshots" / f"epoch-{state.epoch:04d}")
         accelerator.wait_for_everyone()

@@ -1,0 +1,381 @@
+"""sample.py and what it is made of, on networks whose right answer is known, or on tiny ones with random weights."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from PIL import Image
+
+from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline
+from sampling.conditions import Condition, choose_conditions
+from sampling.drawing import Request, draw_images, frame_indices
+from sampling.figures import compare_samplers, interpolate, show_collapse, slerp
+from sampling.samplers import SAMPLERS, make_sampler
+from schedulers import ClosedFormDDPMScheduler, LinearCorruptionScheduler
+from training.grid import to_pixels
+
+NAMES = ("hero", "non-hero", "food")
+ALPHAS_CUMPROD = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+
+
+class GaussianModel(ModelMixin, ConfigMixin):
+    """The exact noise predictor where each pixel of the data is normal with `mean` and `std`."""
+
+    @register_to_config
+    def __init__(self, mean: float = 0.4, std: float = 0.0, sample_size: int = 8, in_channels: int = 3) -> None:
+        super().__init__()
+        self.anchor = torch.nn.Parameter(torch.zeros(1))  # gives the model a dtype
+
+    def forward(self, sample, timestep):
+        # Between timesteps, where some samplers ask, as theirs: linear in log(sigma), sigma^2 = (1 - a) / a.
+        log_sigmas = 0.5 * np.log((1 - ALPHAS_CUMPROD) / ALPHAS_CUMPROD)
+        variance = np.exp(2 * np.interp(float(timestep), np.arange(1000), log_sigmas))
+        a = 1 / (1 + variance)
+        mean, std = self.config.mean, self.config.std
+        noise = (sample - a**0.5 * mean) * ((1 - a) ** 0.5 / (a * std**2 + 1 - a))
+        return SimpleNamespace(sample=noise.float())
+
+
+def gaussian_pipeline(**config) -> UnconditionalDDPMPipeline:
+    return UnconditionalDDPMPipeline(GaussianModel(**config), ClosedFormDDPMScheduler())
+
+
+def unet(seed: int, num_classes: int | None = None) -> UNet2DModel:
+    torch.manual_seed(seed)
+    model = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+        layers_per_block=1,
+        num_class_embeds=None if num_classes is None else num_classes + 1,
+    )
+    if num_classes is not None:  # so that classes make a difference that is seen in the pixels
+        model.class_embedding.weight.data.mul_(5)
+    return model.eval()
+
+
+def random_process() -> ClosedFormDDPMScheduler:
+    """The velocity of a random network makes a random image; its noise would leave the starting noise as it is."""
+    return ClosedFormDDPMScheduler(prediction_type="v_prediction")
+
+
+def conditional_pipeline(seed: int = 0) -> ConditionalDDPMPipeline:
+    return ConditionalDDPMPipeline(unet(seed, len(NAMES)), random_process(), dict(enumerate(NAMES)))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    UnconditionalDDPMPipeline(unet(0), random_process()).save_pretrained(folder / "unconditional")
+    conditional_pipeline().save_pretrained(folder / "conditional")
+    for epoch in (4, 8):
+        conditional_pipeline(epoch).save_pretrained(folder / "run" / "snapshots" / f"epoch-{epoch:04d}")
+    return folder
+
+
+@pytest.fixture
+def sample(run_script, folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(model: str, flags: str = "") -> None:
+        run_script("sample", f"{folders / model if model else ''} {flags}".strip())
+
+    return run
+
+
+def pixels(path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def labelled_cells(path, side: int = 64) -> list[np.ndarray]:
+    """The last row of cells of a labelled grid without column labels, from the right; each (side, side, 3)."""
+    canvas = pixels(path)
+    return [canvas[-side - 2 : -2, -side - 2 - k * (side + 4) :][:, :side] for k in range(3)]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_finds_the_image_that_the_model_knows(name):
+    """With the exact predictor of a single image, each goes there, if it runs the model's own process."""
+    pipeline = gaussian_pipeline(mean=0.4)
+    sampler = make_sampler("--scheduler", pipeline, name, 20)
+    images = draw_images(pipeline, sampler, Request([0, 1], [Condition()] * 2))
+    # diffusers' tables hold alpha_bar in float32: sqrt(1 - alpha_bar_0) = 0.01 is off by 2^-24 / 1e-4 / 2 = 3e-4 of
+    # itself, times noise of up to 5, halved with the range. Two samplers end with the noise of timestep 0 itself.
+    tolerance = 0.01 * 5 / 2 * (1 if name in ("deis", "pndm") else 3e-4)
+    assert (images - 0.7).abs().max() < tolerance
+
+
+def test_samplers_of_few_steps_clip_as_the_model_was_trained_to():
+    """A prediction out of range ends at its border; 1.4 is what this model predicts."""
+    for name in ("dpmsolver++", "dpmsolver++_singlestep", "unipc"):
+        pipeline = gaussian_pipeline(mean=1.4)
+        pipeline.scheduler = make_sampler("--scheduler", pipeline, name, 5).scheduler
+        largest = []
+
+        def record(pipeline, step, timestep, tensors, largest=largest):
+            largest.append(tensors["latents"].max().item())
+            return {}
+
+        pipeline(num_inference_steps=5, generator=torch.Generator().manual_seed(0), callback_on_step_end=record)
+        assert largest[-1] < 1.01, name
+
+
+def test_images_depend_on_their_own_seed_only(sample):
+    sample("unconditional", "--num_images 5 --num_inference_steps 3 --output together --batch_size 5")
+    sample("unconditional", "--num_images 5 --num_inference_steps 3 --output alone --batch_size 1")
+    sample("unconditional", "--num_images 1 --num_inference_steps 3 --output fourth --seed 3")
+    for i in range(5):
+        # Another batch size may sum in another order, and so round to the next of 256 levels.
+        assert np.abs(pixels(f"together/0000{i}.png") - pixels(f"alone/0000{i}.png")).max() <= 1
+    assert np.abs(pixels("together/00003.png") - pixels("fourth/00000.png")).max() <= 1
+    assert np.abs(pixels("together/00002.png") - pixels("fourth/00000.png")).max() > 10
+
+
+def test_files_say_how_they_were_made(sample, folders):
+    sample(
+        "conditional", "--class food --num_images 2 --num_inference_steps 4 --scheduler ddim --eta 0.5 --output out"
+    )
+    record = json.loads(Path("out/samples.json").read_text())
+    text = Image.open("out/00001.png").text
+    assert text == {
+        "model": str(folders / "conditional"),
+        "scheduler": "ddim",
+        "num_inference_steps": "4",
+        "guidance_scale": "1.0",
+        "eta": "0.5",
+        "seed": "1",
+        "class": "food",
+    }
+    assert record["images"] == [
+        {"seed": 0, "class": "food", "file": "00000.png"},
+        {"seed": 1, "class": "food", "file": "00001.png"},
+    ]
+    flags = f"--class {text['class']} --seed {text['seed']} --scheduler {text['scheduler']} --eta {text['eta']}"
+    sample("conditional", f"{flags} --num_images 1 --num_inference_steps {text['num_inference_steps']} --output again")
+    assert np.abs(pixels("again/00000.png") - pixels("out/00001.png")).max() <= 1
+    sample("conditional", "--class food --num_images 2 --num_inference_steps 2 --output grid.png")
+    assert json.loads(Image.open("grid.png").text["images"]) == json.loads(Path("grid.json").read_text())["images"]
+
+
+def test_scale(sample):
+    for flags, side in [("", 64), ("--scale auto", 64), ("--scale 1", 8), ("--scale 3", 24)]:
+        sample("unconditional", f"--num_images 1 --num_inference_steps 1 --output out {flags}")
+        assert pixels("out/00000.png").shape == (side, side, 3)
+
+
+def test_eta_is_that_of_diffusers(folders):
+    pipeline = UnconditionalDDPMPipeline(unet(0), random_process())
+    sampler = make_sampler("--scheduler", pipeline, "ddim", 5)
+    draws = {eta: draw_images(pipeline, sampler, Request([7], [Condition()], eta=eta)) for eta in (0.0, 1.0)}
+    for eta, images in draws.items():
+        scheduler = DDIMScheduler.from_config(random_process().config)
+        stock = DDIMPipeline(unet(0), scheduler)
+        expected = stock(
+            generator=torch.Generator().manual_seed(7), eta=eta, num_inference_steps=5, output_type="np"
+        ).images
+        # the same arithmetic
+        np.testing.assert_allclose(images.permute(0, 2, 3, 1).numpy(), expected, rtol=0, atol=1e-6)
+    assert (draws[0.0] - draws[1.0]).abs().max() > 0.1
+
+
+def test_classes_and_mixes():
+    pipeline = conditional_pipeline()
+    conditions = choose_conditions(pipeline, ["food", "0"], ["hero=1,food=0.6", "food=1"])
+    assert [c.name for c in conditions] == ["food", "hero", "hero=1,food=0.6", "food=1"]
+    weights = torch.stack([c.weights for c in conditions])
+    assert torch.equal(weights, torch.tensor([[0, 0, 1], [1, 0, 0], [1, 0, 0.6], [0, 0, 1]]))
+    assert [c.name for c in choose_conditions(pipeline, None, None)] == list(NAMES)
+
+    sampler = make_sampler("--scheduler", pipeline, "ddim", 3)
+    images = draw_images(pipeline, sampler, Request([5] * 4, conditions, guidance_scale=1.5))
+    pipeline.scheduler = sampler.scheduler
+    expected = pipeline(
+        context=weights,
+        guidance_scale=1.5,
+        num_inference_steps=3,
+        generator=[torch.Generator().manual_seed(5) for _ in range(4)],
+        output_type="pt",
+    ).images
+    assert torch.equal(images, expected)
+    assert torch.equal(images[0], images[3])
+    for i, j in [(0, 1), (0, 2), (1, 2)]:
+        assert (images[i] - images[j]).abs().max() > 0.01
+
+
+def test_frames_keep_the_last_steps_and_thin_the_first():
+    indices = frame_indices(1000, 60)
+    assert len(indices) <= 60
+    assert indices[-10:] != [*range(990, 1000)] or len(indices) == 60
+    assert indices[-3:] == [997, 998, 999]
+    gaps = np.diff(indices)
+    assert (np.diff(gaps) <= 1).all()  # rounding apart, ever closer
+    assert gaps[0] > 5 * gaps[-5]
+    assert indices[0] == 0
+    assert frame_indices(5, 60) == [0, 1, 2, 3, 4]
+    assert frame_indices(1, 60) == [0]
+
+
+def test_animation_ends_with_the_samples(sample):
+    flags = "--num_images 4 --num_inference_steps 6 --scheduler ddim --output grid.png"
+    sample("unconditional", f"{flags} --animate new/frames.webp")
+    frames = Image.open("new/frames.webp")
+    assert frames.n_frames == 7  # the noise, and each step
+    shown, durations = [], []
+    for k in range(7):
+        frames.seek(k)
+        shown.append(np.asarray(frames.convert("RGB")).astype(int))
+        durations.append(frames.info["duration"])
+    grid = pixels("grid.png")
+    assert np.abs(shown[-1] - grid).max() <= 1
+    distances = [np.abs(frame - grid).mean() for frame in shown]
+    assert sorted(distances, reverse=True) == distances
+    assert durations[-1] > 10 * durations[0]
+
+    sample("unconditional", f"{flags} --animate frames.gif --animate_prediction")
+    predictions = Image.open("frames.gif")
+    assert predictions.n_frames == 6
+    assert predictions.info["loop"] == 0
+    predictions.seek(5)
+    # DDIM's last step returns its prediction; a GIF has 256 colours, fewer than this grid.
+    assert np.abs(np.asarray(predictions.convert("RGB")).astype(int) - grid).mean() < 16
+
+
+def test_frames_of_samplers_whose_noise_grows_are_shown_in_range(sample):
+    """Euler's x is up to 160 times as large as an image: unscaled, every pixel would be black or white."""
+    sample("unconditional", "--num_images 4 --num_inference_steps 6 --scheduler euler --animate frames.webp")
+    frames = Image.open("frames.webp")
+    frames.seek(1)
+    levels = np.asarray(frames.convert("L"))[1:-1, 1:-1]
+    assert ((levels > 5) & (levels < 250)).mean() > 0.4
+
+
+def test_comparison_draws_what_each_sampler_draws_alone():
+    pipeline = conditional_pipeline()
+    request = Request([3, 4, 5], choose_conditions(pipeline, None, None), batch_size=2)
+    samplers = [make_sampler("--compare", pipeline, name, steps) for name, steps in [("ddpm", 6), ("heun", 3)]]
+    figure = compare_samplers(pipeline, samplers, request)
+    noise = [torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4, 5)]
+    assert torch.equal(figure.rows[0], (torch.stack(noise) / 2 + 0.5).clamp(0, 1))
+    for row, sampler in zip(figure.rows[1:], samplers, strict=True):
+        assert torch.equal(row, draw_images(conditional_pipeline(), sampler, request))
+    ddpm, heun = figure.record["samplers"]
+    assert (ddpm["scheduler"], ddpm["num_inference_steps"], ddpm["network_calls"]) == ("ddpm", 6, 6)
+    assert heun["network_calls"] == 5  # two a step, but for the last
+    assert ddpm["seconds_per_image"] > 0
+    assert figure.column_labels == list(NAMES)
+
+
+def test_comparison_and_the_other_views_are_written(sample, folders, tmp_path):
+    sample("conditional", "--compare ddpm:3,ddim:2")
+    assert [s["scheduler"] for s in json.loads(Path("compare.json").read_text())["samplers"]] == ["ddpm", "ddim"]
+    sample("", f"--snapshots {folders / 'run'} --num_inference_steps 2 --output learned")
+    record = json.loads(Path("learned/snapshots.json").read_text())
+    assert [path[-4:] for path in record["snapshots"]] == ["0004", "0008"]
+    sample("conditional", "--no-noise --num_inference_steps 2")
+    sample("conditional", "--interpolate 1 2 --class hero --mix food=1,hero=0.5 --num_images 3")
+    for name in ("compare", "learned/snapshots", "no_noise", "interpolate"):
+        picture = Image.open(f"{name}.png")
+        assert min(picture.size) > 100
+        assert picture.text["model"]
+
+
+def test_snapshots_are_drawn_each_with_its_own_weights(sample, folders):
+    sample("", f"--snapshots {folders / 'run'} --class hero --num_images 3 --num_inference_steps 2 --output all.png")
+    for epoch in (4, 8):
+        model = f"run/snapshots/epoch-{epoch:04d}"
+        sample(model, f"--class hero --num_images 3 --num_inference_steps 2 --output {epoch}.png")
+    canvas = pixels("all.png")
+    for row, epoch in enumerate((4, 8)):
+        top = row * 68 + 2
+        for expected, column in zip(labelled_cells(f"{epoch}.png"), range(3), strict=True):
+            right = canvas.shape[1] - 2 - column * 68
+            assert np.abs(canvas[top : top + 64, right - 64 : right] - expected).max() <= 1
+
+
+@pytest.mark.parametrize("source", ["array", "folder", "file"])
+def test_forward_process(sample, tmp_path, source):
+    image = np.full((8, 8, 3), 255, np.uint8)
+    np.save(tmp_path / "images.npy", np.stack([image] * 3))
+    (tmp_path / "pictures").mkdir()
+    Image.fromarray(image).save(tmp_path / "pictures" / "a.png")
+    path = {"array": "images.npy", "folder": "pictures", "file": "pictures/a.png"}[source]
+    sample("unconditional", f"--forward {tmp_path / path} --scale 8")
+    record = json.loads(Path("forward.json").read_text())
+    assert record["timesteps"] == [0, 111, 222, 333, 444, 555, 666, 777, 888, 999]
+    # a float64 product of up to 1,000 factors
+    np.testing.assert_allclose(record["signal_shares"], ALPHAS_CUMPROD[record["timesteps"]], rtol=1000 * 2**-52)
+    canvas = pixels("forward.png")
+    rows = 3 if source == "array" else 1
+    pitch = canvas.shape[1] // 11
+    cells = [canvas[2:66, canvas.shape[1] - (11 - k) * pitch :][:, :pitch] for k in range(11)]
+    clean, first, last = (cell[:, (pitch - 64) // 2 :][:, :64] for cell in (cells[0], cells[1], cells[-1]))
+    assert canvas.shape[0] > rows * 68
+    assert (clean == 255).all()
+    assert first.min() > 225  # sqrt(1 - alpha_bar_0) = 0.01 of noise, below 5 deviations: 6 levels
+    # Noise alone, clipped to [-1, 1]: a third of it lies outside, half below grey. 192 numbers: five deviations.
+    assert abs((last < 127.5).mean() - 0.5) < 5 * (0.25 / 192) ** 0.5
+
+
+def test_forward_process_of_the_toy(sample, folders, tmp_path):
+    from models import BasicUNet2DModel
+
+    pipeline = UnconditionalDDPMPipeline(BasicUNet2DModel(8, 3, 3), LinearCorruptionScheduler(num_train_timesteps=10))
+    pipeline.save_pretrained(tmp_path / "toy")
+    sample("", f"{tmp_path / 'toy'} --forward sprites --num_images 2")
+    shares = json.loads(Path("forward.json").read_text())["signal_shares"]
+    np.testing.assert_allclose(shares, [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0], atol=1e-12)
+
+
+def test_without_its_noise_ddpm_collapses_to_the_mean():
+    pipeline = gaussian_pipeline(mean=0.1, std=0.3)
+    pipeline.scheduler = ClosedFormDDPMScheduler(clip_sample=False)
+    request = Request(list(range(40)), [Condition()] * 40)
+    figure = show_collapse(pipeline, make_sampler("--scheduler", pipeline, None, 250), request)
+    with_noise, without = (2 * row - 1 for row in figure.rows)  # [0, 1] -> [-1, 1]
+    # 7,680 normal numbers: five standard errors of their deviation, and 3 % for 250 steps in place of 1,000
+    assert abs(with_noise.std() - 0.3) < 0.3 * (5 / (2 * 7680) ** 0.5 + 0.03)
+    assert without.std() < 0.1
+    assert abs(without.mean() - 0.1) < 0.02
+
+
+def test_interpolation_goes_from_one_sample_to_the_other():
+    pipeline = conditional_pipeline()
+    sampler = make_sampler("--interpolate", pipeline, "ddim", 4)
+    hero, _, food = choose_conditions(pipeline, None, None)
+    figure = interpolate(pipeline, sampler, [1, 2], [hero, food], 3, Request([0], [hero]))
+    assert figure.row_labels == ["hero", "50%", "food"]
+    assert figure.column_labels == ["seed 1", "50%", "seed 2"]
+    for row, condition in [(0, hero), (2, food)]:
+        ends = draw_images(pipeline, sampler, Request([1, 2], [condition] * 2))
+        # another batch size: roundings of the 256 levels' size at most
+        torch.testing.assert_close(figure.rows[row][[0, 2]], ends, rtol=0, atol=1 / 255)
+    middle = Condition("middle", (hero.weights + food.weights) / 2)
+    noise = [torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    centre = draw_images(pipeline, sampler, Request([0], [middle]), slerp(*noise, 0.5)[None])
+    torch.testing.assert_close(figure.rows[1][1], centre[0], rtol=0, atol=1 / 255)
+
+
+def test_slerp_keeps_the_length_of_noise():
+    x, y = torch.eye(2)
+    # sin and cos of 30 degrees, with a few roundings
+    torch.testing.assert_close(slerp(x, y, 1 / 3), torch.tensor([3**0.5 / 2, 0.5]), rtol=0, atol=1e-6)
+    first, last = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert abs(slerp(first, last, 0.5).std() - 1) < 0.02  # a straight line would have 0.71
+    torch.testing.assert_close(slerp(first, first, 0.3), first)
+
+
+def test_to_pixels_rounds_and_repeats():
+    levels = torch.arange(256) / 255
+    images = to_pixels(levels.view(1, 1, 16, 16), 3)
+    assert images.shape == (1, 1, 48, 48)
+    assert torch.equal(images[0, 0, 1::3, 2::3].flatten(), torch.arange(256, dtype=torch.uint8))
+    assert torch.equal(images[0, 0, :3, :3], torch.zeros(3, 3, dtype=torch.uint8))
+    assert to_pixels(torch.full((1, 1, 1, 1), 0.998), 1).item() == 254  # 254.49: rounded; 0.999 would be 255

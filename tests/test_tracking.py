@@ -1,0 +1,220 @@
+"""The trackers' own records, read back after runs."""
+
+import json
+import os
+import sqlite3
+import struct
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY, TINY
+from PIL import Image
+from wandb.proto import wandb_internal_pb2 as pb
+
+from training.sprites import CLASS_NAMES
+from training.tracking import Trackers
+
+
+def read_wandb_file(path: Path) -> list:
+    """The records of an offline run: LevelDB's log format after a header of 7 bytes, in blocks of 32 KiB."""
+    data, position, parts, records = path.read_bytes(), 7, [], []
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:  # no record begins in the last bytes of a block
+            position += 32768 - position % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        parts.append(data[position + 7 : position + 7 + length])
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record = pb.Record()
+            record.ParseFromString(b"".join(parts))
+            records.append(record)
+            parts = []
+    return records
+
+
+def wandb_records(logging_dir: Path) -> list:
+    files = sorted((logging_dir / "wandb").glob("offline-run-*/*.wandb"))
+    return [record for file in files for record in read_wandb_file(file)]
+
+
+def history(records: list) -> list[dict]:
+    """What was logged, a dict per call."""
+    rows = []
+    for record in records:
+        if record.WhichOneof("record_type") == "history":
+            row: dict = {}
+            for item in record.history.item:
+                *folders, name = item.nested_key or [item.key]
+                place = row
+                for folder in folders:
+                    place = place.setdefault(folder, {})
+                place[name] = json.loads(item.value_json)
+            rows.append(row)
+    return rows
+
+
+def artifacts(records: list) -> list:
+    return [record.artifact for record in records if record.WhichOneof("record_type") == "artifact"]
+
+
+def launch(script: str, *flags: str, **environment: str) -> subprocess.CompletedProcess:
+    result = subprocess.run(
+        [sys.executable, f"{script}.py", *flags],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run that is stopped, resumed from a step before its last, and compared: all of it tracked."""
+    folder = tmp_path_factory.mktemp("tracked")
+    output_dir = folder / "sprites run"
+    environment = {"WANDB_MODE": "offline", "WANDB_DATA_DIR": str(folder), "TRACKIO_DIR": str(folder / "trackio")}
+    flags = [
+        *TINY.split(),
+        "--logger",
+        "all",
+        "--use_ema",
+        "--save_model_epochs",
+        "1",
+        "--output_dir",
+        str(output_dir),
+    ]
+    launch("train_conditional", *flags, "--max_train_steps", "7", **environment)
+    launch("train_conditional", *flags, "--resume_from_checkpoint", "checkpoint-3", **environment)
+    launch(
+        "sample",
+        str(output_dir),
+        "--compare",
+        "ddpm:3,ddim:2",
+        "--logger",
+        "all",
+        "--output",
+        str(folder),
+        **environment,
+    )
+    return folder, output_dir
+
+
+def test_wandb_has_every_step_and_one_run(run):
+    _, output_dir = run
+    records = wandb_records(output_dir / "logs")
+    ids = {r.run.run_id for r in records if r.WhichOneof("record_type") == "run"}
+    assert ids == {(output_dir / "logs" / "run-id").read_text()}
+    rows = [row for row in history(records) if "loss" in row]
+    assert [row["global_step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7, 8]
+    assert rows[0].keys() >= {"loss", "lr", "epoch", "grad_norm", "images_per_second", "ema_decay"}
+    assert all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
+    # The schedule is that of 8 steps in the second part, of 7 in the first: the same until it is near its end.
+    assert rows[3]["loss"] == rows[7]["loss"]
+    axes = [r.metric for r in records if r.WhichOneof("record_type") == "metric"]
+    assert any(axis.step_metric == "global_step" for axis in axes)
+
+
+def test_wandb_has_the_pictures_the_table_and_the_configuration(run):
+    _, output_dir = run
+    records = wandb_records(output_dir / "logs")
+    rows = history(records)
+    grids = [row["samples"] for row in rows if "samples" in row]
+    captions = [grid["caption"] for grid in grids]
+    assert captions[0] == "epoch 2, step 7; 2 inference steps, guidance 1, rows: " + ", ".join(CLASS_NAMES)
+    media = next((output_dir / "logs" / "wandb").glob(f"offline-run-*/files/{grids[-1]['path']}"))
+    logged = np.asarray(Image.open(media).convert("RGB"))
+    assert (logged == np.asarray(Image.open(output_dir / "samples" / "step-000008.png"))).all()
+
+    assert any("comparison_table" in row for row in rows)
+    [table] = [a for a in artifacts(records) if a.type == "run_table"]  # where W&B keeps the pictures of a table
+    files = {entry.path: entry.local_path for entry in table.manifest.contents}
+    content = json.loads(Path(files["comparison_table.table.json"]).read_text())
+    assert content["columns"] == ["input_noise", "ddpm:3", "ddim:2", "class"]
+    assert [row[3] for row in content["data"]] == [name for name in CLASS_NAMES for _ in range(2)]
+    cells = [cell["path"] for row in content["data"] for cell in row[:3]]
+    assert len(set(cells)) == 30  # ten images, each with its own noise, by two samplers
+    assert all(Image.open(files[path]).size == (64, 64) for path in cells)
+    assert any("comparison" in row for row in rows)
+
+    updates = [u for r in records if r.WhichOneof("record_type") in ("config", "run") for u in config_updates(r)]
+    values = {u.key: json.loads(u.value_json) for u in updates if u.key}
+    assert (values["dataset_name"], values["train_batch_size"]) == ("sprites", 5)
+    assert "hub_token" not in values
+
+
+def config_updates(record):
+    return record.config.update if record.WhichOneof("record_type") == "config" else record.run.config.update
+
+
+def test_wandb_has_the_model(run):
+    _, output_dir = run
+    models = [a for a in artifacts(wandb_records(output_dir / "logs")) if a.type == "model"]
+    assert [set(model.aliases) for model in models] == [{f"epoch_{epoch}", "latest"} for epoch in (1, 2, 1, 2)]
+    for model in models:
+        assert model.name == "sprites-run"
+        assert {entry.path for entry in model.manifest.contents} == {
+            "model_index.json",
+            "pipeline_conditional_ddpm.py",
+            "scheduler/scheduler_config.json",
+            "scheduler/scheduling_closed_form_ddpm.py",
+            "training_config.yaml",
+            "unet/config.json",
+            "unet/diffusion_pytorch_model.safetensors",
+        }
+
+
+def test_tensorboard_hides_what_the_resumed_run_logs_again(run):
+    from test_training import read_events
+
+    _, output_dir = run
+    events = read_events(output_dir / "logs")
+    assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert events.Tags()["scalars"].count("grad_norm") == 1
+    assert "samples/caption/text_summary" in events.Tags()["tensors"]
+    assert {"samples", "comparison"} <= set(events.Tags()["images"])
+
+
+def test_trackio_has_one_run(run):
+    folder, output_dir = run
+    run_id = (output_dir / "logs" / "run-id").read_text()
+    with closing(sqlite3.connect(folder / "trackio" / "sprite-diffusion.db")) as database:
+        rows = [
+            (name, step, json.loads(values))
+            for name, step, values in database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY id")
+        ]
+    assert {name for name, _, _ in rows} == {f"sprites run-{run_id}"}
+    assert [step for _, step, values in rows if "loss" in values] == [1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7, 8]
+    assert len([values for _, _, values in rows if "samples" in values]) == 2
+    [table] = [values["comparison_table"] for _, _, values in rows if "comparison_table" in values]
+    assert [row["class"] for row in table["_value"]][::2] == list(CLASS_NAMES)
+
+
+def test_failing_tracker_is_warned_of_once_and_left_out(tmp_path, capsys):
+    (tmp_path / "logs").write_text("a file where the folder of the trackers is to be")
+    trackers = Trackers("tensorboard", tmp_path / "logs", {"seed": 0})
+    trackers.log({"loss": 1.0}, step=1)
+    trackers.log_image("samples", Image.new("RGB", (4, 4)), "caption", step=1)
+    trackers.finish()
+    error = capsys.readouterr().err
+    assert error.count("warning: tensorboard failed (") == 1
+    assert error.count("\n") == 1
+
+
+def test_tracker_without_an_account_does_not_stop_training(tmp_path):
+    """W&B without a key, or a terminal to ask for one."""
+    output_dir = tmp_path / "run"
+    environment = {"WANDB_MODE": "online", "HOME": str(tmp_path), "WANDB_API_KEY": ""}
+    result = launch(
+        "train_unconditional", *TINY.split(), "--logger", "wandb", "--output_dir", str(output_dir), **environment
+    )
+    assert result.stderr.count("warning: wandb failed (No API key configured") == 1
+    assert (output_dir / "model_index.json").is_file()
