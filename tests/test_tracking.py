@@ -209,6 +209,26 @@ def test_failing_tracker_is_warned_of_once_and_left_out(tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+def test_tracker_that_fails_later_is_asked_once(tmp_path, capsys):
+    class FullDisk:
+        name, calls = "trackio", 0
+
+        def log(self, values, step):
+            self.calls += 1
+            raise OSError(28, "No space left on device")
+
+    trackers = Trackers("tensorboard", tmp_path / "logs", {"seed": 0})
+    working = trackers._trackers[0]
+    full = FullDisk()
+    trackers._trackers = [full, working]
+    for step in (1, 2):
+        trackers.log({"loss": 1.0}, step)
+    trackers.finish()
+    assert full.calls == 1
+    assert trackers._trackers == [working]
+    assert capsys.readouterr().err.count("warning: trackio failed ([Errno 28] No space left on device)") == 1
+
+
 def test_tracker_without_an_account_does_not_stop_training(tmp_path):
     """W&B without a key, or a terminal to ask for one."""
     output_dir = tmp_path / "run"
