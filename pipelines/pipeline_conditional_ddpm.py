@@ -1,8 +1,9 @@
 """Class-conditional image generation with classifier-free guidance and mixes of classes."""
 
+import hashlib
 import inspect
 import json
-import shutil
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -272,11 +273,24 @@ def _save_code(pipeline: DiffusionPipeline, directory: Path) -> None:
     def locate(cls: type, folder: Path) -> list[str]:
         if cls.__module__.startswith("diffusers."):
             return ["diffusers", cls.__name__]
-        source = Path(inspect.getfile(cls))
-        shutil.copyfile(source, folder / source.name)
-        return [source.stem, cls.__name__]
+        return [_save_source(cls, folder), cls.__name__]
 
     index["_class_name"] = locate(type(pipeline), directory)
     for name, component in pipeline.components.items():
         index[name] = locate(type(component), directory / name)
     index_file.write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _save_source(cls: type, folder: Path) -> str:
+    """Copies the file of a class, named after its content, and returns that name without the ending.
+
+    diffusers imports the code of all repositories by file name alone. Two versions of a file under one name would
+    overwrite each other in a program that loads both.
+    """
+    path = Path(inspect.getfile(cls))
+    source, stem = path.read_bytes(), re.sub(r"_[0-9a-f]{8}$", "", path.stem)
+    for old in folder.glob(f"{stem}_????????.py"):
+        old.unlink()
+    name = f"{stem}_{hashlib.sha256(source).hexdigest()[:8]}"
+    (folder / f"{name}.py").write_bytes(source)
+    return name

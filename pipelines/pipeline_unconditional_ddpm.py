@@ -1,8 +1,9 @@
 """Unconditional image generation with a denoising diffusion model, from noise to pictures."""
 
+import hashlib
 import inspect
 import json
-import shutil
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,21 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
+
+# The `pipeline.py` of a stock folder. diffusers takes the one pipeline class in it, hence the name is used again.
+CUSTOM_PIPELINE = '''"""This model with its own pipeline and scheduler in place of the stock ones that its index names:
+
+    DiffusionPipeline.from_pretrained(..., custom_pipeline="pipeline", trust_remote_code=True)
+"""
+
+from .scheduler.{} import UnconditionalDDPMPipeline
+from .scheduler.{} import ClosedFormDDPMScheduler
+
+
+class UnconditionalDDPMPipeline(UnconditionalDDPMPipeline):
+    def __init__(self, unet, scheduler):
+        super().__init__(unet, ClosedFormDDPMScheduler.from_config(scheduler.config))
+'''
 
 
 class UnconditionalDDPMPipeline(DiffusionPipeline):
@@ -120,8 +136,9 @@ class UnconditionalDDPMPipeline(DiffusionPipeline):
         Saves weights and configs so that plain `DiffusionPipeline.from_pretrained` loads them.
 
         With a network of diffusers this is a stock `DDPMPipeline` folder, which needs no `trust_remote_code`: the
-        config of `ClosedFormDDPMScheduler` is that of `DDPMScheduler`. Else the code files go into the folder as
-        well, and loading takes `trust_remote_code=True`.
+        config of `ClosedFormDDPMScheduler` is that of `DDPMScheduler`. It holds this pipeline and that scheduler as
+        code too: `from_pretrained(..., custom_pipeline="pipeline", trust_remote_code=True)` takes them. With another
+        network the code is in the index, and loading takes `trust_remote_code=True`.
 
         Args:
             save_directory (`str`): The folder, made if missing.
@@ -132,6 +149,11 @@ class UnconditionalDDPMPipeline(DiffusionPipeline):
             scheduler = DDPMScheduler.from_config(scheduler.config)
         if all(type(part).__module__.startswith("diffusers.") for part in (self.unet, scheduler)):
             DDPMPipeline(unet=self.unet, scheduler=scheduler).save_pretrained(save_directory, **kwargs)
+            if scheduler is not self.scheduler:
+                # Beside the scheduler's config: the only folder from which any file is downloaded.
+                folder = Path(save_directory, "scheduler")
+                modules = [_save_source(cls, folder) for cls in (UnconditionalDDPMPipeline, type(self.scheduler))]
+                Path(save_directory, "pipeline.py").write_text(CUSTOM_PIPELINE.format(*modules))
         else:
             super().save_pretrained(save_directory, **kwargs)
             _save_code(self, Path(save_directory))
@@ -188,11 +210,24 @@ def _save_code(pipeline: DiffusionPipeline, directory: Path) -> None:
     def locate(cls: type, folder: Path) -> list[str]:
         if cls.__module__.startswith("diffusers."):
             return ["diffusers", cls.__name__]
-        source = Path(inspect.getfile(cls))
-        shutil.copyfile(source, folder / source.name)
-        return [source.stem, cls.__name__]
+        return [_save_source(cls, folder), cls.__name__]
 
     index["_class_name"] = locate(type(pipeline), directory)
     for name, component in pipeline.components.items():
         index[name] = locate(type(component), directory / name)
     index_file.write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _save_source(cls: type, folder: Path) -> str:
+    """Copies the file of a class, named after its content, and returns that name without the ending.
+
+    diffusers imports the code of all repositories by file name alone. Two versions of a file under one name would
+    overwrite each other in a program that loads both.
+    """
+    path = Path(inspect.getfile(cls))
+    source, stem = path.read_bytes(), re.sub(r"_[0-9a-f]{8}$", "", path.stem)
+    for old in folder.glob(f"{stem}_????????.py"):
+        old.unlink()
+    name = f"{stem}_{hashlib.sha256(source).hexdigest()[:8]}"
+    (folder / f"{name}.py").write_bytes(source)
+    return name

@@ -9,8 +9,9 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -50,19 +51,28 @@ class Commit:
 class Repository:
     private: bool
     commits: list[Commit] = field(default_factory=list)
+    pull_requests: list[Commit] = field(default_factory=list)
 
     @property
     def files(self) -> dict[str, bytes]:
         return self.commits[-1].files
 
-    def commit(self, title: str, changes: dict[str, bytes]) -> Commit:
+    def commit(
+        self, title: str, changes: dict[str, bytes], deleted: Iterable[str] = (), pull_request: bool = False
+    ) -> Commit:
         files = {**(self.files if self.commits else {}), **changes}
-        oid = hashlib.sha1(repr((len(self.commits), title, files)).encode()).hexdigest()
-        self.commits.append(Commit(oid, title, set(changes), files))
-        return self.commits[-1]
+        for path in deleted:
+            del files[path]
+        history = self.pull_requests if pull_request else self.commits
+        oid = hashlib.sha1(repr((len(history), pull_request, title, files)).encode()).hexdigest()
+        history.append(Commit(oid, title, {*changes, *deleted}, files))
+        return history[-1]
 
     def at(self, revision: str | None) -> Commit:
-        for commit in self.commits:
+        for number, commit in enumerate(self.pull_requests, 1):
+            if revision == f"refs/pr/{number}":
+                return commit
+        for commit in [*self.commits, *self.pull_requests]:
             if commit.oid == revision:
                 return commit
         if revision not in (None, "main"):
@@ -89,6 +99,8 @@ class HubServer(ThreadingHTTPServer):
         self.repos: dict[str, Repository] = {}
         self.lfs_objects: dict[str, bytes] = {}  # by SHA-256
         self.requests: list[tuple[str, str]] = []  # (name in ROUTES, path)
+        self.delays: dict[str, float] = {}  # name in ROUTES -> seconds before each of its answers
+        self.role = "write"  # of the token
         self.failures: dict[str, list[int]] = defaultdict(list)  # name in ROUTES -> statuses of its next answers
 
     @contextmanager
@@ -147,6 +159,7 @@ class _Handler(BaseHTTPRequestHandler):
         ]
         name, match = next((route for route in found if route[1]), ("unknown", None))
         self.server.requests.append((name, raw_path))
+        time.sleep(self.server.delays.get(name, 0))
         try:
             if self.server.failures[name]:
                 raise HubError(self.server.failures[name].pop(0), "Something went wrong on our side")
@@ -216,7 +229,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def whoami(self) -> None:
         self.check_token()
-        access_token = {"displayName": "test", "role": "write"}
+        access_token = {"displayName": "test", "role": self.server.role}
         self.send_json({"type": "user", "name": USER, "orgs": [], "auth": {"accessToken": access_token}})
 
     def create(self) -> None:
@@ -290,7 +303,7 @@ class _Handler(BaseHTTPRequestHandler):
     def commit(self, revision: str) -> None:
         repository = self.repository(write=True)
         parent, title = repository.at(revision), ""
-        changes = {}
+        changes, deleted = {}, []
         for line in self.body.splitlines():
             key, value = (entry := json.loads(line))["key"], entry["value"]
             if key == "header":
@@ -303,8 +316,17 @@ class _Handler(BaseHTTPRequestHandler):
                 if value["oid"] not in self.server.lfs_objects:
                     raise HubError(400, f"{value['path']} was not uploaded to LFS")
                 changes[value["path"]] = self.server.lfs_objects[value["oid"]]
-        oid = repository.commit(title, changes).oid
-        self.send_json({"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{self.repo}/commit/{oid}"})
+            elif key == "deletedFile":
+                if value["path"] not in parent.files:
+                    raise HubError(400, f"{value['path']} is not there to be deleted")
+                deleted.append(value["path"])
+        pull_request = self.query.get("create_pr") == ["1"]
+        oid = repository.commit(title, changes, deleted, pull_request).oid
+        answer = {"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{self.repo}/commit/{oid}"}
+        if pull_request:
+            number = len(repository.pull_requests)
+            answer["pullRequestUrl"] = f"{self.server.url}/{self.repo}/discussions/{number}"
+        self.send_json(answer)
 
     def info(self, revision: str | None) -> None:
         repository = self.repository()

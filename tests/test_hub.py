@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,11 @@ class User:
 
     server: HubServer
     home: Path
+
+    def log_in(self) -> None:
+        """As `hf auth login` does."""
+        self.home.mkdir(exist_ok=True)
+        (self.home / "token").write_text(TOKEN)
 
     def run(self, *command: str, cwd: Path = REPOSITORY, status: int = 0) -> subprocess.CompletedProcess:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
@@ -76,34 +82,40 @@ def shared_files(server: HubServer, name: str) -> set[str]:
     return set(server.repos[name].files) - {".gitattributes"}  # which the Hub itself puts into a new repository
 
 
+CODE = r"_[0-9a-f]{8}\.py"  # files of code are named after their content
+
+
+def unversioned(files: set[str]) -> set[str]:
+    return {re.sub(CODE, "_VERSION.py", name) for name in files}
+
+
+OF_EVERY_RUN = {
+    "README.md",
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "scheduler/scheduling_closed_form_ddpm_VERSION.py",
+    "unet/config.json",
+    WEIGHTS,
+    "samples/step-000008.png",
+    "training_config.yaml",
+    "training_summary.json",
+}
+
+
 def test_private_repository_holds_the_pipeline_and_nothing_else(pushed):
     server, folder, _ = pushed
     assert server.repos["me/sprites"].private
-    assert shared_files(server, "me/sprites") == {
-        "model_index.json",
-        "scheduler/scheduler_config.json",
-        "unet/config.json",
-        WEIGHTS,
-        "samples/step-000008.png",
-        "training_config.yaml",
-    }
-    for name in shared_files(server, "me/sprites"):
+    files = shared_files(server, "me/sprites")
+    assert unversioned(files) == OF_EVERY_RUN | {"pipeline.py", "scheduler/pipeline_unconditional_ddpm_VERSION.py"}
+    for name in files - {"README.md"}:
         assert server.repos["me/sprites"].files[name] == (folder / "sprites" / name).read_bytes(), name
 
 
-def test_public_repository_has_the_code_as_well(pushed):
+def test_public_repository_has_the_code_in_its_index(pushed):
     server, _, _ = pushed
     assert not server.repos["me/sprites-by-class"].private
-    assert shared_files(server, "me/sprites-by-class") == {
-        "model_index.json",
-        "pipeline_conditional_ddpm.py",
-        "scheduler/scheduler_config.json",
-        "scheduler/scheduling_closed_form_ddpm.py",
-        "unet/config.json",
-        WEIGHTS,
-        "samples/step-000008.png",
-        "training_config.yaml",
-    }
+    files = shared_files(server, "me/sprites-by-class")
+    assert unversioned(files) == OF_EVERY_RUN | {"pipeline_conditional_ddpm_VERSION.py"}
 
 
 def test_token_is_nowhere(pushed):
@@ -127,7 +139,7 @@ def test_push_in_training_sends_what_changed(pushed):
     first, second = server.repos["me/sprites"].commits[1:]
     assert [first.title, second.title] == ["Step 4", "Step 8"]
     assert first.changed == shared_files(server, "me/sprites") - {"samples/step-000008.png"}
-    assert second.changed == {WEIGHTS, "samples/step-000008.png"}
+    assert second.changed == {WEIGHTS, "samples/step-000008.png", "README.md", "training_summary.json"}
 
 
 CLIENT = """
@@ -261,8 +273,10 @@ from training.config import TrainingConfig
 from training.errors import UserInputError
 from training.hub import create_repository
 for token, name in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+    name, _, private = name.partition(":")
+    config = dict(push_to_hub=True, hub_model_id=name, hub_token=token or None, hub_private_repo=bool(private))
     try:
-        print(create_repository(TrainingConfig(push_to_hub=True, hub_model_id=name, hub_token=token or None)))
+        print(create_repository(TrainingConfig(**config)))
     except UserInputError as error:
         print(error)
 """
@@ -280,28 +294,39 @@ def test_repository_that_cannot_be_created_is_one_line(author):
     ]
     arguments = [argument for case in cases for argument in case[:2]]
     # a name without a user's is a repository of the token's owner; the second time it is there already
-    result = author.run("-c", CREATE, *arguments, TOKEN, "f", TOKEN, "f")
-    *refused, created, found = result.stdout.splitlines()
+    result = author.run("-c", CREATE, *arguments, TOKEN, "f", TOKEN, "f", TOKEN, "f:private", TOKEN, "g:private")
+    *refused, created, found, public, private = result.stdout.splitlines()
     assert len(refused) == len(cases)
     for line, (_, name, reason) in zip(refused, cases, strict=True):
         assert line.startswith(f"--push_to_hub can't create {name}: ")
         assert reason in line.lower()
     assert created == found == "me/f"
-    assert set(author.server.repos) == {"me/f"}
+    assert public.startswith("--hub_private_repo: me/f exists and is public; ")
+    assert private == "me/g"
+    assert author.server.repos.keys() == {"me/f", "me/g"}
+    assert author.server.repos["me/g"].private
+
+
+def test_token_that_may_only_read_is_refused_before_training(author):
+    author.server.role = "read"
+    result = author.run("-c", CREATE, TOKEN, "me/a")
+    assert result.stdout.startswith("--push_to_hub: the token may only read; ")
 
 
 UPLOAD = """
 import sys
 from pathlib import Path
+from training import hub
 from training.config import TrainingConfig
-from training.hub import create_repository, upload_pipeline
+hub.RETRY_DELAYS = (0.01, 0.02)
 output_dir, token, *changes = sys.argv[1:]
 config = TrainingConfig(output_dir=output_dir, push_to_hub=True, hub_model_id="me/sprites", hub_token=token)
-repo_id = create_repository(config)
 for step, change in enumerate(changes):
+    uploader = hub.HubUploader(hub.create_repository(config), config)
     if change:
         Path(output_dir, change).write_text("new")
-    upload_pipeline(config, repo_id, step)
+    uploader.push(step)
+    uploader.finish()
 """
 
 
@@ -320,25 +345,129 @@ def test_second_push_does_not_send_the_weights_again(author, pipeline_folder):
     assert len([line for line in result.stdout.splitlines() if line.startswith("uploaded ")]) == 4
 
 
-def test_hub_that_fails_costs_a_warning(author, pipeline_folder):
-    """Refused storage, a lost connection and a limit, each in another way of the client; then it goes on."""
-    author.server.failures |= {"lfs_upload": [403], "commit": [DROP, 429]}
-    result = author.run("-c", UPLOAD, str(pipeline_folder), TOKEN, "", "", "", "")
-    *warnings, uploaded = result.stdout.splitlines()
-    assert len(warnings) == 3
-    for line in warnings:
-        assert line.startswith("warning: me/sprites was not updated (")
-        assert line.endswith(f"the pipeline is in {pipeline_folder}")
+@pytest.mark.parametrize(
+    ("route", "status"),
+    [("lfs_upload", 403), ("lfs_upload", 413), ("commit", DROP), ("commit", 429), ("commit", 503), ("preupload", 401)],
+)
+def test_upload_that_fails_is_tried_again(author, pipeline_folder, route, status):
+    author.server.failures[route] = [status]
+    lines = author.run("-c", UPLOAD, str(pipeline_folder), TOKEN, "").stdout.splitlines()
+    uploading = [line for line in lines if line == "uploading to me/sprites"]
+    warning, uploaded = [line for line in lines if line not in uploading]
+    assert warning.startswith("warning: me/sprites was not updated (")
+    assert warning.endswith("; trying again in 0 s")
     assert uploaded.startswith("uploaded ")
-    assert author.server.repos["me/sprites"].commits[-1].title == "Step 3"
+    assert author.server.repos["me/sprites"].commits[-1].title == "Step 0"
+
+
+def test_hub_that_stays_down_is_told_of_with_the_command_that_sends_it(author, pipeline_folder, tmp_path):
+    author.server.failures["commit"] = [503] * 3
+    *_, last, unsent = author.run("-c", UPLOAD, str(pipeline_folder), TOKEN, "").stdout.splitlines()
+    assert last.startswith("warning: me/sprites was not updated (")
+    assert "trying again" not in last
+    start = "warning: step 0 is not on the Hub; send it by: python "
+    assert unsent.startswith(start)
+    assert author.server.repos["me/sprites"].commits[-1].title == "initial commit"
+    author.log_in()
+    author.run(*unsent.removeprefix(start).split())
+    assert author.server.repos["me/sprites"].commits[-1].title == "Upload run"
 
 
 def test_run_survives_a_hub_that_fails(author, tmp_path):
     author.server.failures["commit"] = [503] * 10
     command = ["train_unconditional.py", *TINY.split(), *PRIVATE_FLAGS.split(), "--output_dir", str(tmp_path / "run")]
     result = author.run(*command)
-    warnings = [line for line in result.stdout.splitlines() if line.startswith("warning: me/sprites was not updated")]
-    assert len(warnings) == 2  # of two epochs
-    assert all("503" in line for line in warnings)
+    assert "step 8 is not on the Hub" in result.stdout
+    assert f"push {tmp_path}/run me/sprites --private" in result.stdout
     assert (tmp_path / "run" / WEIGHTS).is_file()
     assert shared_files(author.server, "me/sprites") == set()
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from training import hub
+from training.config import TrainingConfig
+output_dir, token = sys.argv[1:]
+config = TrainingConfig(output_dir=output_dir, push_to_hub=True, hub_model_id="me/sprites", hub_token=token)
+uploader = hub.HubUploader(hub.create_repository(config), config)
+weights = Path(output_dir, "unet", "diffusion_pytorch_model.safetensors")
+for step in range(4):
+    weights.write_bytes(b"weights of step %d" % step)
+    start = time.perf_counter()
+    uploader.push(step)
+    print(time.perf_counter() - start)
+uploader.finish()
+"""
+
+
+def test_slow_hub_does_not_hold_up_the_training_and_gets_the_last_step(author, pipeline_folder):
+    author.server.delays["commit"] = 2
+    result = author.run("-c", SLOW, str(pipeline_folder), TOKEN)
+    waits = [float(line) for line in result.stdout.splitlines()[:4]]
+    assert max(waits) < 1
+    first, last = author.server.repos["me/sprites"].commits[1:]
+    assert [first.title, last.title] == ["Step 0", "Step 3"]
+    # each with its own weights, though the files were written again during the first upload
+    assert [commit.files[WEIGHTS] for commit in (first, last)] == [b"weights of step 0", b"weights of step 3"]
+
+
+def test_strategies(author, tmp_path):
+    """4 steps an epoch, 2 epochs; the pipeline is written each epoch, checkpoints at steps 3, 6 and 8."""
+    for strategy, steps in [("end", [8]), ("checkpoint", [3, 4, 6, 8])]:
+        name = f"sprites-{strategy}"
+        flags = f"{PRIVATE_FLAGS} --hub_model_id me/{name} --hub_strategy {strategy} --output_dir {tmp_path}/{name}"
+        author.run("train_unconditional.py", *TINY.split(), *flags.split())
+        titles = [commit.title for commit in author.server.repos[f"me/{name}"].commits[1:]]
+        expected = [f"Step {step}" for step in steps]
+        assert titles[-1] == "Step 8"
+        assert set(titles) <= set(expected)  # an upload that takes longer than a step leaves some out
+        assert len(titles) == 1 if strategy == "end" else "Step 3" in titles
+        assert not [path for path in author.server.repos[f"me/{name}"].files if "checkpoint" in path]
+
+
+def test_push_command(author, pipeline_folder):
+    author.log_in()
+    push = ["-m", "training.hub", "push", str(pipeline_folder)]
+    before = sorted(path.name for path in pipeline_folder.iterdir())
+    assert author.run(*push, "me/later", "--private").stdout.startswith("uploaded http")
+    repository = author.server.repos["me/later"]
+    assert repository.private
+    assert unversioned(shared_files(author.server, "me/later")) == OF_EVERY_RUN | {
+        "pipeline.py",
+        "scheduler/pipeline_unconditional_ddpm_VERSION.py",
+    }
+    assert sorted(path.name for path in pipeline_folder.iterdir()) == before
+
+    # code of another version is replaced, somebody's own is left alone
+    repository.commit("others", {"scheduler/scheduling_closed_form_ddpm_00000000.py": b"", "app.py": b"import gradio"})
+    author.run(*push, "me/later", "--private")
+    files = shared_files(author.server, "me/later")
+    assert "app.py" in files
+    assert "scheduler/scheduling_closed_form_ddpm_00000000.py" not in files
+
+    (pipeline_folder / "samples" / "step-000008.png").write_bytes(b"another")
+    printed = author.run(*push, "me/later", "--pr").stdout
+    assert printed == f"uploaded {author.server.url}/me/later/discussions/1\n"
+    assert repository.pull_requests[0].changed >= {"samples/step-000008.png"}
+    assert repository.files["samples/step-000008.png"] != b"another"
+
+
+def test_push_command_that_fails_is_one_line(author, pipeline_folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    author.server.failures["commit"] = [503]
+    for login, arguments, fragment in [
+        (False, ["push", str(pipeline_folder), "me/x"], "401"),
+        (True, ["push", str(tmp_path / "empty"), "me/x"], "empty holds no pipeline"),
+        (True, ["push", str(pipeline_folder), "other/x"], "you don't have the rights"),
+        (True, ["push", str(pipeline_folder), "me/x"], "me/x was not updated: "),
+        (True, ["push", str(pipeline_folder)], "repo_id"),
+        (True, ["card", str(tmp_path / "missing")], "missing holds no pipeline"),
+    ]:
+        if login:
+            author.log_in()
+        result = author.run("-m", "training.hub", *arguments, status=2)
+        lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1
+        assert fragment in lines[0].replace("You", "you"), lines
+        assert "Traceback" not in result.stderr

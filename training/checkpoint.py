@@ -17,12 +17,23 @@ from training.config import TrainingConfig
 from training.errors import UserInputError
 
 CONFIG_FILE = "training_config.yaml"
+SUMMARY_FILE = "training_summary.json"
 STATE_FILE = "train_state.json"
 WEIGHTS_FILE = "unet/diffusion_pytorch_model.safetensors"
 # A pipeline for others. A `*` goes across folders: `*.py` would take those of snapshots.
-PIPELINE_FILES = ["model_index.json", "pipeline_*.py", "unet/*", "scheduler/*", CONFIG_FILE]
+PIPELINE_FILES = ["model_index.json", "pipeline*.py", "unet/*", "scheduler/*", CONFIG_FILE]
 # What a run writes: the only things that --overwrite_output_dir removes.
-RUN_FILES = (CONFIG_FILE, "model_index.json", "unet", "scheduler", "samples", "snapshots", "*.py", "checkpoint-*")
+RUN_FILES = (
+    CONFIG_FILE,
+    SUMMARY_FILE,
+    "model_index.json",
+    "unet",
+    "scheduler",
+    "samples",
+    "snapshots",
+    "*.py",
+    "checkpoint-*",
+)
 
 
 @dataclass
@@ -32,6 +43,8 @@ class TrainState:
     global_step: int = 0  # optimizer steps done
     epoch: int = 0
     batches_done: int = 0  # of this epoch, per process
+    images_seen: int = 0  # by all processes
+    seconds: float = 0.0  # of training, with its samples and checkpoints
 
 
 def check_output_dir(config: TrainingConfig) -> None:

@@ -154,7 +154,10 @@ class TrainingConfig:
     logging_steps: int = _field(10, "Log the mean loss every N optimizer steps.")
 
     # Hub
-    push_to_hub: bool = _field(False, "Upload the pipeline when it is written.")
+    push_to_hub: bool = _field(False, "Upload the pipeline, beside the training.")
+    hub_strategy: Literal["end", "every_save", "checkpoint"] = _field(
+        "every_save", "Upload at the end, also every time the pipeline is written, or also at every checkpoint."
+    )
     hub_token: str | None = _field(None, "Token for the Hub; better: `hf auth login`. Never saved.")
     hub_model_id: str | None = _field(None, "Repository; the name of `output_dir` if not given.")
     hub_private_repo: bool = _field(False, "Create the repository as private.")

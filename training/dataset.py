@@ -38,6 +38,7 @@ class ImageData:
     num_images: int | None  # None for a stream
     num_skipped: int
     source: str
+    license: str | None = None  # where the data says it
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class _Source:
     images: Iterable[tuple[str, Any]]  # what errors call the image, and an array, file name or encoded image
     class_labels: np.ndarray | None = None  # int64, of these images or more
     class_names: list[str] | None = None
+    license: str | None = None
 
 
 class _BadImageError(Exception):
@@ -223,6 +225,7 @@ def _draw(config: TrainingConfig, with_labels: bool) -> _Source:
         ((f"sprite {row}", image) for row, image in enumerate(images)),
         class_labels if with_labels else None,
         _choose_class_names(list(CLASS_NAMES), [], config, "the built-in sprites") if with_labels else None,
+        license="apache-2.0",
     )
 
 
@@ -365,6 +368,7 @@ def _open_table(
         ((_name_image(value, f"row {row} of {source_name}"), value) for row, value in enumerate(values)),
         class_labels,
         class_names,
+        dataset.info.license or None,
     )
 
 
@@ -391,7 +395,7 @@ def _open_stream(
     if dataset.num_channels == 0:
         raise UserInputError(f"{source_name} holds no image that can be decoded")
     id2label = None if class_names is None else dict(enumerate(class_names))
-    return ImageData(dataset, dataset.num_channels, id2label, None, 0, source_name)
+    return ImageData(dataset, dataset.num_channels, id2label, None, 0, source_name, stream.info.license or None)
 
 
 # Labels
@@ -465,6 +469,7 @@ def _decode_all(source: _Source, config: TrainingConfig) -> ImageData:
         num_images=len(images),
         num_skipped=len(prepared) - len(images),
         source=source.name,
+        license=source.license,
     )
 
 

@@ -1,13 +1,17 @@
 """The training loop: reads from top to bottom, knows nothing of classes."""
 
+import json
 import math
 import os
+import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +23,20 @@ from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
-from training.checkpoint import TrainState, find_checkpoint, load_checkpoint, prepare_output_dir, save_checkpoint
+from training.checkpoint import (
+    SUMMARY_FILE,
+    TrainState,
+    find_checkpoint,
+    load_checkpoint,
+    prepare_output_dir,
+    save_checkpoint,
+)
 from training.config import TrainingConfig
 from training.dataset import ImageData, make_dataloader
 from training.ema import ema_tensors, ema_weights, make_ema
 from training.errors import UserInputError
 from training.grid import make_picture
-from training.hub import create_repository, upload_pipeline
+from training.hub import HubUploader, create_repository
 from training.tracking import Trackers
 
 Batch = dict[str, torch.Tensor]  # "images" (B, C, H, W) float32 in [-1, 1], "class_labels" (B,) int64
@@ -79,9 +90,10 @@ def training_loop(
 
     checkpoint = find_checkpoint(config)
     state = TrainState() if checkpoint is None else load_checkpoint(accelerator, checkpoint, model, lr_scheduler, ema)
-    repo_id = None
+    uploader = None
     if accelerator.is_main_process:
-        repo_id = create_repository(config)
+        if config.push_to_hub:
+            uploader = HubUploader(create_repository(config), config)
         prepare_output_dir(config)
         start = f"from {checkpoint}" if checkpoint else "from the start"
         print_summary(accelerator, config, data, model, total_steps, start)
@@ -100,8 +112,9 @@ def training_loop(
                     write_samples(trackers, config, averaged, grid, state)
                 if pipeline:
                     write_pipeline(averaged, output_dir)
-                    if repo_id is not None:
-                        upload_pipeline(config, repo_id, state.global_step)
+                    write_summary(accelerator, config, data, model, state, metrics)
+                    if uploader is not None and (state.global_step == total_steps or config.hub_strategy != "end"):
+                        uploader.push(state.global_step)
                     trackers.log_model(output_dir, f"epoch_{state.epoch}", metadata=asdict(state))
                 if snapshot:
                     write_pipeline(averaged, output_dir / "snapshots" / f"epoch-{state.epoch:04d}")
@@ -109,7 +122,8 @@ def training_loop(
 
     losses: list[torch.Tensor] = []  # of the micro-batches since the last log, on the device
     grad_norm: Any = None
-    images_seen, log_time = 0, time.perf_counter()
+    metrics: dict[str, float] = {}  # the last that were logged
+    images_logged, log_time = state.images_seen, time.perf_counter()
     micro_batch = 0  # since the last optimizer step
     with tqdm(
         total=total_steps,
@@ -138,7 +152,7 @@ def training_loop(
                     optimizer.step()
                     optimizer.zero_grad()
                 losses.append(loss.detach())
-                images_seen += len(clean_images) * accelerator.num_processes
+                state.images_seen += len(clean_images) * accelerator.num_processes
                 state.batches_done += 1
                 micro_batch += 1
                 if not accelerator.sync_gradients:
@@ -153,15 +167,19 @@ def training_loop(
                 progress_bar.update(1)
                 last = state.global_step == total_steps
                 if last or state.global_step % config.logging_steps == 0:
-                    rate = images_seen / (time.perf_counter() - log_time)
+                    seconds = time.perf_counter() - log_time
+                    rate = (state.images_seen - images_logged) / seconds
+                    state.seconds += seconds
                     metrics = measure(accelerator, state, losses, grad_norm, lr_scheduler, ema, rate)
                     progress_bar.set_postfix_str(
                         "loss={loss:.4f}, lr={lr:.1e}, {images_per_second:.0f} images/s".format(**metrics)
                     )
                     trackers.log(metrics, state.global_step)
-                    losses, images_seen, log_time = [], 0, time.perf_counter()
+                    losses, images_logged, log_time = [], state.images_seen, log_time + seconds
                 if last or state.global_step % config.checkpointing_steps == 0:
                     save_checkpoint(accelerator, config, state, lr_scheduler, ema, save_pipeline)
+                    if not last and config.push_to_hub and config.hub_strategy == "checkpoint":
+                        write_outputs(pipeline=True)
                 if last:
                     break
                 if config.save_images_steps and state.global_step % config.save_images_steps == 0:
@@ -176,6 +194,8 @@ def training_loop(
                 pipeline=last or state.epoch % config.save_model_epochs == 0,
                 snapshot=config.snapshot_epochs is not None and (last or state.epoch % config.snapshot_epochs == 0),
             )
+    if uploader is not None:
+        uploader.finish()
     trackers.finish()
     accelerator.end_training()
 
@@ -311,6 +331,35 @@ def write_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     """The pipeline folder that `DiffusionPipeline.from_pretrained` loads."""
     pipeline.save_pretrained(str(folder))
     tqdm.write(f"wrote {folder}")
+
+
+def write_summary(
+    accelerator: Accelerator, config: TrainingConfig, data: ImageData, model: Any, state: TrainState, metrics: dict
+) -> None:
+    """What the model card says of a run besides its configuration."""
+    summary = {
+        **asdict(state),
+        "loss": metrics.get("loss"),
+        "script": Path(sys.argv[0]).name,
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "num_images": data.num_images,
+        "data_source": data.source,
+        "data_license": data.license,
+        "num_processes": accelerator.num_processes,
+        "device": describe_device(accelerator.device),
+        "precision": accelerator.mixed_precision,
+        "versions": {name: version(name) for name in ("torch", "diffusers", "accelerate", "datasets")},
+    }
+    Path(config.output_dir, SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def describe_device(device: torch.device) -> str:
+    """The name of the hardware."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def print_summary(
