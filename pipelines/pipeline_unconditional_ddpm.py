@@ -19,8 +19,12 @@ CUSTOM_PIPELINE = '''"""This model with its own pipeline and scheduler in place 
     DiffusionPipeline.from_pretrained(..., custom_pipeline="pipeline", trust_remote_code=True)
 """
 
-from .scheduler.{} import UnconditionalDDPMPipeline
-from .scheduler.{} import ClosedFormDDPMScheduler
+from pathlib import Path
+
+{imports}
+
+# diffusers runs this file of every repository under one name: the bytecode of one must not serve the next.
+Path(__spec__.cached).unlink(missing_ok=True)
 
 
 class UnconditionalDDPMPipeline(UnconditionalDDPMPipeline):
@@ -152,8 +156,11 @@ class UnconditionalDDPMPipeline(DiffusionPipeline):
             if scheduler is not self.scheduler:
                 # Beside the scheduler's config: the only folder from which any file is downloaded.
                 folder = Path(save_directory, "scheduler")
-                modules = [_save_source(cls, folder) for cls in (UnconditionalDDPMPipeline, type(self.scheduler))]
-                Path(save_directory, "pipeline.py").write_text(CUSTOM_PIPELINE.format(*modules))
+                imports = [
+                    f"from .scheduler.{_save_source(cls, folder)} import {cls.__name__}"
+                    for cls in (UnconditionalDDPMPipeline, type(self.scheduler))
+                ]
+                Path(save_directory, "pipeline.py").write_text(CUSTOM_PIPELINE.format(imports="\n".join(imports)))
         else:
             super().save_pretrained(save_directory, **kwargs)
             _save_code(self, Path(save_directory))

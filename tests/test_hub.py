@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from urllib.request import ProxyHandler, Request, build_opener
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, TINY
 from hub_server import DROP, TOKEN, HubServer, Repository
+from huggingface_hub import ModelCard
 from PIL import Image
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -207,44 +209,231 @@ def test_server_sends_parts_of_files(server):
         assert answer.read() == content[10:20]
 
 
-DRAW = """
-import json, sys, numpy as np, torch
+ISOLATED = """
+import sys
 for name in ("models", "pipelines", "sampling", "schedulers", "training"):  # an installation of it can't help
     sys.modules[name] = None
+import json, numpy as np, torch
 from diffusers import DiffusionPipeline
-repository, folder, out, loading, calling = sys.argv[1:]
-for name, model in ("hub", repository), ("local", folder):
-    pipeline = DiffusionPipeline.from_pretrained(model, **json.loads(loading))
+
+def draw(model, **kwargs):
+    pipeline = DiffusionPipeline.from_pretrained(model, **json.loads(sys.argv[2]))
     generator = torch.Generator().manual_seed(4)
-    images = pipeline(generator=generator, num_inference_steps=3, output_type="np", **json.loads(calling)).images
-    np.save(f"{out}-{name}.npy", images)
+    images = pipeline(generator=generator, num_inference_steps=3, output_type="np", **json.loads(sys.argv[3])).images
     print(type(pipeline).__name__, type(pipeline.scheduler).__name__)
+    return pipeline, images
 """
+DRAW = (
+    ISOLATED
+    + """
+repository, _, _, folder, out = sys.argv[1:]
+pipeline, images = draw(repository)
+np.save(out + "/hub.npy", images)
+np.save(out + "/local.npy", draw(folder)[1])
+pipeline.save_pretrained(out + "/saved")
+np.save(out + "/saved.npy", draw(out + "/saved")[1])
+"""
+)
+DRAW_SAVED = (
+    ISOLATED
+    + """
+np.save(sys.argv[4] + "/fresh.npy", draw(sys.argv[1])[1])
+"""
+)
+OWN_CODE = {"trust_remote_code": True}
 
 
 @pytest.mark.parametrize(
     ("name", "loading", "calling", "classes"),
     [
-        ("sprites", {"token": TOKEN}, {"batch_size": 2}, "DDPMPipeline DDPMScheduler"),
+        ("sprites", {}, {"batch_size": 2}, "DDPMPipeline DDPMScheduler"),
+        (
+            "sprites",
+            {"custom_pipeline": "pipeline", **OWN_CODE},
+            {"batch_size": 2},
+            "UnconditionalDDPMPipeline ClosedFormDDPMScheduler",
+        ),
         (
             "sprites-by-class",
-            {"trust_remote_code": True},
+            OWN_CODE,
             {"class_labels": ["food", "hero"], "guidance_scale": 2.0},
             "ConditionalDDPMPipeline ClosedFormDDPMScheduler",
         ),
     ],
 )
-def test_others_load_it_and_draw_the_same_images(pushed, tmp_path, name, loading, calling, classes):
+def test_others_load_it_save_it_and_draw_the_same_images(pushed, tmp_path, name, loading, calling, classes):
     server, folder, _ = pushed
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    arguments = [str(folder / name), str(tmp_path / "images"), json.dumps(loading), json.dumps(calling)]
-    result = User(server, tmp_path / "stranger").run("-I", "-c", DRAW, f"me/{name}", *arguments, cwd=elsewhere)
-    assert result.stdout.splitlines() == [classes] * 2
-    hub, local = (np.load(tmp_path / f"images-{source}.npy") for source in ("hub", "local"))
-    np.testing.assert_array_equal(hub, local)
+    stranger = User(server, tmp_path / "stranger")
+    stranger.log_in()  # one of the two is private
+    arguments = [json.dumps(loading), json.dumps(calling)]
+    folders = [str(folder / name), str(tmp_path)]
+    result = stranger.run("-I", "-c", DRAW, f"me/{name}", *arguments, *folders, cwd=tmp_path)
+    assert result.stdout.splitlines() == [classes] * 3
+    stranger.run("-I", "-c", DRAW_SAVED, str(tmp_path / "saved"), *arguments, str(tmp_path), cwd=tmp_path)
+    hub, *others = (np.load(tmp_path / f"{source}.npy") for source in ("hub", "local", "saved", "fresh"))
+    for other in others:
+        np.testing.assert_array_equal(hub, other)
     assert hub.shape == (2, 16, 16, 3)
     assert np.abs(hub[0] - hub[1]).max() > 0.1  # not two blanks
+
+
+def test_stock_and_own_pipeline_of_one_repository_draw_the_same_images(pushed, tmp_path):
+    server, _, _ = pushed
+    stranger = User(server, tmp_path / "stranger")
+    stranger.log_in()
+    calling = json.dumps({"batch_size": 2})
+    for source, loading in [("stock", {}), ("own", {"custom_pipeline": "pipeline", **OWN_CODE})]:
+        (tmp_path / source).mkdir()
+        arguments = ["me/sprites", json.dumps(loading), calling, str(tmp_path / source)]
+        stranger.run("-I", "-c", DRAW_SAVED, *arguments, cwd=tmp_path)
+    stock, own = (np.load(tmp_path / source / "fresh.npy") for source in ("stock", "own"))
+    # stock's float32 tables are off by up to 1e-4 of its coefficients, and the network passes that on
+    np.testing.assert_allclose(stock, own, rtol=0, atol=2e-3)
+
+
+TWO_VERSIONS = """
+import sys
+for name in ("models", "pipelines", "sampling", "schedulers", "training"):
+    sys.modules[name] = None
+from diffusers import DiffusionPipeline
+loading = dict(eval(sys.argv[1]), trust_remote_code=True)
+first, second = (DiffusionPipeline.from_pretrained(folder, **loading) for folder in sys.argv[2:])
+for pipeline in (first, second, first):
+    try:
+        pipeline(batch_size=0)
+    except ValueError as error:
+        print(error, len(pipeline.scheduler))
+first.save_pretrained("again")
+again = DiffusionPipeline.from_pretrained("again", **loading)
+print(len(again.scheduler))
+"""
+
+
+@pytest.mark.parametrize("kind", ["unconditional", "conditional"])
+def test_two_versions_of_the_code_in_one_process_keep_apart(pushed, tmp_path, kind):
+    """A repository made by changed code: it counts its timesteps twice and words an error otherwise."""
+    source, project = pushed[1] / ("sprites" if kind == "unconditional" else "sprites-by-class"), tmp_path / "project"
+    for package in ("pipelines", "schedulers", "models", "sampling", "training"):
+        shutil.copytree(REPOSITORY / package, project / package)
+    for file, old, new in [
+        (f"pipelines/pipeline_{kind}_ddpm.py", "it must be at least 1", "it must be more"),
+        (
+            "schedulers/scheduling_closed_form_ddpm.py",
+            'return self.config["num_train_timesteps"]',
+            'return 2 * self.config["num_train_timesteps"]',
+        ),
+    ]:
+        text = (project / file).read_text()
+        assert old in text
+        (project / file).write_text(text.replace(old, new))
+    save = "import sys; from sampling.pipeline_loading import load_pipeline as load; load(sys.argv[1]).save_pretrained"
+    subprocess.run([sys.executable, "-c", f"{save}('changed')", str(source)], cwd=project, check=True)
+    loading = {"custom_pipeline": "pipeline"} if kind == "unconditional" else {}
+    stranger = User(pushed[0], tmp_path / "stranger")
+    folders = [str(source), str(project / "changed")]
+    result = stranger.run("-I", "-c", TWO_VERSIONS, repr(loading), *folders, cwd=tmp_path)
+    plain, changed = "it must be at least 1 1000", "it must be more 2000"
+    lines = [line.removeprefix("`batch_size` is 0: ") for line in result.stdout.splitlines()]
+    assert lines == [plain, changed, plain, "1000"]
+
+
+def test_card_says_what_the_run_was(pushed):
+    server, _, _ = pushed
+    card = ModelCard(server.repos["me/sprites-by-class"].files["README.md"].decode())
+    data = card.data.to_dict()
+    assert {key: data[key] for key in ("license", "library_name", "pipeline_tag")} == {
+        "license": "apache-2.0",
+        "library_name": "diffusers",
+        "pipeline_tag": "unconditional-image-generation",
+    }
+    assert "class-conditional" in data["tags"]
+    assert data["widget"][0]["output"]["url"] in server.repos["me/sprites-by-class"].files
+    [result] = card.data.eval_results
+    assert isinstance(result.metric_value, float)
+    text = card.text
+    for fragment in [
+        "![Samples](samples/step-000008.png)",
+        'DiffusionPipeline.from_pretrained("me/sprites-by-class", trust_remote_code=True)',
+        "Classes: hero, non-hero, food, spell, side-facing.",
+        "20 images from sprites (built in); licence: apache-2.0.",
+        "| steps | 8 |",
+        "| images seen | 40 |",
+        "| batch size | 5 |",
+        "| seed | 0 |",
+        "accelerate launch train_conditional.py --config training_config.yaml",
+        f"torch {version('torch')}, diffusers {version('diffusers')}",
+    ]:
+        assert fragment in text, fragment
+    assert str(pushed[1]) not in text  # nobody's folders
+
+
+@pytest.mark.parametrize("name", ["sprites", "sprites-by-class"])
+def test_snippet_of_the_card_works_as_it_stands(pushed, tmp_path, name):
+    server, _, _ = pushed
+    card = server.repos[f"me/{name}"].files["README.md"].decode()
+    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    assert f"me/{name}" in snippet
+    stranger = User(server, tmp_path / "stranger")
+    stranger.log_in()
+    # fewer steps: a training process has 1,000, and this model has nothing to show
+    isolated = ISOLATED + "from diffusers.schedulers import DDPMScheduler\n"
+    shortened = re.sub(r"num_inference_steps=\d+", "num_inference_steps=2", snippet)
+    shortened = shortened.replace("guidance_scale=2.0", "guidance_scale=2.0, num_inference_steps=2")
+    shortened = shortened.replace("0.6})", "0.6}, num_inference_steps=2)")
+    stranger.run("-I", "-c", isolated + shortened, cwd=tmp_path)
+    pictures = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert pictures == (["image.png"] if name == "sprites" else ["image.png", "mix.png"])
+
+
+def test_hand_written_parts_of_a_card_are_kept(author, pipeline_folder):
+    author.log_in()
+    push = ["-m", "training.hub", "push", str(pipeline_folder), "me/sprites"]
+    author.run(*push)
+    repository = author.server.repos["me/sprites"]
+    card = repository.files["README.md"].decode()
+    assert card.count("| steps | 8 |") == 1
+    edited = card.replace("license: apache-2.0", "license: mit\nlanguage: en").replace("- ddpm", "- ddpm\n- mine")
+    edited = edited.replace("<!-- from the run: begin -->", "# By hand\n\n<!-- from the run: begin -->")
+    edited = edited.replace("| steps | 8 |", "| steps | 9 |") + "\nThanks to my cat.\n"
+    repository.commit("edited", {"README.md": edited.encode()})
+    for _ in range(2):
+        author.run(*push)
+        pushed_again = repository.files["README.md"].decode()
+        assert pushed_again.count("# By hand") == pushed_again.count("Thanks to my cat.") == 1
+        assert pushed_again.count("| steps | 8 |") == 1
+        assert "| steps | 9 |" not in pushed_again
+        data = ModelCard(pushed_again).data.to_dict()
+        assert (data["license"], data["language"]) == ("mit", "en")
+        assert data["tags"].count("ddpm") == data["tags"].count("mine") == 1
+    repository.commit("all by hand", {"README.md": b"Only my own words."})
+    author.run(*push)
+    assert repository.files["README.md"].decode().count("Only my own words.") == 1
+
+
+def test_card_is_not_overwritten_when_the_hub_does_not_tell_it(author, pipeline_folder):
+    author.log_in()
+    push = ["-m", "training.hub", "push", str(pipeline_folder), "me/sprites"]
+    author.run(*push)
+    repository = author.server.repos["me/sprites"]
+    repository.commit("edited", {"README.md": b"By hand."})
+    author.server.failures["resolve"] = [503] * 20
+    author.run(*push, status=2)
+    author.server.failures["resolve"] = []
+    assert repository.files["README.md"] == b"By hand."
+
+
+def test_card_command(author, pipeline_folder):
+    (pipeline_folder / "README.md").write_text("My notes.\n")
+    assert (
+        author.run("-m", "training.hub", "card", str(pipeline_folder)).stdout == f"wrote {pipeline_folder}/README.md\n"
+    )
+    card = (pipeline_folder / "README.md").read_text()
+    assert card.count("My notes.") == 1
+    assert 'from_pretrained("me/sprites")' in card
+    assert not author.server.requests
+    author.log_in()
+    author.run("-m", "training.hub", "push", str(pipeline_folder), "me/new")
+    assert b"My notes." in author.server.repos["me/new"].files["README.md"]
 
 
 def test_sample_script_draws_from_a_repository(pushed, tmp_path):

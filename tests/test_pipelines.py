@@ -315,7 +315,9 @@ def load_elsewhere(tmp_path, folder, trust: str, **kwargs) -> tuple[str, np.ndar
 def test_unconditional_folder_is_stock(unconditional, tmp_path):
     folder = tmp_path / "model"
     unconditional.save_pretrained(folder)
-    assert not list(folder.rglob("*.py"))
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == "DDPMPipeline"
+    assert index["scheduler"] == ["diffusers", "DDPMScheduler"]
     classes, images = load_elsewhere(tmp_path, folder, "no-trust", batch_size=2)
     assert classes == "DDPMPipeline UNet2DModel DDPMScheduler"
     expected = unconditional(2, 20, torch.Generator().manual_seed(4), output_type="np").images
