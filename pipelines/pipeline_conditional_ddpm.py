@@ -7,10 +7,10 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -36,7 +36,8 @@ class ConditionalDDPMPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ("latents", "pred_original_sample")
 
-    def __init__(self, unet: Any, scheduler: Any, id2label: dict[int, str] | dict[str, str] | None = None):
+    # `Optional`, as diffusers 0.35 fails to load a pipeline with `dict | None` among its types.
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, id2label: Optional[dict] = None):  # noqa: UP045
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         if id2label is not None:  # JSON turns the ids into strings

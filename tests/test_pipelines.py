@@ -1,6 +1,7 @@
 """The pipelines against diffusers' own, and their folders in programs that do not know this project."""
 
 import inspect
+import json
 import subprocess
 import sys
 

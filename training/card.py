@@ -95,14 +95,13 @@ def _describe(
     grid: str | None,
 ) -> str:
     width, _, height = config["resolution"].partition("x")
-    kind = "class-conditional" if classes else "unconditional"
+    kind = "A class-conditional" if classes else "An unconditional"
     weights = "moving average (EMA) of the weights" if config["use_ema"] else "weights of the last step"
     picture = f"![Samples]({grid})\n\n" if grid else ""
     sections = [
-        f"# {repo_id.split('/')[-1]}\n\nA {kind} diffusion model of {width}x{height or width} images: "
+        f"# {repo_id.split('/')[-1]}\n\n{kind} diffusion model of {width}x{height or width} images: "
         f"a {config['model_class']} of {summary['num_parameters'] / 1e6:.2f} M parameters, trained with "
-        f"{config['noise_scheduler_class']} by sprite-diffusion. The {weights}, as safetensors.\n\n"
-        + picture.rstrip(),
+        f"{config['noise_scheduler_class']} by sprite-diffusion. It holds the {weights}.\n\n" + picture.rstrip(),
         "## Use it\n\n" + _snippet(repo_id, index, classes),
         "## Data\n\n" + _data_section(config, summary, classes),
         "## Training\n\n" + _training_table(config, summary),
@@ -125,10 +124,10 @@ def _snippet(repo_id: str, index: dict[str, Any], classes: list[str]) -> str:
         f'pipeline = DiffusionPipeline.from_pretrained("{repo_id}"{trust})',
     ]
     if classes:
-        first, last = classes[0], classes[-1]
+        first, last = json.dumps(classes[0]), json.dumps(classes[-1])
         lines += [
-            f'pipeline(class_labels=[{first!r}, {last!r}], guidance_scale=2.0).images[0].save("image.png")',
-            f'pipeline(context={{{first!r}: 1, {last!r}: 0.6}}).images[0].save("mix.png")  # a mix of classes',
+            f'pipeline(class_labels=[{first}, {last}], guidance_scale=2.0).images[0].save("image.png")',
+            f'pipeline(context={{{first}: 1, {last}: 0.6}}).images[0].save("mix.png")  # a mix of classes',
         ]
         after = (
             "\n\nThe pipeline, the scheduler and, where it is not diffusers', the network come with this repository "
@@ -165,7 +164,7 @@ def _training_table(config: dict[str, Any], summary: dict[str, Any]) -> str:
         f"T = {config['ddpm_num_steps']}",
         "precision": {"no": "float32"}.get(summary["precision"], summary["precision"]),
         "hardware": f"{summary['num_processes']} process(es) on {summary['device']}",
-        "time": f"{summary['seconds'] / 60:.1f} min, with samples and checkpoints",
+        "time": f"{summary['seconds'] / 60:.1f} min",
         "seed": f"{config['seed']}",
         "versions": versions,
     }
