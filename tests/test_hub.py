@@ -416,7 +416,7 @@ def test_card_is_not_overwritten_when_the_hub_does_not_tell_it(author, pipeline_
     author.run(*push)
     repository = author.server.repos["me/sprites"]
     repository.commit("edited", {"README.md": b"By hand."})
-    author.server.failures["resolve"] = [503] * 20
+    author.server.failures["resolve"] = [DROP] * 20
     author.run(*push, status=2)
     author.server.failures["resolve"] = []
     assert repository.files["README.md"] == b"By hand."
@@ -424,11 +424,16 @@ def test_card_is_not_overwritten_when_the_hub_does_not_tell_it(author, pipeline_
 
 def test_card_command(author, pipeline_folder):
     (pipeline_folder / "README.md").write_text("My notes.\n")
+    summary = json.loads((pipeline_folder / "training_summary.json").read_text())
+    summary["data_source"] = "/home/me/secrets/pictures"
+    (pipeline_folder / "training_summary.json").write_text(json.dumps(summary))
     assert (
         author.run("-m", "training.hub", "card", str(pipeline_folder)).stdout == f"wrote {pipeline_folder}/README.md\n"
     )
     card = (pipeline_folder / "README.md").read_text()
     assert card.count("My notes.") == 1
+    assert "20 images from pictures;" in card
+    assert "secrets" not in card
     assert 'from_pretrained("me/sprites")' in card
     assert not author.server.requests
     author.log_in()
