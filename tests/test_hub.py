@@ -414,9 +414,10 @@ def test_card_is_not_overwritten_when_the_hub_does_not_tell_it(author, pipeline_
     author.log_in()
     push = ["-m", "training.hub", "push", str(pipeline_folder), "me/sprites"]
     author.run(*push)
+    author.run(*push)  # now the card is in this user's cache
     repository = author.server.repos["me/sprites"]
     repository.commit("edited", {"README.md": b"By hand."})
-    author.server.failures["resolve"] = [DROP] * 20
+    author.server.failures["resolve"] = [503] * 20
     author.run(*push, status=2)
     author.server.failures["resolve"] = []
     assert repository.files["README.md"] == b"By hand."

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import disable_progress_bars, filter_repo_objects
 from tqdm.auto import tqdm
 
@@ -77,8 +77,6 @@ def _read_card(api: HfApi, repo_id: str) -> str | None:
     try:
         # Without `force_download` a Hub that does not answer would be covered up by an older card from the cache.
         return Path(api.hf_hub_download(repo_id, CARD_FILE, force_download=True)).read_text()
-    except LocalEntryNotFoundError:  # no answer, and a kind of the next
-        raise
     except EntryNotFoundError:
         return None
 
