@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,10 @@ def check_args(args: argparse.Namespace) -> None:
     if args.logger != "none" and args.compare is None:
         raise UserInputError("--logger belongs to --compare")
     check_tracker(args.logger)
+    for flag, path in (("--output", args.output), ("--animate", args.animate)):
+        existing = next(folder for folder in (path or Path()).absolute().parents if folder.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise UserInputError(f"{flag} {path}: {existing} is not a folder that can be written to")
 
 
 def make_request(args: argparse.Namespace, pipeline: Any) -> Request:
@@ -188,7 +193,7 @@ def log_comparison(args: argparse.Namespace, figure: Figure, samplers: list[Samp
     folders = [folder for folder in (Path(args.model), *Path(args.model).parents) if (folder / CONFIG_FILE).is_file()]
     logging_dir = Path("logs")
     if folders:
-        logging_dir = folders[-1] / yaml.safe_load((folders[-1] / CONFIG_FILE).read_text())["logging_dir"]
+        logging_dir = folders[0] / yaml.safe_load((folders[0] / CONFIG_FILE).read_text())["logging_dir"]
     trackers = Trackers(args.logger, logging_dir, {"compare": args.compare})
     trackers.log_image("comparison", figure.render(args.scale), caption=args.compare)
     trackers.log_table("comparison_table", *comparison_table(figure, samplers))

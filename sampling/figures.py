@@ -85,7 +85,8 @@ def show_learning(pipeline: Any, snapshots: list[Path], sampler: Sampler, reques
 
 def find_snapshots(run_dir: Path) -> list[Path]:
     """The snapshots of a run, oldest first."""
-    folders = sorted((run_dir / "snapshots").glob("epoch-*"))
+    epochs = {path: path.name.removeprefix("epoch-") for path in (run_dir / "snapshots").glob("epoch-*")}
+    folders = sorted((path for path, epoch in epochs.items() if epoch.isdecimal()), key=lambda path: int(epochs[path]))
     if not folders:
         raise UserInputError(f"--snapshots {run_dir}: no snapshots/epoch-* in it; train with --snapshot_epochs N")
     return folders

@@ -160,6 +160,8 @@ def test_sampling(run_script, tmp_path, capsys):
         (f"{conditional} --scale 0", "--scale 0"),
         (f"{conditional} --logger tensorboard", "--logger belongs to --compare"),
         (f"{conditional} --output {tmp_path}/samples.jpg", "samples.jpg: name a .png file or a folder"),
+        (f"{conditional} --output {conditional}/model_index.json/x.png", "is not a folder that can be written to"),
+        (f"{conditional} --animate {conditional}/model_index.json/x.gif", "is not a folder that can be written to"),
         ("wandb:me/sprites/model:latest", "wandb:me/sprites/model:latest"),
     ]:
         capsys.readouterr()

@@ -15,7 +15,7 @@ from PIL import Image
 from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline
 from sampling.conditions import Condition, choose_conditions
 from sampling.drawing import Request, draw_images, frame_indices
-from sampling.figures import compare_samplers, interpolate, show_collapse, slerp
+from sampling.figures import compare_samplers, find_snapshots, interpolate, show_collapse, slerp
 from sampling.samplers import SAMPLERS, make_sampler
 from schedulers import ClosedFormDDPMScheduler, LinearCorruptionScheduler
 from training.grid import to_pixels
@@ -300,6 +300,12 @@ def test_snapshots_are_drawn_each_with_its_own_weights(sample, folders):
         for expected, column in zip(labelled_cells(f"{epoch}.png"), range(3), strict=True):
             right = canvas.shape[1] - 2 - column * 68
             assert np.abs(canvas[top : top + 64, right - 64 : right] - expected).max() <= 1
+
+
+def test_snapshots_come_in_the_order_of_their_epochs(tmp_path):
+    for name in ("epoch-0009", "epoch-9999", "epoch-10000", "epoch-mine"):
+        (tmp_path / "snapshots" / name).mkdir(parents=True)
+    assert [path.name for path in find_snapshots(tmp_path)] == ["epoch-0009", "epoch-9999", "epoch-10000"]
 
 
 @pytest.mark.parametrize("source", ["array", "folder", "file"])
