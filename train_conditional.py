@@ -18,8 +18,9 @@ from training.config import parse_config
 from training.dataset import load_image_data
 from training.errors import UserInputError, exits_on_user_error
 from training.loss import ddpm_loss
+from training.outputs import SampleGrid
 from training.tracking import check_tracker
-from training.training_loop import Batch, SampleGrid, training_loop
+from training.training_loop import Batch, training_loop
 
 MAX_GRID_ROWS = 16  # classes in a sample grid, one per row
 

@@ -14,8 +14,9 @@ from training.config import parse_config
 from training.dataset import load_image_data
 from training.errors import exits_on_user_error
 from training.loss import corruption_loss, ddpm_loss
+from training.outputs import SampleGrid
 from training.tracking import check_tracker
-from training.training_loop import SampleGrid, training_loop
+from training.training_loop import training_loop
 
 
 @exits_on_user_error

@@ -435,6 +435,12 @@ def test_card_command(author, pipeline_folder):
     assert card.count("My notes.") == 1
     assert "20 images from pictures;" in card
     assert "secrets" not in card
+    summary["loss"] = None  # of a pipeline that was written before the first log
+    (pipeline_folder / "training_summary.json").write_text(json.dumps(summary))
+    author.run("-m", "training.hub", "card", str(pipeline_folder))
+    card = (pipeline_folder / "README.md").read_text()
+    assert "None were computed." in card
+    assert ModelCard(card).data.eval_results is None
     assert 'from_pretrained("me/sprites")' in card
     assert not author.server.requests
     author.log_in()

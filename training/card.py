@@ -64,14 +64,18 @@ def _metadata(
 ) -> dict[str, Any]:
     name = repo_id.split("/")[-1]
     data_name = _data_name(config, summary)
-    result = EvalResult(
-        task_type=PIPELINE_TAG,
-        dataset_type=data_name,
-        dataset_name=data_name,
-        metric_type="loss",
-        metric_name="training loss",
-        metric_value=round(float(summary["loss"]), 6),
-    )
+    results = [
+        EvalResult(
+            task_type=PIPELINE_TAG,
+            dataset_type=data_name,
+            dataset_name=data_name,
+            metric_type="loss",
+            metric_name="training loss",
+            metric_value=round(loss, 6),
+        )
+        for loss in [summary["loss"]]
+        if loss is not None  # a pipeline that was written before the first log
+    ]
     widget = [{"text": ", ".join(classes) or "samples", "output": {"url": grid}}]
     options: dict[str, Any] = {
         "license": summary["data_license"] or "unknown",
@@ -80,7 +84,7 @@ def _metadata(
         "tags": ["diffusion", "ddpm", "class-conditional" if classes else "unconditional", "sprite-diffusion"],
         "datasets": [data_name] if _is_on_the_hub(config) else None,
         "model_name": name,
-        "eval_results": [result],
+        "eval_results": results or None,
         "widget": widget if grid else None,
     }
     return ModelCardData(**options).to_dict()
@@ -105,15 +109,23 @@ def _describe(
         "## Use it\n\n" + _snippet(repo_id, index, classes),
         "## Data\n\n" + _data_section(config, summary, classes),
         "## Training\n\n" + _training_table(config, summary),
-        "## Metrics\n\n| metric | value | measured |\n|---|---|---|\n"
-        f"| training loss | {summary['loss']:.4f} | on training images, the mean over the last "
-        f"{config['logging_steps']} steps |\n\nThe loss says little about how good images look: see the samples.",
+        "## Metrics\n\n" + _metrics_section(config, summary),
         f"## Repeat the run\n\n```bash\naccelerate launch {summary['script']} --config {CONFIG_FILE}\n```\n\n"
         "with the file of that name from this repository and the same data.",
         "## Limits\n\nIt draws what its data holds and at its resolution only. A small model may reproduce training "
         "images; whether this one does was not measured.",
     ]
     return "\n\n".join(sections)
+
+
+def _metrics_section(config: dict[str, Any], summary: dict[str, Any]) -> str:
+    if summary["loss"] is None:
+        return "None were computed."
+    return (
+        "| metric | value | measured |\n|---|---|---|\n"
+        f"| training loss | {summary['loss']:.4f} | on training images, the mean over the last "
+        f"{config['logging_steps']} steps |\n\nThe loss says little about how good images look: see the samples."
+    )
 
 
 def _snippet(repo_id: str, index: dict[str, Any], classes: list[str]) -> str:

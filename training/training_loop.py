@@ -1,17 +1,11 @@
 """The training loop: reads from top to bottom, knows nothing of classes."""
 
-import json
 import math
 import os
-import platform
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +18,18 @@ from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
 from training.checkpoint import (
-    SUMMARY_FILE,
     TrainState,
     find_checkpoint,
     load_checkpoint,
-    prepare_output_dir,
     save_checkpoint,
 )
 from training.config import TrainingConfig
 from training.dataset import ImageData, make_dataloader
-from training.ema import ema_tensors, ema_weights, make_ema
+from training.ema import ema_tensors, make_ema
 from training.errors import UserInputError
-from training.grid import make_picture
-from training.hub import HubUploader, create_repository
-from training.tracking import Trackers
+from training.outputs import RunOutputs, SampleGrid
 
 Batch = dict[str, torch.Tensor]  # "images" (B, C, H, W) float32 in [-1, 1], "class_labels" (B,) int64
-
-
-@dataclass(frozen=True)
-class SampleGrid:
-    """A picture of samples, `columns` in a row, what it shows, and what the pipeline is called with for it."""
-
-    num_images: int
-    columns: int
-    caption: str
-    pipeline_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 def training_loop(
@@ -90,39 +70,11 @@ def training_loop(
 
     checkpoint = find_checkpoint(config)
     state = TrainState() if checkpoint is None else load_checkpoint(accelerator, checkpoint, model, lr_scheduler, ema)
-    uploader = None
-    if accelerator.is_main_process:
-        if config.push_to_hub:
-            uploader = HubUploader(create_repository(config), config)
-        prepare_output_dir(config)
-        start = f"from {checkpoint}" if checkpoint else "from the start"
-        print_summary(accelerator, config, data, model, total_steps, start)
-    trackers = make_trackers(accelerator, config, resumed_from=None if checkpoint is None else state.global_step)
-    accelerator.wait_for_everyone()
-
-    def save_pipeline(folder: Path) -> None:
-        with averaged_pipeline(accelerator, model, ema, make_pipeline) as averaged:
-            averaged.save_pretrained(str(folder))
-
-    def write_outputs(samples: bool = False, pipeline: bool = False, snapshot: bool = False) -> None:
-        output_dir = Path(config.output_dir)
-        if accelerator.is_main_process and (samples or pipeline or snapshot):
-            with averaged_pipeline(accelerator, model, ema, make_pipeline) as averaged:
-                if samples:
-                    write_samples(trackers, config, averaged, grid, state)
-                if pipeline:
-                    write_pipeline(averaged, output_dir)
-                    write_summary(accelerator, config, data, model, state, metrics)
-                    if uploader is not None and (state.global_step == total_steps or config.hub_strategy != "end"):
-                        uploader.push(state.global_step)
-                    trackers.log_model(output_dir, f"epoch_{state.epoch}", metadata=asdict(state))
-                if snapshot:
-                    write_pipeline(averaged, output_dir / "snapshots" / f"epoch-{state.epoch:04d}")
-        accelerator.wait_for_everyone()
+    outputs = RunOutputs(accelerator, config, data, model, ema, make_pipeline, grid, total_steps)
+    outputs.begin(state, checkpoint)
 
     losses: list[torch.Tensor] = []  # of the micro-batches since the last log, on the device
     grad_norm: Any = None
-    metrics: dict[str, float] = {}  # the last that were logged
     images_logged, log_time = state.images_seen, time.perf_counter()
     micro_batch = 0  # since the last optimizer step
     with tqdm(
@@ -174,29 +126,28 @@ def training_loop(
                     progress_bar.set_postfix_str(
                         "loss={loss:.4f}, lr={lr:.1e}, {images_per_second:.0f} images/s".format(**metrics)
                     )
-                    trackers.log(metrics, state.global_step)
+                    outputs.log(metrics, state)
                     losses, images_logged, log_time = [], state.images_seen, log_time + seconds
                 if last or state.global_step % config.checkpointing_steps == 0:
-                    save_checkpoint(accelerator, config, state, lr_scheduler, ema, save_pipeline)
+                    save_checkpoint(accelerator, config, state, lr_scheduler, ema, outputs.save_pipeline)
                     if not last and config.push_to_hub and config.hub_strategy == "checkpoint":
-                        write_outputs(pipeline=True)
+                        outputs.write(state, pipeline=True)
                 if last:
                     break
                 if config.save_images_steps and state.global_step % config.save_images_steps == 0:
-                    write_outputs(samples=True)
+                    outputs.write(state, samples=True)
             if state.batches_done == 0:
                 raise UserInputError(f"{data.source} gave no batch: there is no image to train on")
 
             state.epoch, state.batches_done = state.epoch + 1, 0
             last = state.global_step == total_steps
-            write_outputs(
+            outputs.write(
+                state,
                 samples=last or state.epoch % config.save_images_epochs == 0,
                 pipeline=last or state.epoch % config.save_model_epochs == 0,
                 snapshot=config.snapshot_epochs is not None and (last or state.epoch % config.snapshot_epochs == 0),
             )
-    if uploader is not None:
-        uploader.finish()
-    trackers.finish()
+    outputs.finish()
     accelerator.end_training()
 
 
@@ -258,13 +209,6 @@ def draw_randomness(
     return noise[rows], timesteps[rows], uniform[rows]
 
 
-def make_trackers(accelerator: Accelerator, config: TrainingConfig, resumed_from: int | None) -> Trackers:
-    """The trackers, on the main process; none on the others."""
-    values = {name: value for name, value in asdict(config).items() if name != "hub_token"}
-    logger = config.logger if accelerator.is_main_process else "none"
-    return Trackers(logger, Path(config.output_dir, config.logging_dir), values, resumed_from)
-
-
 def measure(
     accelerator: Accelerator,
     state: TrainState,
@@ -290,93 +234,3 @@ def measure(
     if ema is not None:
         metrics["ema_decay"] = ema.cur_decay_value
     return metrics
-
-
-@contextmanager
-def averaged_pipeline(
-    accelerator: Accelerator, model: Any, ema: Any, make_pipeline: Callable[[Any], DiffusionPipeline]
-) -> Iterator[DiffusionPipeline]:
-    """The pipeline of the model as it is to be used: averaged weights, evaluation mode."""
-    unwrapped = accelerator.unwrap_model(model)
-    unwrapped.eval()
-    try:
-        with ema_weights(ema, unwrapped):
-            yield make_pipeline(unwrapped)
-    finally:
-        unwrapped.train()
-
-
-def write_samples(
-    trackers: Trackers, config: TrainingConfig, pipeline: DiffusionPipeline, grid: SampleGrid, state: TrainState
-) -> None:
-    """A sample grid, from the same noise each time, as a PNG and to the trackers."""
-    pipeline.set_progress_bar_config(desc="sampling", unit="step", leave=False, dynamic_ncols=True)
-    images = pipeline(
-        **grid.pipeline_kwargs,
-        batch_size=grid.num_images,
-        num_inference_steps=config.ddpm_num_inference_steps,
-        generator=[torch.Generator().manual_seed(config.seed + i) for i in range(grid.num_images)],
-        output_type="pt",
-    ).images  # (N, C, H, W) in [0, 1]
-    path = Path(config.output_dir, "samples", f"step-{state.global_step:06d}.png")
-    caption = f"epoch {state.epoch}, step {state.global_step}; {grid.caption}"
-    picture = make_picture(images, grid.columns)
-    path.parent.mkdir(exist_ok=True)
-    picture.save(path)
-    trackers.log_image("samples", picture, caption, state.global_step)
-    tqdm.write(f"wrote {path}")
-
-
-def write_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """The pipeline folder that `DiffusionPipeline.from_pretrained` loads."""
-    pipeline.save_pretrained(str(folder))
-    tqdm.write(f"wrote {folder}")
-
-
-def write_summary(
-    accelerator: Accelerator, config: TrainingConfig, data: ImageData, model: Any, state: TrainState, metrics: dict
-) -> None:
-    """What the model card says of a run besides its configuration."""
-    summary = {
-        **asdict(state),
-        "loss": metrics.get("loss"),
-        "script": Path(sys.argv[0]).name,
-        "num_parameters": sum(p.numel() for p in model.parameters()),
-        "num_images": data.num_images,
-        "data_source": data.source,
-        "data_license": data.license,
-        "num_processes": accelerator.num_processes,
-        "device": describe_device(accelerator.device),
-        "precision": accelerator.mixed_precision,
-        "versions": {name: version(name) for name in ("torch", "diffusers", "accelerate", "datasets")},
-    }
-    Path(config.output_dir, SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
-
-
-def describe_device(device: torch.device) -> str:
-    """The name of the hardware."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def print_summary(
-    accelerator: Accelerator, config: TrainingConfig, data: ImageData, model: Any, total_steps: int, start: str
-) -> None:
-    """What is about to be trained, on what and for how long."""
-    height, width = config.image_size
-    images = "a stream of images" if data.num_images is None else f"{data.num_images:,} images"
-    skipped = f", {data.num_skipped} skipped as undecodable" if data.num_skipped else ""
-    classes = "" if data.id2label is None else f", {len(data.id2label)} classes"
-    batch = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
-    num_params = sum(p.numel() for p in model.parameters())
-    print(
-        f"data       {data.source}: {images} of {width}x{height}, {data.num_channels} channel(s){classes}{skipped}\n"
-        f"model      {config.model_class}, {num_params / 1e6:.2f} M parameters\n"
-        f"device     {accelerator.device}, {accelerator.num_processes} process(es), "
-        f"precision {accelerator.mixed_precision}\n"
-        f"training   {total_steps:,} steps of {batch} images, seed {config.seed}, {start}\n"
-        f"output     {config.output_dir}"
-    )

@@ -1,0 +1,193 @@
+"""What a run leaves in its folder besides checkpoints, and sends to trackers and the Hub."""
+
+import json
+import platform
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from tqdm.auto import tqdm
+
+from training.checkpoint import SUMMARY_FILE, TrainState, prepare_output_dir
+from training.config import TrainingConfig
+from training.dataset import ImageData
+from training.ema import ema_weights
+from training.grid import make_picture
+from training.hub import HubUploader, create_repository
+from training.tracking import Trackers
+
+
+@dataclass(frozen=True)
+class SampleGrid:
+    """A picture of samples, `columns` in a row, what it shows, and what the pipeline is called with for it."""
+
+    num_images: int
+    columns: int
+    caption: str
+    pipeline_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+class RunOutputs:
+    """Writes sample grids, the pipeline, its summary and snapshots. The main process writes, the others wait."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: TrainingConfig,
+        data: ImageData,
+        model: Any,
+        ema: Any,
+        make_pipeline: Callable[[Any], DiffusionPipeline],
+        grid: SampleGrid,
+        total_steps: int,
+    ) -> None:
+        self.accelerator = accelerator
+        self.config = config
+        self.output_dir = Path(config.output_dir)
+        self.data = data
+        self.model = model
+        self.ema = ema
+        self.make_pipeline = make_pipeline
+        self.grid = grid
+        self.total_steps = total_steps
+        self.uploader: HubUploader | None = None
+        self.loss: float | None = None  # the last that was logged
+
+    def begin(self, state: TrainState, checkpoint: Path | None) -> None:
+        """Makes the folder, opens the trackers and the repository, and says what is about to be trained."""
+        config = self.config
+        logger = "none"
+        if self.accelerator.is_main_process:
+            logger = config.logger
+            if config.push_to_hub:
+                self.uploader = HubUploader(create_repository(config), config)
+            prepare_output_dir(config)
+            start = f"from {checkpoint}" if checkpoint else "from the start"
+            print_summary(self.accelerator, config, self.data, self.model, self.total_steps, start)
+        self.trackers = Trackers(
+            logger,
+            self.output_dir / config.logging_dir,
+            {name: value for name, value in asdict(config).items() if name != "hub_token"},
+            resumed_from=None if checkpoint is None else state.global_step,
+        )
+        self.accelerator.wait_for_everyone()
+
+    def log(self, metrics: dict[str, float], state: TrainState) -> None:
+        """Numbers for the trackers."""
+        self.loss = metrics["loss"]
+        self.trackers.log(metrics, state.global_step)
+
+    def write(self, state: TrainState, samples: bool = False, pipeline: bool = False, snapshot: bool = False) -> None:
+        """Writes what is asked for, of the averaged weights."""
+        if self.accelerator.is_main_process and (samples or pipeline or snapshot):
+            with self._averaged_pipeline() as averaged:
+                if samples:
+                    self._write_samples(averaged, state)
+                if pipeline:
+                    self._write_pipeline(averaged, state)
+                if snapshot:
+                    folder = self.output_dir / "snapshots" / f"epoch-{state.epoch:04d}"
+                    averaged.save_pretrained(str(folder))
+                    tqdm.write(f"wrote {folder}")
+        self.accelerator.wait_for_everyone()
+
+    def save_pipeline(self, folder: Path) -> None:
+        """The folder that `DiffusionPipeline.from_pretrained` loads, of the averaged weights."""
+        with self._averaged_pipeline() as averaged:
+            averaged.save_pretrained(str(folder))
+
+    def finish(self) -> None:
+        """Waits for what is still to be sent."""
+        if self.uploader is not None:
+            self.uploader.finish()
+        self.trackers.finish()
+
+    @contextmanager
+    def _averaged_pipeline(self) -> Iterator[DiffusionPipeline]:
+        """The pipeline of the model as it is to be used: averaged weights, evaluation mode."""
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        unwrapped.eval()
+        try:
+            with ema_weights(self.ema, unwrapped):
+                yield self.make_pipeline(unwrapped)
+        finally:
+            unwrapped.train()
+
+    def _write_samples(self, pipeline: DiffusionPipeline, state: TrainState) -> None:
+        """A sample grid, from the same noise each time, as a PNG and to the trackers."""
+        config, grid = self.config, self.grid
+        pipeline.set_progress_bar_config(desc="sampling", unit="step", leave=False, dynamic_ncols=True)
+        images = pipeline(
+            **grid.pipeline_kwargs,
+            batch_size=grid.num_images,
+            num_inference_steps=config.ddpm_num_inference_steps,
+            generator=[torch.Generator().manual_seed(config.seed + i) for i in range(grid.num_images)],
+            output_type="pt",
+        ).images  # (N, C, H, W) in [0, 1]
+        path = self.output_dir / "samples" / f"step-{state.global_step:06d}.png"
+        picture = make_picture(images, grid.columns)
+        path.parent.mkdir(exist_ok=True)
+        picture.save(path)
+        caption = f"epoch {state.epoch}, step {state.global_step}; {grid.caption}"
+        self.trackers.log_image("samples", picture, caption, state.global_step)
+        tqdm.write(f"wrote {path}")
+
+    def _write_pipeline(self, pipeline: DiffusionPipeline, state: TrainState) -> None:
+        """The pipeline in the output folder, its summary, and both to the Hub and as an artifact."""
+        pipeline.save_pretrained(str(self.output_dir))
+        summary = {
+            **asdict(state),
+            "loss": self.loss,
+            "script": Path(sys.argv[0]).name,
+            "num_parameters": sum(p.numel() for p in self.model.parameters()),
+            "num_images": self.data.num_images,
+            "data_source": self.data.source,
+            "data_license": self.data.license,
+            "num_processes": self.accelerator.num_processes,
+            "device": describe_device(self.accelerator.device),
+            "precision": self.accelerator.mixed_precision,
+            "versions": {name: version(name) for name in ("torch", "diffusers", "accelerate", "datasets")},
+        }
+        (self.output_dir / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+        tqdm.write(f"wrote {self.output_dir}")
+        is_last = state.global_step == self.total_steps
+        if self.uploader is not None and (is_last or self.config.hub_strategy != "end"):
+            self.uploader.push(state.global_step)
+        self.trackers.log_model(self.output_dir, f"epoch_{state.epoch}", metadata=asdict(state))
+
+
+def describe_device(device: torch.device) -> str:
+    """The name of the hardware."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def print_summary(
+    accelerator: Accelerator, config: TrainingConfig, data: ImageData, model: Any, total_steps: int, start: str
+) -> None:
+    """What is about to be trained, on what and for how long."""
+    height, width = config.image_size
+    images = "a stream of images" if data.num_images is None else f"{data.num_images:,} images"
+    skipped = f", {data.num_skipped} skipped as undecodable" if data.num_skipped else ""
+    classes = "" if data.id2label is None else f", {len(data.id2label)} classes"
+    batch = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
+    num_params = sum(p.numel() for p in model.parameters())
+    print(
+        f"data       {data.source}: {images} of {width}x{height}, {data.num_channels} channel(s){classes}{skipped}\n"
+        f"model      {config.model_class}, {num_params / 1e6:.2f} M parameters\n"
+        f"device     {accelerator.device}, {accelerator.num_processes} process(es), "
+        f"precision {accelerator.mixed_precision}\n"
+        f"training   {total_steps:,} steps of {batch} images, seed {config.seed}, {start}\n"
+        f"output     {config.output_dir}"
+    )
