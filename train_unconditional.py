@@ -26,7 +26,8 @@ def main() -> None:
     check_tracker(config.logger)
     set_seed(config.seed)
 
-    data = load_image_data(config, with_labels=False)
+    # The network takes no labels, but images can be judged better where there are some.
+    data = load_image_data(config, with_labels=False if config.evaluate_every is None else None)
     model = build_model(config, data.num_channels)
     noise_scheduler = build_noise_scheduler(config)
     if config.noise_scheduler_class == "LinearCorruptionScheduler":

@@ -68,13 +68,16 @@ def draw_images(
     request: Request,
     noise: torch.Tensor | None = None,
     trajectory: Trajectory | None = None,
+    show_progress: bool = True,
 ) -> torch.Tensor:
     """Images (N, C, H, W) in [0, 1] on the CPU. Each depends on its own seed and condition alone.
 
     `noise` (N, C, H, W) takes the place of the noise of the seeds; what a sampler adds on its way is still theirs.
     """
     own_scheduler, pipeline.scheduler = pipeline.scheduler, sampler.scheduler
-    pipeline.set_progress_bar_config(desc=sampler.label, unit="step", dynamic_ncols=True, leave=False)
+    pipeline.set_progress_bar_config(
+        desc=sampler.label, unit="step", dynamic_ncols=True, leave=False, disable=not show_progress
+    )
     images = []
     for start in range(0, len(request.seeds), request.batch_size):
         batch = slice(start, start + request.batch_size)

@@ -8,6 +8,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from metrics.report import METRICS_FILE, TITLES
 from training.checkpoint import CONFIG_FILE, SUMMARY_FILE
 from training.errors import UserInputError
 
@@ -26,14 +27,15 @@ def make_card(run_dir: Path, repo_id: str | None, hub_card: str | None) -> str:
         config = yaml.safe_load((run_dir / CONFIG_FILE).read_text())
         summary = json.loads((run_dir / SUMMARY_FILE).read_text())
         index = json.loads((run_dir / "model_index.json").read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        metrics = _read_metrics(run_dir, summary["global_step"])
+    except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
         raise UserInputError(f"{run_dir} is not the output folder of a run: {error}") from None
     repo_id = repo_id or config["hub_model_id"] or f"me/{run_dir.resolve().name}"
     grids = sorted((run_dir / "samples").glob("step-*.png"))
     grid = f"samples/{grids[-1].name}" if grids else None
     classes = list(index.get("id2label", {}).values())
-    body = _describe(repo_id, config, summary, index, classes, grid)
-    metadata = _metadata(repo_id, config, summary, classes, grid)
+    body = _describe(repo_id, config, summary, metrics, index, classes, grid)
+    metadata = _metadata(repo_id, config, summary, metrics, classes, grid)
 
     own_file = run_dir / CARD_FILE
     cards = [_parse(text) for text in (hub_card, own_file.read_text() if own_file.is_file() else None) if text]
@@ -60,21 +62,28 @@ def _hand_written(card: ModelCard) -> tuple[str, str]:
 
 
 def _metadata(
-    repo_id: str, config: dict[str, Any], summary: dict[str, Any], classes: list[str], grid: str | None
+    repo_id: str,
+    config: dict[str, Any],
+    summary: dict[str, Any],
+    metrics: dict[str, Any] | None,
+    classes: list[str],
+    grid: str | None,
 ) -> dict[str, Any]:
     name = repo_id.split("/")[-1]
     data_name = _data_name(config, summary)
+    measured = {} if summary["loss"] is None else {"loss": ("training loss", summary["loss"])}
+    for metric, figure in ({} if metrics is None else metrics["figures"]).items():
+        measured[metric] = (TITLES[metric], figure["value"])
     results = [
         EvalResult(
             task_type=PIPELINE_TAG,
             dataset_type=data_name,
             dataset_name=data_name,
-            metric_type="loss",
-            metric_name="training loss",
-            metric_value=round(loss, 6),
+            metric_type=metric,
+            metric_name=title,
+            metric_value=round(value, 6),
         )
-        for loss in [summary["loss"]]
-        if loss is not None  # a pipeline that was written before the first log
+        for metric, (title, value) in measured.items()
     ]
     widget = [{"text": ", ".join(classes) or "samples", "output": {"url": grid}}]
     options: dict[str, Any] = {
@@ -94,6 +103,7 @@ def _describe(
     repo_id: str,
     config: dict[str, Any],
     summary: dict[str, Any],
+    metrics: dict[str, Any] | None,
     index: dict[str, Any],
     classes: list[str],
     grid: str | None,
@@ -109,22 +119,56 @@ def _describe(
         "## Use it\n\n" + _snippet(repo_id, index, classes),
         "## Data\n\n" + _data_section(config, summary, classes),
         "## Training\n\n" + _training_table(config, summary),
-        "## Metrics\n\n" + _metrics_section(config, summary),
+        "## Metrics\n\n" + _metrics_section(config, summary, metrics),
         f"## Repeat the run\n\n```bash\naccelerate launch {summary['script']} --config {CONFIG_FILE}\n```\n\n"
         "with the file of that name from this repository and the same data.",
         "## Limits\n\nIt draws what its data holds and at its resolution only. A small model may reproduce training "
-        "images; whether this one does was not measured.",
+        f"images; {_copies(metrics)}.",
     ]
     return "\n\n".join(sections)
 
 
-def _metrics_section(config: dict[str, Any], summary: dict[str, Any]) -> str:
-    if summary["loss"] is None:
-        return "None were computed."
+def _read_metrics(run_dir: Path, global_step: int) -> dict[str, Any] | None:
+    """What was measured of these weights, not of earlier ones."""
+    path = run_dir / METRICS_FILE
+    metrics = json.loads(path.read_text()) if path.is_file() else {}
+    return metrics if metrics.get("global_step") == global_step else None
+
+
+def _metrics_section(config: dict[str, Any], summary: dict[str, Any], metrics: dict[str, Any] | None) -> str:
+    parts = []
+    if metrics is not None:
+        guidance = f", guidance {metrics['guidance_scale']:g}" if "guidance_scale" in metrics else ""
+        rows = [
+            f"| {TITLES[name]} | {figure['value']:.4g} | {_interval(figure)} | {figure['real']:.4g} |"
+            for name, figure in metrics["figures"].items()
+        ]
+        parts.append(
+            f"{metrics['num_images']:,} images by {metrics['sampler']}{guidance}, against as many real ones; features "
+            f"of the {metrics['extractor']}. Beside it the same for real images that were held out from the "
+            "comparison: no model can be expected to do better.\n\n"
+            "| metric | generated | 95% interval | held-out real |\n|---|---|---|---|\n" + "\n".join(rows)
+        )
+    if summary["loss"] is not None:
+        parts.append(
+            f"The training loss was {summary['loss']:.4f}, the mean over the last {config['logging_steps']} steps. It "
+            "says little about how good images look: see the samples."
+        )
+    return "\n\n".join(parts) or "None were computed."
+
+
+def _interval(figure: dict[str, Any]) -> str:
+    low, high = figure["interval"]
+    return f"{low:.4g} to {high:.4g}"
+
+
+def _copies(metrics: dict[str, Any] | None) -> str:
+    if metrics is None:
+        return "whether this one does was not measured"
+    copies = metrics["figures"]["near_copies"]
     return (
-        "| metric | value | measured |\n|---|---|---|\n"
-        f"| training loss | {summary['loss']:.4f} | on training images, the mean over the last "
-        f"{config['logging_steps']} steps |\n\nThe loss says little about how good images look: see the samples."
+        f"of {copies['num_images']:,} samples, {copies['value']:.1%} were near-copies of one (of real images, "
+        f"{copies['real']:.1%} have such a double in the data)"
     )
 
 
@@ -174,7 +218,7 @@ def _training_table(config: dict[str, Any], summary: dict[str, Any]) -> str:
         "learning rate": f"{config['learning_rate']:g}, {config['lr_scheduler']}",
         "prediction, schedule": f"{config['prediction_type']}, {config['ddpm_beta_schedule']}, "
         f"T = {config['ddpm_num_steps']}",
-        "precision": {"no": "float32"}.get(summary["precision"], summary["precision"]),
+        "mixed precision": {"no": "none, float32"}.get(summary["precision"], summary["precision"]),
         "hardware": f"{summary['num_processes']} process(es) on {summary['device']}",
         "time": f"{summary['seconds'] / 60:.1f} min",
         "seed": f"{config['seed']}",

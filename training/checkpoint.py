@@ -31,6 +31,9 @@ RUN_FILES = (
     "scheduler",
     "samples",
     "snapshots",
+    "metrics.json",
+    "metrics.jsonl",
+    "closest_pairs.png",
     "*.py",
     "checkpoint-*",
 )

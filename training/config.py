@@ -14,6 +14,11 @@ from training.errors import ArgumentParser, UserInputError
 
 PRESETS_DIR = Path(__file__).resolve().parent.parent / "configs"
 BUILT_IN_DATASET = "sprites"
+DATA_FLAGS = (  # what says which images there are and how they are read
+    *("dataset_name", "dataset_config_name", "dataset_split", "train_data_dir", "cache_dir", "image_column"),
+    *("label_column", "labels_file", "class_names", "max_train_samples", "resolution", "resize_mode"),
+    *("interpolation", "image_mode", "background", "on_bad_image"),
+)
 
 
 def _field(default: Any, help: str) -> Any:
@@ -143,6 +148,9 @@ class TrainingConfig:
         1.0, "Classifier-free guidance of the sample grids (train_conditional.py); 1 = none."
     )
     save_model_epochs: int = _field(10, "Write the pipeline every N epochs and at the end.")
+    evaluate_every: int | None = _field(
+        None, "Calculate metrics every N epochs and at the end, of fewer images than calculate_metrics.py."
+    )
     snapshot_epochs: int | None = _field(None, "Keep a pipeline under `snapshots/` every N epochs.")
     checkpointing_steps: int = _field(500, "Write a checkpoint to resume from every N optimizer steps.")
     checkpoints_total_limit: int | None = _field(None, "Keep the newest N checkpoints.")
@@ -182,9 +190,9 @@ class TrainingConfig:
             0: ("lr_warmup_steps", "dataloader_num_workers", "adam_weight_decay", "seed"),
             1: (
                 "train_batch_size eval_batch_size num_epochs max_train_steps gradient_accumulation_steps "
-                "save_images_epochs save_images_steps save_model_epochs snapshot_epochs checkpointing_steps "
-                "checkpoints_total_limit logging_steps ddpm_num_steps ddpm_num_inference_steps layers_per_block "
-                "attention_head_dim max_train_samples guidance_scale"
+                "save_images_epochs save_images_steps save_model_epochs snapshot_epochs evaluate_every "
+                "checkpointing_steps checkpoints_total_limit logging_steps ddpm_num_steps ddpm_num_inference_steps "
+                "layers_per_block attention_head_dim max_train_samples guidance_scale"
             ).split(),
         }
         for minimum, names in at_least.items():
@@ -217,6 +225,8 @@ class TrainingConfig:
             )
         if self.streaming and self.max_train_steps is None:
             raise UserInputError("--streaming needs --max_train_steps: the length of a stream is not known")
+        if self.streaming and self.evaluate_every is not None:
+            raise UserInputError("--evaluate_every does not go with --streaming: metrics need all images at hand")
 
     def save(self, path: Path) -> None:
         """Writes what repeats this run with `--config PATH`; never the token."""
@@ -248,6 +258,21 @@ def parse_config(argv: list[str], default_preset: str) -> TrainingConfig:
     if flags.train_data_dir is not None and flags.dataset_name is None:  # else a preset's dataset would win over it
         yaml_argv = [flag for flag in yaml_argv if not flag.startswith("--dataset_name=")]
     return TrainingConfig(**vars(parser.parse_args(yaml_argv + argv)))
+
+
+def parse_data_flags(argv: list[str], run_config: Path | None) -> TrainingConfig:
+    """The data that flags name or, if they name none, that of a run's saved configuration."""
+    parser = _Parser(TrainingConfig, allow_abbrev=False)  # type: ignore[arg-type]
+    names = [flag.removeprefix("--").split("=")[0] for flag in argv if flag.startswith("--")]
+    for name in names:
+        if name not in DATA_FLAGS:
+            raise UserInputError(_unknown_name(f"unknown flag '--{name}'", name, prefix="--"))
+    run_argv: list[str] = []
+    if not {"dataset_name", "train_data_dir"}.intersection(names):
+        if run_config is None:
+            raise UserInputError("name the images to compare with, by --dataset_name or --train_data_dir")
+        run_argv = _read_yaml_as_flags(run_config, parser)
+    return TrainingConfig(**vars(parser.parse_args(run_argv + argv)))
 
 
 def _read_yaml_as_flags(path: Path, parser: argparse.ArgumentParser) -> list[str]:

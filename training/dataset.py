@@ -155,10 +155,11 @@ class StreamedImages(IterableDataset):
             yield _prepare_or_skip(example[self.image_column], name, self.config), class_label
 
 
-def load_image_data(config: TrainingConfig, with_labels: bool) -> ImageData:
+def load_image_data(config: TrainingConfig, with_labels: bool | None) -> ImageData:
     """Finds the images that `config` names and, unless they are streamed, decodes them all.
 
-    Errors in the data so show before the training, not hours later.
+    Errors in the data so show before the training, not hours later. `with_labels` of None is for labels if there are
+    any.
     """
     try:
         ImageColor.getrgb(config.background)
@@ -180,9 +181,9 @@ def load_image_data(config: TrainingConfig, with_labels: bool) -> ImageData:
             f"{source_name} has no image column: name one by --image_column (columns: {', '.join(dataset.features)})"
         )
     label_column = None
-    if with_labels:
+    if with_labels is not False:
         label_column = _find_column(dataset, datasets.ClassLabel, "label_column", config.label_column, source_name)
-        if label_column is None:
+        if label_column is None and with_labels:
             raise UserInputError(
                 f"{source_name} has no label column: name one by --label_column "
                 f"(columns: {', '.join(dataset.features)}), or put the images of each class into a folder of its own"
@@ -217,19 +218,19 @@ def _keep_batch(batch: Any) -> Any:
 # Sources
 
 
-def _draw(config: TrainingConfig, with_labels: bool) -> _Source:
+def _draw(config: TrainingConfig, with_labels: bool | None) -> _Source:
     images, class_labels, _ = draw_sprites(config.max_train_samples or BUILT_IN_SIZE)
     return _Source(
         f"{BUILT_IN_DATASET} (built in)",
         len(images),
         ((f"sprite {row}", image) for row, image in enumerate(images)),
-        class_labels if with_labels else None,
-        _choose_class_names(list(CLASS_NAMES), [], config, "the built-in sprites") if with_labels else None,
+        None if with_labels is False else class_labels,
+        None if with_labels is False else _choose_class_names(list(CLASS_NAMES), [], config, "the built-in sprites"),
         license="apache-2.0",
     )
 
 
-def _open_arrays(config: TrainingConfig, with_labels: bool) -> _Source:
+def _open_arrays(config: TrainingConfig, with_labels: bool | None) -> _Source:
     path = config.dataset_name
     assert path is not None
     images = _load_array(path, "dataset_name")  # (N, H, W, C)
@@ -239,9 +240,9 @@ def _open_arrays(config: TrainingConfig, with_labels: bool) -> _Source:
             "it must be uint8 (N, H, W, C) with 1, 3 or 4 channels"
         )
     class_labels = class_names = None
-    if with_labels:
-        if config.labels_file is None:
-            raise UserInputError(f"{path} has no labels: name their .npy file by --labels_file")
+    if with_labels and config.labels_file is None:
+        raise UserInputError(f"{path} has no labels: name their .npy file by --labels_file")
+    if config.labels_file is not None and with_labels is not False:
         class_labels, class_names = _read_label_array(config.labels_file, len(images), config)
     images = images[: config.max_train_samples]
     return _Source(

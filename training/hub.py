@@ -12,13 +12,14 @@ from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import disable_progress_bars, filter_repo_objects
 from tqdm.auto import tqdm
 
+from metrics.report import HISTORY_FILE, METRICS_FILE
 from training.card import CARD_FILE, make_card
 from training.checkpoint import PIPELINE_FILES, SUMMARY_FILE
 from training.config import TrainingConfig
 from training.errors import ArgumentParser, UserInputError, exits_on_user_error
 
 # Never checkpoints, optimizer states, logs or data.
-UPLOADED = [*PIPELINE_FILES, "samples/*", SUMMARY_FILE, "metrics.json"]
+UPLOADED = [*PIPELINE_FILES, "samples/*", SUMMARY_FILE, METRICS_FILE, HISTORY_FILE]
 # Code of an older version, which has another name. Other Python files in the repository are somebody's own.
 REPLACED = ["pipeline_*.py", "scheduler/*.py", "unet/*.py"]
 RETRY_DELAYS = (1.0, 4.0, 16.0)  # seconds

@@ -16,6 +16,11 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
+from metrics.evaluation import choose_num_images, evaluate, generate, make_evaluation_sampler, sampling_facts
+from metrics.extractors import CLIP_MODEL, make_extractor
+from metrics.real_images import RealImages
+from metrics.report import append_history, write_report
+from pipelines import ConditionalDDPMPipeline
 from training.checkpoint import SUMMARY_FILE, TrainState, prepare_output_dir
 from training.config import TrainingConfig
 from training.dataset import ImageData
@@ -23,6 +28,8 @@ from training.ema import ema_weights
 from training.grid import make_picture
 from training.hub import HubUploader, create_repository
 from training.tracking import Trackers
+
+IMAGES_PER_EVALUATION = 500
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,10 @@ class RunOutputs:
             {name: value for name, value in asdict(config).items() if name != "hub_token"},
             resumed_from=None if checkpoint is None else state.global_step,
         )
+        if config.evaluate_every is not None:  # here, so that what is wrong with the data shows before the training
+            self.real = RealImages(self.data)
+            with self.accelerator.local_main_process_first():
+                self.extractor = make_extractor("classifier", CLIP_MODEL, self.real, self.accelerator.device)
         self.accelerator.wait_for_everyone()
 
     def log(self, metrics: dict[str, float], state: TrainState) -> None:
@@ -85,8 +96,18 @@ class RunOutputs:
         self.loss = metrics["loss"]
         self.trackers.log(metrics, state.global_step)
 
-    def write(self, state: TrainState, samples: bool = False, pipeline: bool = False, snapshot: bool = False) -> None:
+    def write(
+        self,
+        state: TrainState,
+        metrics: bool = False,
+        samples: bool = False,
+        pipeline: bool = False,
+        snapshot: bool = False,
+    ) -> None:
         """Writes what is asked for, of the averaged weights."""
+        if metrics:
+            with self._averaged_pipeline() as averaged:
+                self._evaluate(averaged, state)
         if self.accelerator.is_main_process and (samples or pipeline or snapshot):
             with self._averaged_pipeline() as averaged:
                 if samples:
@@ -120,6 +141,29 @@ class RunOutputs:
                 yield self.make_pipeline(unwrapped)
         finally:
             unwrapped.train()
+
+    def _evaluate(self, pipeline: DiffusionPipeline, state: TrainState) -> None:
+        """Figures of some images, drawn by all processes: to the trackers, and for the card."""
+        config, real = self.config, self.real
+        num_images = choose_num_images(real, IMAGES_PER_EVALUATION)
+        sampler = make_evaluation_sampler(pipeline, None, None)
+        images = generate(
+            pipeline, sampler, real, num_images, config.train_batch_size, config.guidance_scale, config.seed
+        )
+        result = evaluate(real, self.extractor, images, num_images, isinstance(pipeline, ConditionalDDPMPipeline))
+        if result is None:
+            return
+        report, closest_pairs = result
+        facts = {
+            "global_step": state.global_step,
+            "data": Path(real.source).name,
+            "num_training_images": len(real),
+            **sampling_facts(pipeline, sampler, config.guidance_scale, config.seed),
+        }
+        append_history(report, self.output_dir, facts)
+        for path in write_report(report, closest_pairs, self.output_dir, facts):
+            tqdm.write(f"wrote {path}")
+        self.trackers.log(report.scalars(), state.global_step)
 
     def _write_samples(self, pipeline: DiffusionPipeline, state: TrainState) -> None:
         """A sample grid, from the same noise each time, as a PNG and to the trackers."""

@@ -143,6 +143,7 @@ def training_loop(
             last = state.global_step == total_steps
             outputs.write(
                 state,
+                metrics=config.evaluate_every is not None and (last or state.epoch % config.evaluate_every == 0),
                 samples=last or state.epoch % config.save_images_epochs == 0,
                 pipeline=last or state.epoch % config.save_model_epochs == 0,
                 snapshot=config.snapshot_epochs is not None and (last or state.epoch % config.snapshot_epochs == 0),

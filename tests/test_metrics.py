@@ -1,0 +1,546 @@
+"""calculate_metrics.py, --evaluate_every, and what they are made of, on data and models that are made here."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, TINY
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from metrics import classifier, evaluation
+from metrics.classifier import Classifier, is_weak, load_classifier
+from metrics.evaluation import NEAR_COPY, choose_num_images, evaluate, generate, make_evaluation_sampler
+from metrics.extractors import Extractor, make_extractor, real_features
+from metrics.real_images import RealImages
+from sampling.pipeline_loading import load_pipeline
+from training.card import make_card
+from training.config import TrainingConfig
+from training.dataset import load_image_data
+from training.errors import UserInputError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache of its own for each test, and a classifier of a second: enough for sprites to be told from noise."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(classifier, "TRAINING_STEPS", 60)
+    return tmp_path / "cache" / "sprite-diffusion"
+
+
+def sprites(number: int = 300, with_labels: bool = True, **config) -> RealImages:
+    values = {"dataset_name": "sprites", "max_train_samples": number, "resolution": "16", **config}
+    return RealImages(load_image_data(TrainingConfig(**values), with_labels=with_labels))
+
+
+def measure(real: RealImages, images: torch.Tensor, has_classes: bool = False, extractor: Extractor | None = None):
+    """The report on images, in batches of different sizes."""
+    extractor = extractor or make_extractor("classifier", "", real, CPU)
+    rows = torch.arange(len(images)).split([7, len(images) - 7])
+    return evaluate(real, extractor, iter((r, images[r]) for r in rows), len(images), has_classes)
+
+
+class TestRealImages:
+    def test_halves_are_disjoint_and_random_and_the_same_each_time(self):
+        real = sprites(301)
+        assert len(real.reference) == len(real.held_out) == 150
+        assert len({*real.reference, *real.held_out}) == 300
+        assert (np.diff(real.reference) < 0).any()
+        assert (real.reference == sprites(301).reference).all()
+
+    def test_images_are_as_in_the_data_in_order_in_the_centre_and_never_flipped(self, tmp_path):
+        images = np.random.default_rng(0).integers(256, size=(20, 10, 14, 3), dtype=np.uint8)
+        np.save(tmp_path / "images.npy", images)
+        real = sprites(dataset_name=str(tmp_path / "images.npy"), with_labels=False, resolution="10", random_flip=True)
+        # 14x10 covers 10x10 without a resize; the training crops a random place of it
+        expected = images[[3, 11], :, 2:12].transpose(0, 3, 1, 2)
+        assert (real[np.array([3, 11])].numpy() == expected).all()
+
+    def test_deep_grey_is_rounded_to_8_bits(self, tmp_path):
+        for i in range(20):
+            values = np.array([[0, 128, 129, 65535]] * 4, dtype=np.uint16)  # 257 levels each: 128.5 is between
+            Image.fromarray(values).save(tmp_path / f"{i:02d}.png")
+        real = sprites(dataset_name=None, train_data_dir=str(tmp_path), with_labels=False, resolution="4")
+        assert real[np.array([0])][0, 0, 0].tolist() == [0, 0, 1, 255]
+        assert real[np.array([0])].dtype == torch.uint8
+
+    def test_too_few_images(self):
+        with pytest.raises(UserInputError, match="at least 20 images"):
+            sprites(19)
+
+    def test_the_key_is_of_pixels_labels_and_resolution(self):
+        keys = [
+            sprites().key,
+            sprites(with_labels=False).key,
+            sprites(301).key,
+            sprites(resolution="8").key,
+            sprites(resolution="8", interpolation="nearest").key,
+        ]
+        assert len(set(keys)) == len(keys)
+        assert sprites().key == keys[0]
+
+    @pytest.mark.parametrize("searched_at_once", [4096, 17])
+    def test_nearest(self, monkeypatch, searched_at_once):
+        monkeypatch.setattr("metrics.real_images.SEARCHED_AT_ONCE", searched_at_once)
+        real = sprites(60)
+        everything = real[np.arange(60)].double() / 255
+        images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        expected = (images[:, None].double() / 255 - everything).square().mean((2, 3, 4)).sqrt()  # (5, 60)
+        distances, indices = real.find_nearest(images)
+        assert indices.tolist() == expected.argmin(1).tolist()
+        # float32, a mean of 768 squares
+        torch.testing.assert_close(distances.double(), expected.amin(1), rtol=768 * 2**-24, atol=0)
+
+    def test_nearest_of_a_training_image_is_itself_unless_left_out(self):
+        real = sprites(60)
+        own = np.array([30, 4, 59])
+        distances, indices = real.find_nearest(real[own])
+        assert distances.tolist() == [0, 0, 0]
+        assert indices.tolist() == own.tolist()
+        distances, indices = real.find_nearest(real[own], but=torch.from_numpy(own))
+        assert (distances > 0).all()
+        assert not set(indices.tolist()) & set(own.tolist())
+
+
+class TestClassifier:
+    def test_learns_classes_and_is_trained_once(self, cache, monkeypatch):
+        real = sprites(600)
+        network, accuracy = load_classifier(real, CPU)
+        scores = network.head(network(real[real.held_out]))
+        right = (scores.argmax(1) == real.class_labels[real.held_out]).double().mean().item()
+        assert accuracy == pytest.approx(right)
+        assert not is_weak(accuracy, real)
+        monkeypatch.setattr(classifier, "_train", None)  # would be called in vain
+        again, _ = load_classifier(sprites(600), CPU)
+        images = real[real.reference[:10]]
+        assert torch.equal(again(images), network(images))
+
+    def test_does_not_touch_the_random_state(self):
+        torch.manual_seed(3)
+        expected = torch.rand(1)
+        torch.manual_seed(3)
+        load_classifier(sprites(), CPU)
+        assert torch.rand(1) == expected
+
+    def test_without_classes_it_learns_to_find_images_again(self):
+        real = sprites(600, with_labels=False)
+        network, accuracy = load_classifier(real, CPU)
+        assert real.class_labels is None
+        assert network(real[real.held_out[:3]]).shape == (3, 128)
+        assert accuracy > 20 / 256  # 20 times what guessing gives, after a second
+
+    def test_a_weak_one_is_warned_of(self, capsys, tmp_path):
+        labels = np.random.default_rng(0).integers(4, size=400)  # nothing can be learned
+        images = np.random.default_rng(1).integers(256, size=(400, 8, 8, 3), dtype=np.uint8)
+        np.save(tmp_path / "images.npy", images)
+        np.save(tmp_path / "labels.npy", labels)
+        files = {"dataset_name": str(tmp_path / "images.npy"), "labels_file": str(tmp_path / "labels.npy")}
+        make_extractor("classifier", "", sprites(None, **files, resolution="8"), CPU)
+        assert "warning: the classifier is too weak" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("size", [(1, 1), (8, 20), (16, 16), (28, 28), (64, 48)])
+    def test_takes_images_of_any_size(self, size):
+        network = Classifier(1, 3, size).eval()
+        assert network(torch.zeros(2, 1, *size, dtype=torch.uint8)).shape == (2, 128)
+
+
+class TestEvaluate:
+    def test_training_images_are_reported_as_copies(self):
+        real = sprites(200)
+        report, _ = measure(real, real[real.reference])
+        assert report.figures["nearest_distance"].value == 0
+        assert report.figures["near_copies"].value == 1
+        assert report.figures["near_copies"].interval == (1, 1)
+        assert report.figures["frechet_distance"].value < 1e-6
+        assert report.figures["precision"].value == report.figures["recall"].value == 1
+
+    def test_held_out_images_score_as_the_floor_and_worse_images_worse(self, monkeypatch):
+        monkeypatch.setattr(classifier, "TRAINING_STEPS", 200)
+        real = sprites(1000)
+        extractor = make_extractor("classifier", "", real, CPU)
+        images = real[real.held_out]
+        held_out, _ = measure(real, images, extractor=extractor)
+        names = ("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage")
+        for name in names:
+            assert held_out.figures[name].value == pytest.approx(held_out.figures[name].real)
+        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+        noisy = [(images + noise * level).round().clamp(0, 255).to(torch.uint8) for level in (50, 100)]
+        blurred = torch.nn.functional.avg_pool2d(images.float(), 3, 1, 1).round().to(torch.uint8)
+        for worse in ([images, *noisy], [images, blurred]):
+            reports = [measure(real, versions, extractor=extractor)[0] for versions in worse]
+            for better, worse in itertools.pairwise(report.figures for report in reports):
+                for name in ("frechet_distance", "kernel_distance", "nearest_distance"):
+                    assert worse[name].value > better[name].interval[1]
+                for name in ("precision", "recall", "density", "coverage"):
+                    assert worse[name].value < better[name].interval[0]
+
+    def test_fewer_kinds_of_images_cost_recall_and_coverage(self):
+        real = sprites(400)
+        few = real[real.held_out[:10]].repeat(20, 1, 1, 1)
+        report, _ = measure(real, few)
+        assert report.figures["recall"].value < 0.5 * report.figures["recall"].real
+        assert report.figures["coverage"].value < 0.5 * report.figures["coverage"].real
+        assert report.figures["precision"].value > 0.5
+
+    def test_near_copies_are_those_within_the_threshold(self):
+        real = sprites(60)
+        images = real[real.reference]
+        level = NEAR_COPY * 255
+        # Inwards, as a level beyond 255 would be cut off: every pixel is off by as much.
+        off = lambda by: torch.where(images > 127, images - by, images + by).to(torch.uint8)  # noqa: E731
+        near, _ = measure(real, off(int(level)))
+        far, _ = measure(real, off(int(level) + 1))
+        assert near.figures["near_copies"].value == 1
+        assert far.figures["near_copies"].value == 0
+        assert near.figures["nearest_distance"].value == pytest.approx(int(level) / 255)
+
+    def test_doubles_in_the_data_show_in_the_floor(self, tmp_path):
+        images = np.random.default_rng(0).integers(256, size=(40, 8, 8, 3), dtype=np.uint8)
+        images[1::2] = images[::2]
+        np.save(tmp_path / "images.npy", images)
+        real = sprites(None, dataset_name=str(tmp_path / "images.npy"), with_labels=False, resolution="8")
+        report, _ = measure(real, 255 - real[real.reference])
+        assert report.figures["near_copies"].real == 1
+        assert report.figures["near_copies"].value == 0
+
+    def test_classes(self):
+        real = sprites(400)
+        extractor = make_extractor("classifier", "", real, CPU)
+        labels = real.class_labels[real.reference]
+        right, _ = measure(real, real[real.reference], has_classes=True, extractor=extractor)
+        seen = extractor.classify(real[real.reference]).argmax(1)
+        assert right.figures["class_accuracy"].value == pytest.approx((seen == labels).double().mean().item())
+        assert right.figures["class_accuracy"].real == pytest.approx(extractor.accuracy)
+        assert {name: figure.num_images for name, figure in right.of_class.items()} == {
+            name: int((labels == id).sum()) for id, name in real.id2label.items()
+        }
+        assert max(figure.value for figure in right.of_class.values()) < 1e-6
+        shuffled, _ = measure(real, real[real.reference[::-1].copy()], has_classes=True, extractor=extractor)
+        assert shuffled.figures["class_accuracy"].value < 0.5
+        assert shuffled.figures["frechet_distance"].value < 1e-6  # the same images, of other classes than asked for
+        assert min(figure.value for figure in shuffled.of_class.values()) > 0.01
+
+    def test_the_closest_pairs_are_drawn(self):
+        real = sprites(60)
+        images = 255 - real[real.reference]
+        images[[4, 12]] = real[real.reference[[4, 12]]]
+        images[12, :, 3, 3] ^= 8
+        _, picture = measure(real, images)
+        pixels = np.asarray(picture.convert("RGB"))
+        # Two rows of 64-pixel squares; the first column is of the copy.
+        left = next(x for x in range(pixels.shape[1]) if (pixels[2:66, x : x + 64] == enlarged(images[4])).all())
+        assert (pixels[70:134, left : left + 64] == enlarged(images[4])).all()
+        assert any((pixels[2:66, x : x + 64] == enlarged(images[12])).all() for x in range(left + 60, left + 80))
+
+
+def enlarged(image: torch.Tensor) -> np.ndarray:
+    return image.repeat_interleave(4, 1).repeat_interleave(4, 2).permute(1, 2, 0).numpy()
+
+
+class TestExtractors:
+    def test_features_of_real_images_are_kept_and_belong_to_their_half(self):
+        real = sprites(100)
+        extractor = make_extractor("classifier", "", real, CPU)
+        first = {half: real_features(extractor, real, getattr(real, half), CPU) for half in ("reference", "held_out")}
+        fails = SimpleNamespace(key=extractor.key, extract=None)
+        for half, features in first.items():
+            assert torch.equal(real_features(fails, sprites(100), getattr(real, half), CPU), features)
+            assert torch.equal(features, extractor.extract(real[getattr(real, half)]))
+        assert not torch.equal(*first.values())
+
+    def test_inception_is_torch_fidelitys_by_the_weights_that_it_downloads(self, tmp_path, monkeypatch):
+        with monkeypatch.context() as without_weights:
+            without_weights.setattr(fidelity, "load_state_dict_from_url", lambda *_, **__: {})
+            without_weights.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+            torch.manual_seed(0)
+            network = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # where the download would be
+        file = tmp_path / "hub" / "checkpoints" / fidelity.URL_INCEPTION_V3.rpartition("/")[2]
+        file.parent.mkdir(parents=True)
+        torch.save(network.state_dict(), file)
+        real = sprites(20, with_labels=False, image_mode="L")
+        extractor = make_extractor("inception", "", real, CPU)
+        images = real[np.arange(3)]
+        assert images.shape == (3, 1, 16, 16)
+        (expected,) = network(images.repeat(1, 3, 1, 1))
+        assert extractor.extract(images).shape == (3, 2048)
+        # The same operations in two libraries: nothing but their order may differ.
+        torch.testing.assert_close(extractor.extract(images), expected, rtol=1e-4, atol=1e-6)
+        report, _ = measure(real, real[real.reference], extractor=extractor)
+        assert list(report.figures)[:2] == ["fid", "kid"]
+        assert report.figures["fid"].value == pytest.approx(0, abs=1e-6)
+
+    def test_inception_without_its_weights_is_one_line(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+        for name in ("http_proxy", "https_proxy", "HTTPS_PROXY"):
+            monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens
+        with pytest.raises(UserInputError, match="can't get its weights"):
+            make_extractor("inception", "", sprites(20, with_labels=False), CPU)
+
+    def test_clip(self, tmp_path):
+        torch.manual_seed(0)
+        config = CLIPVisionConfig(
+            hidden_size=8, intermediate_size=8, projection_dim=6, num_hidden_layers=1, num_attention_heads=2,
+            image_size=32, patch_size=16,
+        )  # fmt: skip
+        network = CLIPVisionModelWithProjection(config).eval()
+        network.save_pretrained(tmp_path / "clip")
+        processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+        processor.save_pretrained(tmp_path / "clip")
+        real = sprites(60, with_labels=False)
+        extractor = make_extractor("clip", str(tmp_path / "clip"), real, CPU)
+        images = real[real.reference]
+        files = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+        with torch.no_grad():
+            expected = network(processor(files, return_tensors="pt").pixel_values).image_embeds
+        expected /= expected.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(extractor.extract(images), expected, rtol=0, atol=1e-5)
+        report, _ = measure(real, images, extractor=extractor)
+        assert report.figures["cmmd"].value == pytest.approx(0, abs=1e-6)
+        assert list(report.figures)[:2] == ["frechet_distance", "cmmd"]  # and not FID
+
+    def test_a_clip_model_that_is_not_there(self, tmp_path):
+        with pytest.raises(UserInputError, match="--clip_model"):
+            make_extractor("clip", str(tmp_path), sprites(20, with_labels=False), CPU)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs of seconds: their images are noise, but everything is there."""
+    folder = tmp_path_factory.mktemp("runs")
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+    for script in ("train_unconditional", "train_conditional"):
+        flags = f"{TINY} --max_train_samples 60 --train_batch_size 20 --output_dir {folder / script}"
+        command = [sys.executable, f"{script}.py", *flags.split()]
+        subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, capture_output=True)
+    return folder
+
+
+class TestGenerate:
+    def test_images_are_those_of_their_seed_and_class_in_the_proportions_of_the_data(self, runs):
+        real = sprites(60)
+        pipeline = load_pipeline(str(runs / "train_conditional"))
+        sampler = make_evaluation_sampler(pipeline, "ddim", 2)
+        batches = list(generate(pipeline, sampler, real, 24, batch_size=10, guidance_scale=2.0, seed=5))
+        assert [len(rows) for rows, _ in batches] == [10, 10, 4]
+        images = torch.cat([pixels for _, pixels in batches])
+        assert images.dtype == torch.uint8
+        label = int(real.class_labels[real.reference[13]])
+        pipeline.scheduler = sampler.scheduler
+        (expected,) = pipeline(
+            class_labels=[label], num_inference_steps=2, guidance_scale=2.0,
+            generator=[torch.Generator().manual_seed(5 + 13)], output_type="pt",
+        ).images  # fmt: skip
+        # Rounded, not cut off: and of another batch size, which may move a value across the border of a level.
+        assert ((images[13] / 255 - expected).abs() <= (0.5 + 1e-3) / 255).all()
+
+    def test_classes_are_found_by_name_and_must_be_the_models(self, runs):
+        pipeline = load_pipeline(str(runs / "train_conditional"))
+        names = list(reversed(pipeline.id2label.values()))
+        swapped = sprites(60, class_names=names)
+        conditions = evaluation._match_conditions(pipeline, swapped, 30)
+        for condition, label in zip(conditions, swapped.class_labels[swapped.reference], strict=True):
+            assert condition.name == names[label]
+            assert pipeline.id2label[int(condition.weights.argmax())] == names[label]
+        with pytest.raises(UserInputError, match="other classes"):
+            evaluation._match_conditions(pipeline, sprites(60, class_names=[*names[:-1], "dragon"]), 30)
+        with pytest.raises(UserInputError, match="no classes"):
+            evaluation._match_conditions(pipeline, sprites(60, with_labels=False), 30)
+
+    def test_no_more_images_than_half_of_the_data(self):
+        assert choose_num_images(sprites(60), 5000) == 30
+        assert choose_num_images(sprites(60), 12) == 12
+
+
+def read_metrics(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+class TestCalculateMetrics:
+    FLAGS = "--num_images 20 --num_inference_steps 2"
+
+    def test_a_run_by_what_it_was_trained_on(self, runs, run_script, capsys, tmp_path):
+        folder = runs / "train_conditional"
+        run_script("calculate_metrics", f"{folder} {self.FLAGS} --guidance_scale 2")
+        output = capsys.readouterr().out
+        metrics = read_metrics(folder)
+        assert metrics["num_images"] == 20
+        assert metrics["num_training_images"] == 60
+        assert metrics["sampler"] == "ddim:2"
+        assert metrics["guidance_scale"] == 2
+        assert metrics["global_step"] == 6
+        figures = metrics["figures"]
+        assert list(figures) == [
+            *("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage", "class_accuracy"),
+            *("nearest_distance", "near_copies"),
+        ]
+        for figure in [*figures.values(), *metrics["of_class"].values()]:
+            assert figure["interval"][0] <= figure["value"] <= figure["interval"][1]
+        # A network of six steps draws noise.
+        assert figures["frechet_distance"]["value"] > 3 * figures["frechet_distance"]["real"]
+        assert figures["near_copies"]["value"] == 0
+        assert f"{figures['frechet_distance']['value']:.4g}" in output
+        assert f"wrote {folder / 'metrics.json'}" in output
+        assert Image.open(folder / "closest_pairs.png").width > 64 * 10
+        card = ModelCard((folder / "README.md").read_text())
+        results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+        assert results["frechet_distance"] == pytest.approx(figures["frechet_distance"]["value"], abs=1e-6)
+        assert set(results) == {"loss", *figures}
+        assert "of 20 samples, 0.0% were near-copies" in card.text
+
+    def test_a_checkpoint_is_measured_like_the_run_and_leaves_its_card_alone(self, runs, run_script):
+        checkpoint = runs / "train_unconditional" / "checkpoint-6"
+        run_script("calculate_metrics", f"{checkpoint} {self.FLAGS} --seed 3")
+        run_script("calculate_metrics", f"{runs / 'train_unconditional'} {self.FLAGS} --seed 3")
+        assert read_metrics(checkpoint)["figures"] == read_metrics(runs / "train_unconditional")["figures"]
+        assert not (checkpoint / "README.md").exists()
+
+    def test_the_card_leaves_out_what_was_measured_of_earlier_weights(self, runs, run_script, tmp_path):
+        folder = shutil.copytree(runs / "train_unconditional", tmp_path / "run")
+        run_script("calculate_metrics", f"{folder} {self.FLAGS}")
+        assert "| coverage |" in make_card(folder, None, None)
+        summary = json.loads((folder / "training_summary.json").read_text())
+        (folder / "training_summary.json").write_text(json.dumps({**summary, "global_step": 12}))
+        card = make_card(folder, None, None)
+        assert "| coverage |" not in card
+        assert "was not measured" in card
+
+    def test_a_folder_of_images_scores_as_the_model_that_drew_them(self, runs, run_script, tmp_path, capsys):
+        model, data = runs / "train_unconditional", "--dataset_name sprites --max_train_samples 60"
+        run_script("calculate_metrics", f"{model} {self.FLAGS}")
+        for scale in (1, 2):
+            folder = tmp_path / f"scale-{scale}"
+            flags = f"--num_images 20 --scheduler ddim --num_inference_steps 2 --scale {scale} --output {folder}"
+            run_script("sample", f"{model} {flags}")
+        run_script("calculate_metrics", f"{tmp_path / 'scale-1'} {data}", tmp_path / "out")
+        assert read_metrics(tmp_path / "out")["figures"] == read_metrics(model)["figures"]
+        assert not (tmp_path / "scale-1" / "metrics.json").exists()
+        assert "warning: images of" not in capsys.readouterr().out
+        run_script("calculate_metrics", f"{tmp_path / 'scale-2'} {data} --resolution 16", tmp_path / "out")
+        assert "warning: images of 32x32" in capsys.readouterr().out
+
+    def test_grey_images_that_are_not_square(self, run_script, tmp_path):
+        images = np.random.default_rng(0).integers(256, size=(40, 8, 12, 1), dtype=np.uint8)
+        np.save(tmp_path / "images.npy", images)
+        data = f"--dataset_name {tmp_path / 'images.npy'} --resolution 12x8"
+        run_script("train_unconditional", f"{TINY.replace('--max_train_samples 20', '')} {data}", tmp_path / "run")
+        run_script("calculate_metrics", f"{tmp_path / 'run'} {self.FLAGS}")
+        assert read_metrics(tmp_path / "run")["figures"]["near_copies"]["num_images"] == 20
+
+    def test_two_processes_find_what_one_finds(self, runs, run_script, tmp_path):
+        model = runs / "train_conditional"
+        run_script("calculate_metrics", f"{model} {self.FLAGS} --batch_size 4", tmp_path / "one")  # fills the cache
+        command = f"accelerate.commands.launch --num_processes 2 --cpu calculate_metrics.py {model} {self.FLAGS}"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        subprocess.run(
+            [sys.executable, "-m", *command.split(), "--batch_size", "4", "--output_dir", str(tmp_path / "two")],
+            cwd=REPOSITORY,
+            env=environment,
+            check=True,
+            capture_output=True,
+        )
+        one, two = (read_metrics(tmp_path / name)["figures"] for name in ("one", "two"))
+        assert one.keys() == two.keys()
+        for name, figure in one.items():
+            assert two[name]["value"] == pytest.approx(figure["value"], rel=1e-4, abs=1e-6)
+
+    @pytest.mark.parametrize(
+        ("flags", "fragment"),
+        [
+            ("{run} --num_images 3", "--num_images"),
+            ("{run} --scheduler no-such", "no-such"),
+            ("{run} --num_inference_steps 2000", "2000"),
+            ("{run} --learning_rate 1", "--learning_rate"),
+            ("{run} --dataset_nam x", "--dataset_name"),
+            ("{run} --extractor no-such", "--extractor"),
+            ("{run} --extractor clip --clip_model {run}/no-such", "no-such"),
+            ("{run}/samples", "--dataset_name or --train_data_dir"),
+            ("{run}/unet --dataset_name sprites --max_train_samples 60", "unet holds neither"),
+            ("{run}/no-such --dataset_name sprites", "no-such"),
+            ("{run} --dataset_name sprites --max_train_samples 10", "at least 20 images"),
+            ("{run} --dataset_name no-such.npy", "no-such.npy"),
+        ],
+    )
+    def test_what_users_get_wrong_is_one_line(self, runs, run_script, tmp_path, capsys, flags, fragment):
+        if "{run}/samples" in flags:
+            shutil.copytree(runs / "train_unconditional" / "samples", tmp_path / "samples")
+            flags = flags.replace("{run}/samples", str(tmp_path / "samples"))
+        before = sorted(runs.rglob("*"))
+        with pytest.raises(SystemExit) as exit:
+            run_script(
+                "calculate_metrics", flags.replace("{run}", str(runs / "train_unconditional")), tmp_path / "out"
+            )
+        assert exit.value.code == 2
+        error = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
+        assert error.startswith("error: ")
+        assert fragment in error
+        assert sorted(runs.rglob("*")) == before
+        assert not (tmp_path / "out").exists()
+
+
+class TestEvaluateEvery:
+    FLAGS = f"{TINY} --max_train_samples 40 --num_epochs 3 --evaluate_every 2 --checkpointing_steps 8"
+
+    @pytest.fixture(autouse=True)
+    def quick(self, monkeypatch):
+        monkeypatch.setattr("training.outputs.IMAGES_PER_EVALUATION", 10)
+        monkeypatch.setattr("sampling.samplers.FEW_STEPS", 2)
+
+    @pytest.mark.parametrize("script", ["train_unconditional", "train_conditional"])
+    def test_history_last_figures_trackers_and_card(self, run_script, tmp_path, script):
+        run_script(script, f"{self.FLAGS} --logger tensorboard", tmp_path / "run")
+        history = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+        assert [line["global_step"] for line in history] == [16, 24]  # of 8 steps an epoch: every two, and at the end
+        assert history[-1] == read_metrics(tmp_path / "run")
+        assert ("class_accuracy" in history[0]["figures"]) == (script == "train_conditional")
+        assert history[0]["figures"] != history[1]["figures"]
+        logs = EventAccumulator(str(next((tmp_path / "run" / "logs").rglob("events*")).parent)).Reload()
+        logged = {event.step: event.value for event in logs.Scalars("metrics/precision")}
+        assert logged == pytest.approx(
+            {line["global_step"]: line["figures"]["precision"]["value"] for line in history}
+        )
+        assert "| coverage |" in make_card(tmp_path / "run", None, None)
+
+    def test_they_are_of_the_averaged_weights_and_those_of_calculate_metrics(self, run_script, tmp_path, monkeypatch):
+        run_script("train_conditional", f"{self.FLAGS} --guidance_scale 2 --train_batch_size 5", tmp_path / "run")
+        during = read_metrics(tmp_path / "run")
+        flags = "--num_images 10 --num_inference_steps 2 --guidance_scale 2 --batch_size 5"
+        run_script("calculate_metrics", f"{tmp_path / 'run'} {flags}")
+        after = read_metrics(tmp_path / "run")
+        assert {name: figure["value"] for name, figure in during["figures"].items()} == pytest.approx(
+            {name: figure["value"] for name, figure in after["figures"].items()}, rel=1e-4
+        )
+        assert during["extractor"] == after["extractor"]
+
+    def test_the_training_is_the_same_with_and_without(self, run_script, tmp_path):
+        run_script("train_unconditional", self.FLAGS, tmp_path / "with")
+        run_script("train_unconditional", self.FLAGS.replace("--evaluate_every 2", ""), tmp_path / "without")
+        one, other = (
+            load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors") for name in ("with", "without")
+        )
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+    def test_a_resumed_run_measures_again_what_it_trains_again(self, run_script, tmp_path):
+        run_script("train_unconditional", self.FLAGS, tmp_path / "run")
+        history = (tmp_path / "run" / "metrics.jsonl").read_text()
+        run_script("train_unconditional", f"{self.FLAGS} --resume_from_checkpoint checkpoint-8", tmp_path / "run")
+        assert (tmp_path / "run" / "metrics.jsonl").read_text() == history
+
+    def test_not_of_a_stream(self, run_script, capsys):
+        with pytest.raises(SystemExit):
+            run_script("train_unconditional", "--train_data_dir x --streaming --max_train_steps 5 --evaluate_every 1")
+        assert "--evaluate_every does not go with --streaming" in capsys.readouterr().err
