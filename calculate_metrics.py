@@ -131,6 +131,9 @@ def main() -> None:
         facts |= sampling_facts(pipeline, sampler, args.guidance_scale, args.seed)
     with state.local_main_process_first():
         extractor = make_extractor(args.extractor, args.clip_model, real, state.device)
+    if state.is_main_process:
+        how = "" if pipeline is None else f" by {sampler.label}"
+        print(f"measuring {num_images:,} images{how} of {args.model}\nagainst {real.source}: {len(real):,} images")
     result = evaluate(real, extractor, images, num_images, isinstance(pipeline, ConditionalDDPMPipeline))
     if result is not None:
         write_outputs(args, *result, facts)

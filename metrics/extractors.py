@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from metrics.classifier import cache_dir, is_weak, load_classifier, load_tensors, save_tensors
 from metrics.real_images import RealImages
-from training.errors import UserInputError
+from training.errors import UserInputError, first_line
 
 EXTRACTORS = ("classifier", "inception", "clip")
 CLIP_MODEL = "openai/clip-vit-large-patch14-336"  # that of CMMD
@@ -84,8 +84,7 @@ def _load_inception(device: torch.device) -> Callable[[torch.Tensor], torch.Tens
         # Without antialiasing, as FID is defined: the resize of TensorFlow 1.
         network = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"], antialias=False).to(device)
     except (OSError, RuntimeError) as error:  # no network, no disk, or a damaged download
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserInputError(f"--extractor inception: torch-fidelity can't get its weights ({reason})") from None
+        raise UserInputError(f"--extractor inception: its weights can't be had ({first_line(error)})") from None
     return lambda images: network(_to_rgb(images))
 
 
@@ -96,8 +95,7 @@ def _load_clip(name: str, device: torch.device) -> Callable[[torch.Tensor], torc
         processor: Any = CLIPImageProcessor.from_pretrained(name)
         network: Any = CLIPVisionModelWithProjection.from_pretrained(name)
     except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserInputError(f"--clip_model {name} can't be loaded: {reason}") from None
+        raise UserInputError(f"--clip_model {name} can't be loaded: {first_line(error)}") from None
 
     network.eval().to(device)
 

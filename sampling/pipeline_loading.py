@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from models import BasicUNet2DModel, ContextUNet2DModel
 from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline
 from schedulers import ClosedFormDDPMScheduler, LinearCorruptionScheduler
-from training.errors import UserInputError
+from training.errors import UserInputError, first_line
 
 OWN_CLASSES = {
     "BasicUNet2DModel": BasicUNet2DModel,
@@ -42,8 +42,9 @@ def load_pipeline(model: str) -> UnconditionalDDPMPipeline | ConditionalDDPMPipe
             for name in ("unet", "scheduler")
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserInputError(f"{model} is not a pipeline folder or repository that can be loaded: {reason}") from None
+        raise UserInputError(
+            f"{model} is not a pipeline folder or repository that can be loaded: {first_line(error)}"
+        ) from None
     options = {"id2label": index["id2label"]} if "id2label" in index else {}
     return pipeline_class(**components, **options)
 
@@ -56,8 +57,7 @@ def _download_artifact(model: str) -> str:
     try:
         return wandb.Api().artifact(model.removeprefix("wandb:"), type="model").download()
     except Exception as error:  # its own, those of its network library, and of the disk
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserInputError(f"{model}: W&B does not give this artifact ({reason})") from None
+        raise UserInputError(f"{model}: W&B does not give this artifact ({first_line(error)})") from None
 
 
 def _find_class(model: str, name: Any) -> Any:

@@ -152,6 +152,12 @@ class TestClassifier:
         make_extractor("classifier", "", sprites(None, **files, resolution="8"), CPU)
         assert "warning: the classifier is too weak" in capsys.readouterr().out
 
+    def test_a_cache_that_cannot_be_written(self, tmp_path, monkeypatch):
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        with pytest.raises(UserInputError, match="set XDG_CACHE_HOME"):
+            load_classifier(sprites(60), CPU)
+
     @pytest.mark.parametrize("size", [(1, 1), (8, 20), (16, 16), (28, 28), (64, 48)])
     def test_takes_images_of_any_size(self, size):
         network = Classifier(1, 3, size).eval()
@@ -278,8 +284,10 @@ class TestExtractors:
         assert images.shape == (3, 1, 16, 16)
         (expected,) = network(images.repeat(1, 3, 1, 1))
         assert extractor.extract(images).shape == (3, 2048)
-        # The same operations in two libraries: nothing but their order may differ.
-        torch.testing.assert_close(extractor.extract(images), expected, rtol=1e-4, atol=1e-6)
+        # The same operations in two libraries, on the same resize: the differences between images are to be the same.
+        spread = (expected[0] - expected[1]).abs().max()
+        assert spread > 0
+        torch.testing.assert_close(extractor.extract(images), expected, rtol=1e-5, atol=float(spread) / 1000)
         report, _ = measure(real, real[real.reference], extractor=extractor)
         assert list(report.figures)[:2] == ["fid", "kid"]
         assert report.figures["fid"].value == pytest.approx(0, abs=1e-6)
@@ -288,7 +296,7 @@ class TestExtractors:
         monkeypatch.setenv("TORCH_HOME", str(tmp_path))
         for name in ("http_proxy", "https_proxy", "HTTPS_PROXY"):
             monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens
-        with pytest.raises(UserInputError, match="can't get its weights"):
+        with pytest.raises(UserInputError, match="weights can't be had"):
             make_extractor("inception", "", sprites(20, with_labels=False), CPU)
 
     def test_clip(self, tmp_path):

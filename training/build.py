@@ -9,7 +9,7 @@ from diffusers import UNet2DModel
 from models import BasicUNet2DModel, ContextUNet2DModel
 from schedulers import ClosedFormDDPMScheduler, LinearCorruptionScheduler
 from training.config import TrainingConfig
-from training.errors import UserInputError
+from training.errors import UserInputError, first_line
 
 
 def build_noise_scheduler(config: TrainingConfig) -> ClosedFormDDPMScheduler | LinearCorruptionScheduler:
@@ -95,8 +95,9 @@ def _load_unet2d_config(name_or_path: str) -> dict[str, Any]:
     try:
         model_config = UNet2DModel.load_config(name_or_path)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserInputError(f"--model_config_name_or_path {name_or_path} can't be loaded: {reason}") from None
+        raise UserInputError(
+            f"--model_config_name_or_path {name_or_path} can't be loaded: {first_line(error)}"
+        ) from None
     if "block_out_channels" not in model_config:
         raise UserInputError(f"--model_config_name_or_path {name_or_path} is not the config of a UNet2DModel")
     return model_config

@@ -146,7 +146,7 @@ def _metrics_section(config: dict[str, Any], summary: dict[str, Any], metrics: d
         parts.append(
             f"{metrics['num_images']:,} images by {metrics['sampler']}{guidance}, against as many real ones; features "
             f"of the {metrics['extractor']}. Beside it the same for real images that were held out from the "
-            "comparison: no model can be expected to do better.\n\n"
+            "comparison: what a perfect model would get.\n\n"
             "| metric | generated | 95% interval | held-out real |\n|---|---|---|---|\n" + "\n".join(rows)
         )
     if summary["loss"] is not None:

@@ -9,7 +9,7 @@ import torch
 from models import ContextUNet2DModel
 from pipelines import ConditionalDDPMPipeline
 from schedulers import ClosedFormDDPMScheduler
-from training.errors import ArgumentParser, UserInputError, exits_on_user_error
+from training.errors import ArgumentParser, UserInputError, exits_on_user_error, first_line
 from training.sprites import CLASS_NAMES
 
 # The course's `ContextUnet`, module by module. Its blocks wrap their layers in a `model`.
@@ -89,13 +89,13 @@ def convert(checkpoint: Path, output_dir: Path) -> None:
     except FileNotFoundError:
         raise UserInputError(f"{checkpoint}: no such file") from None
     except (OSError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserInputError(f"{checkpoint} is not a state dict of weights ({reason})") from None
+        raise UserInputError(f"{checkpoint} is not a state dict of weights ({first_line(error)})") from None
     try:
         model = build_model(convert_weights(course))
     except (UserInputError, KeyError, AttributeError, ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserInputError(f"{checkpoint} is not a checkpoint of the course's ContextUnet: {reason}") from None
+        raise UserInputError(
+            f"{checkpoint} is not a checkpoint of the course's ContextUnet: {first_line(error)}"
+        ) from None
     num_classes = model.config["context_dim"]
     id2label = dict(enumerate(CLASS_NAMES)) if num_classes == len(CLASS_NAMES) else None
     pipeline = ConditionalDDPMPipeline(unet=model, scheduler=course_scheduler(), id2label=id2label)

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from training.config import BUILT_IN_DATASET, TrainingConfig
-from training.errors import UserInputError
+from training.errors import UserInputError, first_line
 from training.sprites import CLASS_NAMES, draw_sprites
 
 BUILT_IN_SIZE = 8000
@@ -280,7 +280,7 @@ def _load_array(path: str, flag: str) -> np.ndarray:
     except FileNotFoundError:
         raise UserInputError(f"--{flag} {path}: no such file") from None
     except (OSError, ValueError, EOFError) as error:
-        raise UserInputError(f"--{flag} {path} is not an .npy file of numbers ({_first_line(error)})") from None
+        raise UserInputError(f"--{flag} {path} is not an .npy file of numbers ({first_line(error)})") from None
     if not isinstance(array, np.ndarray):
         raise UserInputError(f"--{flag} {path} is an .npz archive: save its array as .npy")
     return array
@@ -321,7 +321,7 @@ def _load_dataset(config: TrainingConfig) -> tuple[datasets.Dataset | datasets.I
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         where = f"--{flag} {source_name}" + ("" if split == "train" else f", --dataset_split {split}")
         reason = "" if is_local else "no such folder, and on the Hub: "
-        raise UserInputError(f"{where}: {reason}{_first_line(error.__cause__ or error)}") from None
+        raise UserInputError(f"{where}: {reason}{first_line(error.__cause__ or error)}") from None
     if dataset.features is None:
         raise UserInputError(f"--streaming: the columns of {source_name} are not known in advance: leave it out")
     return dataset, source_name
@@ -506,7 +506,7 @@ def open_image(value: Any) -> Image.Image:
     except UnidentifiedImageError:
         raise _BadImageError("is not an image that Pillow can read") from None
     except Exception as error:  # decoders raise whatever a broken file leads them to
-        raise _BadImageError(f"can't be decoded ({_first_line(error)})") from None
+        raise _BadImageError(f"can't be decoded ({first_line(error)})") from None
 
 
 def prepare_image(image: Image.Image, name: str, config: TrainingConfig) -> np.ndarray:
@@ -580,7 +580,3 @@ def _to_tensor(pixels: np.ndarray) -> torch.Tensor:
     """uint8 or uint16 -> float32 in [-1, 1]"""
     half_range = np.iinfo(pixels.dtype).max / 2
     return torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32)).div_(half_range).sub_(1)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -14,6 +14,11 @@ class UserInputError(Exception):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, to be part of a line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with its errors as one line."""
 

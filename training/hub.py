@@ -16,13 +16,15 @@ from metrics.report import HISTORY_FILE, METRICS_FILE
 from training.card import CARD_FILE, make_card
 from training.checkpoint import PIPELINE_FILES, SUMMARY_FILE
 from training.config import TrainingConfig
-from training.errors import ArgumentParser, UserInputError, exits_on_user_error
+from training.errors import ArgumentParser, UserInputError, exits_on_user_error, first_line
 
 # Never checkpoints, optimizer states, logs or data.
 UPLOADED = [*PIPELINE_FILES, "samples/*", SUMMARY_FILE, METRICS_FILE, HISTORY_FILE]
 # Code of an older version, which has another name. Other Python files in the repository are somebody's own.
 REPLACED = ["pipeline_*.py", "scheduler/*.py", "unet/*.py"]
 RETRY_DELAYS = (1.0, 4.0, 16.0)  # seconds
+# The client's errors have no base in common: those of its network library come through (requests, then httpx), and a
+# failed upload of weights is a RuntimeError. Hence `except Exception` below, around nothing but calls of the client.
 
 
 def create_repository(config: TrainingConfig) -> str:
@@ -40,7 +42,7 @@ def _create(api: HfApi, name: str, config: TrainingConfig) -> str:
         role = api.whoami()["auth"].get("accessToken", {}).get("role")
     except Exception as error:
         raise UserInputError(
-            f"--push_to_hub can't create {name}: {_first_line(error)}; check --hub_model_id and the token "
+            f"--push_to_hub can't create {name}: {first_line(error)}; check --hub_model_id and the token "
             "('hf auth login')"
         ) from None
     if role == "read":
@@ -125,7 +127,7 @@ class HubUploader:
                 commit = upload(self._api, self.repo_id, folder, f"Step {global_step}")
             except Exception as error:
                 later = "" if delay is None else f"; trying again in {delay:.0f} s"
-                tqdm.write(f"warning: {self.repo_id} was not updated ({_first_line(error)}){later}")
+                tqdm.write(f"warning: {self.repo_id} was not updated ({first_line(error)}){later}")
                 if delay is not None:
                     time.sleep(delay)
             else:
@@ -134,12 +136,6 @@ class HubUploader:
                     self._unsent = None
                 break
         shutil.rmtree(folder)
-
-
-# The client's errors have no base in common: those of its network library come through (requests, then httpx), and a
-# failed upload of weights is a RuntimeError. Hence `except Exception` above, around nothing but calls of the client.
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _push(run_dir: Path, repo_id: str, private: bool, create_pr: bool) -> None:
@@ -152,7 +148,7 @@ def _push(run_dir: Path, repo_id: str, private: bool, create_pr: bool) -> None:
     except UserInputError:
         raise
     except Exception as error:
-        raise UserInputError(f"{repo_id} was not updated: {_first_line(error)}") from None
+        raise UserInputError(f"{repo_id} was not updated: {first_line(error)}") from None
     finally:
         shutil.rmtree(folder)
     print(f"uploaded {commit.pr_url or commit.commit_url}")

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from training.checkpoint import PIPELINE_FILES
-from training.errors import UserInputError
+from training.errors import UserInputError, first_line
 
 PROJECT = "sprite-diffusion"
 NAMES = ("tensorboard", "wandb", "trackio")
@@ -103,8 +103,7 @@ class Trackers:
         try:
             yield
         except Exception as error:  # of three libraries, each of which raises what its network or disk gives it
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-            tqdm.write(f"warning: {name} failed ({reason}); the run goes on without it", file=sys.stderr)
+            tqdm.write(f"warning: {name} failed ({first_line(error)}); the run goes on without it", file=sys.stderr)
             self._trackers = [tracker for tracker in self._trackers if tracker.name != name]
 
 
