@@ -21,7 +21,7 @@ TITLES = {
     "recall": "recall",
     "density": "density",
     "coverage": "coverage",
-    "class_accuracy": "of the class asked for",
+    "class_accuracy": "share in the class asked for",
     "nearest_distance": "distance to the nearest training image",
     "near_copies": "near-copies of training images",
 }

@@ -461,10 +461,11 @@ class TestCalculateMetrics:
             check=True,
             capture_output=True,
         )
-        one, two = (read_metrics(tmp_path / name)["figures"] for name in ("one", "two"))
-        assert one.keys() == two.keys()
-        for name, figure in one.items():
-            assert two[name]["value"] == pytest.approx(figure["value"], rel=1e-4, abs=1e-6)
+        for group in ("figures", "of_class"):
+            one, two = (read_metrics(tmp_path / name)[group] for name in ("one", "two"))
+            assert one.keys() == two.keys()
+            for name, figure in one.items():
+                assert two[name]["value"] == pytest.approx(figure["value"], rel=1e-4, abs=1e-6)
 
     @pytest.mark.parametrize(
         ("flags", "fragment"),

@@ -72,8 +72,10 @@ def _metadata(
     name = repo_id.split("/")[-1]
     data_name = _data_name(config, summary)
     measured = {} if summary["loss"] is None else {"loss": ("training loss", summary["loss"])}
-    for metric, figure in ({} if metrics is None else metrics["figures"]).items():
-        measured[metric] = (TITLES[metric], figure["value"])
+    if metrics is not None:
+        for metric, figure in metrics["figures"].items():
+            how = f"{figure['num_images']:,} images by {metrics['sampler']}, features of the {metrics['extractor']}"
+            measured[metric] = (f"{TITLES[metric]} ({how})", figure["value"])
     results = [
         EvalResult(
             task_type=PIPELINE_TAG,
