@@ -25,6 +25,7 @@ TITLES = {
     "nearest_distance": "distance to the nearest training image",
     "near_copies": "near-copies of training images",
 }
+NOT_OF_FEATURES = ("class_accuracy", "nearest_distance", "near_copies")
 HEADINGS = ("", "images", "generated", "95% interval", "held-out real")
 
 

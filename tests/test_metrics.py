@@ -22,6 +22,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 from metrics import classifier, evaluation
 from metrics.classifier import Classifier, is_weak, load_classifier
+from metrics.distances import frechet_distance
 from metrics.evaluation import NEAR_COPY, choose_num_images, evaluate, generate, make_evaluation_sampler
 from metrics.extractors import Extractor, make_extractor, real_features
 from metrics.real_images import RealImages
@@ -171,6 +172,8 @@ class TestEvaluate:
         assert report.figures["nearest_distance"].value == 0
         assert report.figures["near_copies"].value == 1
         assert report.figures["near_copies"].interval == (1, 1)
+        assert report.figures["nearest_distance"].real > 0  # held-out images must not find themselves
+        assert report.figures["near_copies"].real < 1
         assert report.figures["frechet_distance"].value < 1e-6
         assert report.figures["precision"].value == report.figures["recall"].value == 1
 
@@ -235,6 +238,10 @@ class TestEvaluate:
             name: int((labels == id).sum()) for id, name in real.id2label.items()
         }
         assert max(figure.value for figure in right.of_class.values()) < 1e-6
+        of_class = lambda half, id: extractor.extract(real[half[real.class_labels[half] == id]])  # noqa: E731
+        for id, name in real.id2label.items():
+            floor = frechet_distance(of_class(real.reference, id), of_class(real.held_out, id))
+            assert right.of_class[name].real == pytest.approx(floor, rel=1e-4)
         shuffled, _ = measure(real, real[real.reference[::-1].copy()], has_classes=True, extractor=extractor)
         assert shuffled.figures["class_accuracy"].value < 0.5
         assert shuffled.figures["frechet_distance"].value < 1e-6  # the same images, of other classes than asked for
@@ -517,6 +524,7 @@ class TestEvaluateEvery:
         assert history[-1] == read_metrics(tmp_path / "run")
         assert ("class_accuracy" in history[0]["figures"]) == (script == "train_conditional")
         assert history[0]["figures"] != history[1]["figures"]
+        assert "classified rightly" in history[0]["extractor"]  # labels serve the judge of either script
         logs = EventAccumulator(str(next((tmp_path / "run" / "logs").rglob("events*")).parent)).Reload()
         logged = {event.step: event.value for event in logs.Scalars("metrics/precision")}
         assert logged == pytest.approx(
@@ -548,6 +556,13 @@ class TestEvaluateEvery:
         history = (tmp_path / "run" / "metrics.jsonl").read_text()
         run_script("train_unconditional", f"{self.FLAGS} --resume_from_checkpoint checkpoint-8", tmp_path / "run")
         assert (tmp_path / "run" / "metrics.jsonl").read_text() == history
+
+    def test_an_overwritten_run_leaves_no_history(self, run_script, tmp_path):
+        run_script("train_unconditional", self.FLAGS, tmp_path / "run")
+        flags = self.FLAGS.replace("--evaluate_every 2", "--evaluate_every 3")
+        run_script("train_unconditional", f"{flags} --overwrite_output_dir", tmp_path / "run")
+        history = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["global_step"] for line in history] == [24]
 
     def test_not_of_a_stream(self, run_script, capsys):
         with pytest.raises(SystemExit):

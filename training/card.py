@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from metrics.report import METRICS_FILE, TITLES
+from metrics.report import METRICS_FILE, NOT_OF_FEATURES, TITLES
 from training.checkpoint import CONFIG_FILE, SUMMARY_FILE
 from training.errors import UserInputError
 
@@ -74,7 +74,9 @@ def _metadata(
     measured = {} if summary["loss"] is None else {"loss": ("training loss", summary["loss"])}
     if metrics is not None:
         for metric, figure in metrics["figures"].items():
-            how = f"{figure['num_images']:,} images by {metrics['sampler']}, features of the {metrics['extractor']}"
+            how = f"{figure['num_images']:,} images by {metrics['sampler']}"
+            if metric not in NOT_OF_FEATURES:
+                how += f", features of the {metrics['extractor']}"
             measured[metric] = (f"{TITLES[metric]} ({how})", figure["value"])
     results = [
         EvalResult(
