@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from metrics.real_images import RealImages
 from training.errors import UserInputError, first_line
+from training.image_store import cache_dir
 
 VERSION = 1  # of what is below: features of another version are not comparable
 NUM_FEATURES = 128
@@ -45,11 +46,6 @@ class Classifier(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.layers(images.float() / 127.5 - 1)
-
-
-def cache_dir() -> Path:
-    """Where trained classifiers and features of real images are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sprite-diffusion"
 
 
 def load_classifier(real: RealImages, device: torch.device) -> tuple[Classifier, float]:

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from metrics.classifier import cache_dir, is_weak, load_classifier, load_tensors, save_tensors
+from metrics.classifier import is_weak, load_classifier, load_tensors, save_tensors
 from metrics.real_images import RealImages
 from training.errors import UserInputError, first_line
+from training.image_store import cache_dir
 
 EXTRACTORS = ("classifier", "inception", "clip")
 CLIP_MODEL = "openai/clip-vit-large-patch14-336"  # that of CMMD

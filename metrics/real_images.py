@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from training.dataset import ImageData, InMemoryImages
+from training.dataset import ImageData, StoredImages
 from training.errors import UserInputError
 
 MIN_IMAGES = 20  # of which half is compared with: fewer have no neighbourhoods
@@ -21,8 +21,8 @@ class RealImages:
     """
 
     def __init__(self, data: ImageData) -> None:
-        if not isinstance(data.dataset, InMemoryImages):
-            raise UserInputError("metrics need data in memory: leave --streaming out")
+        if not isinstance(data.dataset, StoredImages):
+            raise UserInputError("metrics need all images at hand: leave --streaming out")
         if len(data.dataset) < MIN_IMAGES:
             raise UserInputError(f"metrics need at least {MIN_IMAGES} images: {data.source} has {len(data.dataset)}")
         self.source = data.source
@@ -38,15 +38,7 @@ class RealImages:
         return len(self._dataset)
 
     def __getitem__(self, indices: np.ndarray) -> torch.Tensor:
-        dataset = self._dataset
-        height, width = self.image_size
-        offsets = dataset.max_offsets // 2
-        pixels = np.stack(
-            [
-                dataset.images[i][:, top : top + height, left : left + width]
-                for i, (top, left) in zip(indices, offsets[indices], strict=True)
-            ]
-        )
+        pixels = self._dataset.gather(indices, self._dataset.max_offsets // 2)
         if pixels.dtype == np.uint16:
             pixels = (pixels / 257).round().astype(np.uint8)  # 257 * 255 = 65535
         return torch.from_numpy(pixels)

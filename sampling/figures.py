@@ -20,7 +20,7 @@ from sampling.pipeline_loading import load_pipeline
 from sampling.samplers import NoiselessDDPMScheduler, Sampler
 from schedulers import LinearCorruptionScheduler
 from training.config import TrainingConfig
-from training.dataset import load_image_data, load_image_file
+from training.dataset import load_image_data, load_image_file, to_model_range
 from training.errors import UserInputError
 from training.grid import choose_scale, to_pixels
 
@@ -128,7 +128,8 @@ def load_clean_images(source: str, num_images: int, pipeline: Any) -> torch.Tens
         if path.is_file() and path.suffix not in (".npy", ".parquet"):
             return load_image_file(source, options)[None]
         dataset = load_image_data(options, with_labels=False).dataset
-        return dataset.__getitems__(list(range(min(num_images, len(dataset)))))["images"]  # type: ignore
+        batch = dataset.__getitems__(list(range(min(num_images, len(dataset)))))  # type: ignore
+        return to_model_range(batch["images"])
     except UserInputError as error:
         message = str(error)
         for flag in ("--train_data_dir", "--dataset_name"):

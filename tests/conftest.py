@@ -14,6 +14,14 @@ TINY = (
 ).format(config=REPOSITORY / "configs" / "smoke_cpu.yaml")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache_of_its_own(tmp_path_factory):
+    """The tests neither use nor fill the user's cache."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def run_script(monkeypatch):
     """Runs a script's `main` in this process; `run_script("train_unconditional", "--seed 1", output_dir)`."""

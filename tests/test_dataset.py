@@ -1,5 +1,7 @@
 import gc
 import io
+import re
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from training.config import TrainingConfig
-from training.dataset import load_image_data, make_dataloader
+from training.dataset import load_image_data, make_dataloader, prepare_image, to_model_range
 from training.errors import UserInputError
 from training.sprites import CLASS_NAMES, draw_sprites
 
@@ -59,7 +61,7 @@ def to_levels(images, white=255):
 
 def read_all(data):
     """All images, in order, as (N, C, H, W)."""
-    return data.dataset.__getitems__(list(range(len(data.dataset))))["images"]
+    return to_model_range(data.dataset.__getitems__(list(range(len(data.dataset))))["images"])
 
 
 def read_one(data, white=255):
@@ -349,7 +351,9 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(load, tmp_path, heig
 
     dataset, images = read(seed=1, epoch=5)
     for indices in ([63, 5, 17], [5], list(range(63, -1, -1))):
-        torch.testing.assert_close(dataset.__getitems__(indices)["images"], images[indices], rtol=0, atol=0)
+        torch.testing.assert_close(
+            to_model_range(dataset.__getitems__(indices)["images"]), images[indices], rtol=0, atol=0
+        )
     assert torch.equal(images, read(seed=1, epoch=5)[1])
     assert not torch.equal(images, read(seed=1, epoch=6)[1])
     assert not torch.equal(images, read(seed=2, epoch=5)[1])
@@ -362,9 +366,9 @@ def test_dataloader_gives_each_image_once_with_its_label(tmp_path, load):
     data = load(with_labels=True, **flags)
     batches = list(make_dataloader(data, TrainingConfig(train_batch_size=16, **flags)))
     assert [len(batch["images"]) for batch in batches] == [16, 16, 16, 2]
-    assert all(batch["images"].dtype == torch.float32 for batch in batches)
+    assert all(batch["images"].dtype == torch.uint8 for batch in batches)
     assert all(batch["class_labels"].dtype == torch.int64 for batch in batches)
-    numbers = np.concatenate([to_levels(batch["images"])[:, 0, 0, 0] for batch in batches])
+    numbers = np.concatenate([batch["images"][:, 0, 0, 0] for batch in batches])
     assert sorted(numbers) == list(range(50))
     assert list(numbers) != list(range(50))
     np.testing.assert_array_equal(np.concatenate([batch["class_labels"] for batch in batches]), numbers % 7)
@@ -379,7 +383,7 @@ def test_built_in_sprites(load):
     np.testing.assert_array_equal(to_levels(read_all(data)), images.transpose(0, 3, 1, 2))
     np.testing.assert_array_equal(data.dataset.class_labels, class_labels)
     assert data.id2label == dict(enumerate(CLASS_NAMES))
-    assert (data.num_images, data.num_channels, data.num_skipped) == (20, 3, 0)
+    assert (data.num_images, data.num_channels, data.skipped_images) == (20, 3, [])
 
 
 def test_labels_only_where_asked_for(load):
@@ -495,10 +499,109 @@ def test_bad_images_are_skipped_and_counted(load, pictures, capsys):
     save_tree(pictures, ["a/0.png", "a/1.png", "b/2.png", "b/3.png"])
     (pictures / "a/1.png").write_bytes(b"not an image")
     data = load(with_labels=True, train_data_dir=str(pictures), resolution="8", on_bad_image="skip")
-    assert (data.num_images, data.num_skipped) == (3, 1)
+    assert (data.num_images, len(data.skipped_images)) == (3, 1)
     assert to_levels(read_all(data))[:, 0, 0, 0].tolist() == [0, 2, 3]
     assert data.dataset.class_labels.tolist() == [0, 1, 1]
     assert "1.png" in capsys.readouterr().err
+
+
+# The store of decoded images
+
+
+@pytest.fixture
+def decoded(monkeypatch, tmp_path):
+    """The names of the images that were decoded, with a store that is empty at first."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "store"))
+    names = []
+
+    def prepare(image, name, config):
+        names.append(name)
+        return prepare_image(image, name, config)
+
+    monkeypatch.setattr("training.dataset.prepare_image", prepare)
+    return names
+
+
+def test_images_are_decoded_once_for_each_source_and_setting(load, pictures, decoded):
+    save_tree(pictures, ["0.png", "1.png", "2.png"])
+
+    def read(**flags):
+        decoded.clear()
+        return read_all(load(train_data_dir=str(pictures), **{"resolution": "8", **flags}))
+
+    first = read()
+    assert len(decoded) == 3
+    torch.testing.assert_close(read(seed=5), first, rtol=0, atol=0)
+    assert decoded == []
+    for changed in ({"resolution": "4"}, {"background": "black"}, {"max_train_samples": 2}, {"on_bad_image": "skip"}):
+        read(**changed)
+        assert decoded != [], changed
+    Image.new("RGB", (8, 8), "red").save(pictures / "1.png")
+    assert read()[1].tolist() == torch.tensor([1.0, -1, -1]).view(3, 1, 1).expand(3, 8, 8).tolist()
+
+
+def test_changed_array_is_read_anew(load, tmp_path, decoded):
+    for level in (3, 4):
+        np.save(tmp_path / "images.npy", np.full((2, 4, 4, 1), level, np.uint8))
+        assert read_one(load(dataset_name=str(tmp_path / "images.npy"), resolution="4")).max() == level
+
+
+def test_store_keeps_depth_size_channels_and_skipped_images(load, pictures, decoded):
+    deep = np.linspace(0, 65535, 12 * 8).round().astype(np.uint16).reshape(8, 12)
+    Image.fromarray(deep).save(pictures / "0.png")
+    (pictures / "1.png").write_bytes(b"not an image")
+    Image.new("RGB", (8, 8), (0, 128, 255)).save(pictures / "2.png")
+    flags = {"train_data_dir": str(pictures), "resolution": "8", "on_bad_image": "skip", "seed": 1}
+    first = load(**flags)
+    again = load(**flags)
+    assert len(decoded) == 2
+    for data in (first, again):
+        assert [name.rsplit("/")[-1] for name, _ in data.skipped_images] == ["1.png"]
+        images = to_levels(read_all(data), 65535)
+        left = int(data.dataset.offsets[0][1])
+        np.testing.assert_array_equal(images[0], np.broadcast_to(deep[:, left : left + 8], (3, 8, 8)))
+        np.testing.assert_array_equal(images[1, :, 0, 0], [0, 128 * 257, 65535])
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "table", "partial"])
+def test_damaged_store_is_written_anew(load, pictures, decoded, tmp_path, damage):
+    save_tree(pictures, ["0.png", "1.png"])
+    first = read_all(load(train_data_dir=str(pictures), resolution="8"))
+    (folder,) = (path for path in (tmp_path / "store").rglob("images/*") if path.is_dir())
+    if damage == "truncated":
+        (folder / "pixels.bin").write_bytes((folder / "pixels.bin").read_bytes()[:-1])
+    elif damage == "missing":
+        (folder / "skipped.json").unlink()
+    elif damage == "table":
+        (folder / "table.npy").write_bytes(b"")
+    else:  # a process that was killed while it wrote
+        folder.rename(folder.with_suffix(".partial"))
+    decoded.clear()
+    torch.testing.assert_close(read_all(load(train_data_dir=str(pictures), resolution="8")), first, rtol=0, atol=0)
+    assert len(decoded) == 2
+
+
+def test_store_that_cannot_be_written(load, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(UserInputError, match="set XDG_CACHE_HOME"):
+        load(dataset_name="sprites", max_train_samples=2, resolution="16")
+
+
+def test_images_are_mapped_not_loaded(load, tmp_path, decoded):
+    """Of 64 MB of pixels, a batch costs the pages that it reads."""
+    np.save(tmp_path / "images.npy", np.zeros((4000, 73, 73, 3), np.uint8))
+    flags = {"dataset_name": str(tmp_path / "images.npy"), "resolution": "73"}
+    load(**flags)
+
+    def private_bytes():
+        return int(re.search(r"RssAnon:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+    before = private_bytes()
+    data = load(**flags)
+    for start in range(0, 4000, 500):
+        data.dataset.__getitems__(list(range(start, start + 500)))
+    assert private_bytes() - before < 32e6
 
 
 # Streams
@@ -510,7 +613,7 @@ def as_multiset(data):
         items = [(item["images"][None], item.get("class_labels")) for item in data.dataset]
     else:
         batch = data.dataset.__getitems__(list(range(data.num_images)))
-        items = zip(batch["images"].split(1), batch["class_labels"], strict=True)
+        items = zip(to_model_range(batch["images"]).split(1), batch["class_labels"], strict=True)
     return sorted((tuple(to_levels(image).flatten()), int(label)) for image, label in items)
 
 

@@ -1,6 +1,8 @@
 """The path of an image from disk to a batch of tensors in [-1, 1]."""
 
 import glob
+import hashlib
+import json
 import os
 import sys
 import zlib
@@ -12,6 +14,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import PIL
 import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image, ImageColor, UnidentifiedImageError
@@ -20,23 +23,28 @@ from tqdm.auto import tqdm
 
 from training.config import BUILT_IN_DATASET, TrainingConfig
 from training.errors import UserInputError, first_line
+from training.image_store import ImageStore, decode_once
 from training.sprites import CLASS_NAMES, draw_sprites
 
 BUILT_IN_SIZE = 8000
 STREAM_HEAD_SIZE = 16  # images that decide the channel count of a stream
 DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # grey of more than 8 bits
 GREY_MODES = ("1", "L", "LA", "La", *DEEP_MODES)
+DECODING_FLAGS = (  # what a decoded image depends on, besides its source
+    *("max_train_samples", "resolution", "resize_mode", "center_crop", "interpolation", "image_mode", "background"),
+    "on_bad_image",
+)
 
 
 @dataclass(frozen=True)
 class ImageData:
     """What a run trains on."""
 
-    dataset: "InMemoryImages | StreamedImages"
+    dataset: "StoredImages | StreamedImages"
     num_channels: int
     id2label: dict[int, str] | None  # None where labels were not asked for
     num_images: int | None  # None for a stream
-    num_skipped: int
+    skipped_images: list[tuple[str, str]]  # name and reason
     source: str
     license: str | None = None  # where the data says it
 
@@ -46,6 +54,7 @@ class _Source:
     """Images that are not decoded yet."""
 
     name: str
+    identity: tuple[Any, ...]  # changes if an image does
     num_images: int
     images: Iterable[tuple[str, Any]]  # what errors call the image, and an array, file name or encoded image
     class_labels: np.ndarray | None = None  # int64, of these images or more
@@ -57,21 +66,22 @@ class _BadImageError(Exception):
     """An image that can't be decoded; the message is part of a line."""
 
 
-class InMemoryImages(Dataset):
+class StoredImages(Dataset):
     """Decoded images, gathered a batch at a time.
 
     Crop places and flips are a function of (seed, epoch, index): neither the order of the images nor the number of
     processes changes them, and a resumed run repeats them.
     """
 
-    def __init__(self, images: list[np.ndarray], class_labels: np.ndarray | None, config: TrainingConfig) -> None:
-        self.images = images  # each (C, >= H, >= W), all uint8 or all uint16
+    def __init__(self, store: ImageStore, class_labels: np.ndarray | None, config: TrainingConfig) -> None:
+        self.store = store  # each (C, >= H, >= W)
         self.class_labels = class_labels  # (N,) int64
         self.image_size = config.image_size
         self.random_flip = config.random_flip
         self.seed = config.seed
-        sizes = np.array([image.shape[1:] for image in images], dtype=np.int64)  # (N, 2)
-        self.max_offsets = sizes - np.array(self.image_size)
+        self.num_channels = int(store.table[:, 1].max())
+        self.dtype = np.uint16 if store.table[:, 4].max() == 2 else np.uint8
+        self.max_offsets = store.table[:, 2:4] - np.array(self.image_size)  # (N, 2)
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -80,16 +90,23 @@ class InMemoryImages(Dataset):
         self.flips = (rng.random(len(self)) < 0.5) & self.random_flip  # (N,)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.store)
 
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        pixels = np.stack(
-            [_crop_and_flip(self.images[i], self.offsets[i], self.flips[i], self.image_size) for i in indices]
-        )
-        batch = {"images": _to_tensor(pixels)}  # (B, C, H, W)
+        batch = {"images": torch.from_numpy(self.gather(indices, self.offsets, self.flips))}
         if self.class_labels is not None:
             batch["class_labels"] = torch.from_numpy(self.class_labels[indices])  # (B,)
         return batch
+
+    def gather(self, indices: Iterable[int], offsets: np.ndarray, flips: np.ndarray | None = None) -> np.ndarray:
+        """(B, C, H, W) of `dtype`, each image cropped at its row of `offsets` (N, 2)."""
+        indices = list(indices)
+        pixels = np.empty((len(indices), self.num_channels, *self.image_size), self.dtype)
+        for row, i in enumerate(indices):
+            image = _crop_and_flip(self.store[i], offsets[i], flips is not None and flips[i], self.image_size)
+            # A grey image in a set with colour, and one of 8 bits in a set of 16
+            np.multiply(image, 257 if image.dtype != self.dtype else 1, out=pixels[row], dtype=self.dtype)
+        return pixels
 
 
 class StreamedImages(IterableDataset):
@@ -115,7 +132,7 @@ class StreamedImages(IterableDataset):
         self.class_names = class_names
         self.config = config
         self.epoch = 0
-        head = islice((pixels for pixels, _ in self._read(stream) if pixels is not None), STREAM_HEAD_SIZE)
+        head = islice((pixels for pixels, _ in self._read(stream) if isinstance(pixels, np.ndarray)), STREAM_HEAD_SIZE)
         self.num_channels = max(map(len, head), default=0)
         if self.num_channels == 3:
             self.config = replace(config, image_mode="RGB")
@@ -128,7 +145,7 @@ class StreamedImages(IterableDataset):
         image_size = self.config.image_size
         num_skipped = 0
         for pixels, class_label in self._read(self.stream):
-            if pixels is None:
+            if isinstance(pixels, tuple):
                 num_skipped += 1
                 continue
             if len(pixels) != self.num_channels:
@@ -138,14 +155,16 @@ class StreamedImages(IterableDataset):
             rng = np.random.default_rng((self.config.seed, self.epoch, zlib.crc32(pixels.tobytes())))
             offsets = rng.integers(np.subtract(pixels.shape[1:], image_size), endpoint=True)
             flip = rng.random() < 0.5 and self.config.random_flip
-            item = {"images": _to_tensor(_crop_and_flip(pixels, offsets, flip, image_size))}  # (C, H, W)
+            pixels = np.ascontiguousarray(_crop_and_flip(pixels, offsets, flip, image_size))
+            # Here and not on the device: 8 and 16 bits may stand in one batch.
+            item = {"images": to_model_range(torch.from_numpy(pixels))}  # (C, H, W)
             if class_label is not None:
                 item["class_labels"] = torch.tensor(class_label)
             yield item
         if num_skipped:
             tqdm.write(f"{self.source_name}: {num_skipped} images skipped in this pass", file=sys.stderr)
 
-    def _read(self, stream: datasets.IterableDataset) -> Iterator[tuple[np.ndarray | None, int | None]]:
+    def _read(self, stream: datasets.IterableDataset) -> Iterator[tuple[np.ndarray | tuple[str, str], int | None]]:
         for example in stream:
             name = _name_image(example[self.image_column], f"an image of {self.source_name}")
             class_label = None
@@ -199,7 +218,7 @@ def load_image_data(config: TrainingConfig, with_labels: bool | None) -> ImageDa
 def load_image_file(path: str, config: TrainingConfig) -> torch.Tensor:
     """One image, (C, H, W) float32 in [-1, 1], treated as those of a dataset."""
     try:
-        return _to_tensor(prepare_image(open_image(path), path, config))
+        return to_model_range(torch.from_numpy(prepare_image(open_image(path), path, config)))
     except _BadImageError as error:
         raise UserInputError(f"{path} {error}") from None
 
@@ -222,6 +241,7 @@ def _draw(config: TrainingConfig, with_labels: bool | None) -> _Source:
     images, class_labels, _ = draw_sprites(config.max_train_samples or BUILT_IN_SIZE)
     return _Source(
         f"{BUILT_IN_DATASET} (built in)",
+        ("sprites", hashlib.sha256(images.tobytes()).hexdigest()),
         len(images),
         ((f"sprite {row}", image) for row, image in enumerate(images)),
         None if with_labels is False else class_labels,
@@ -245,8 +265,10 @@ def _open_arrays(config: TrainingConfig, with_labels: bool | None) -> _Source:
     if config.labels_file is not None and with_labels is not False:
         class_labels, class_names = _read_label_array(config.labels_file, len(images), config)
     images = images[: config.max_train_samples]
+    stat = os.stat(path)
     return _Source(
         path,
+        (os.path.realpath(path), stat.st_size, stat.st_mtime_ns),
         len(images),
         ((f"image {row} of {path}", image) for row, image in enumerate(images)),
         class_labels,
@@ -276,7 +298,7 @@ def _read_label_array(path: str, num_images: int, config: TrainingConfig) -> tup
 
 def _load_array(path: str, flag: str) -> np.ndarray:
     try:
-        array = np.load(path, allow_pickle=False)
+        array = np.load(path, allow_pickle=False, mmap_mode="r")
     except FileNotFoundError:
         raise UserInputError(f"--{flag} {path}: no such file") from None
     except (OSError, ValueError, EOFError) as error:
@@ -365,6 +387,7 @@ def _open_table(
     values = (row[image_column] for row in dataset.select_columns(image_column).select(range(num_images)))
     return _Source(
         source_name,
+        (dataset._fingerprint, image_column),
         num_images,
         ((_name_image(value, f"row {row} of {source_name}"), value) for row, value in enumerate(values)),
         class_labels,
@@ -396,7 +419,7 @@ def _open_stream(
     if dataset.num_channels == 0:
         raise UserInputError(f"{source_name} holds no image that can be decoded")
     id2label = None if class_names is None else dict(enumerate(class_names))
-    return ImageData(dataset, dataset.num_channels, id2label, None, 0, source_name, stream.info.license or None)
+    return ImageData(dataset, dataset.num_channels, id2label, None, [], source_name, stream.info.license or None)
 
 
 # Labels
@@ -445,43 +468,48 @@ def _to_class_id(label: Any, class_names: list[str], where: str) -> int:
 
 
 def _decode_all(source: _Source, config: TrainingConfig) -> ImageData:
-    with tqdm(
-        source.images,
-        total=source.num_images,
-        desc="reading images",
-        unit="image",
-        dynamic_ncols=True,
-        disable=os.environ.get("LOCAL_RANK", "0") != "0",
-    ) as images_with_bar:
-        prepared = [_prepare_or_skip(value, name, config) for name, value in images_with_bar]
-    kept = [row for row, pixels in enumerate(prepared) if pixels is not None]
-    if not kept:
+    store = decode_once(_cache_key(source, config), _read_all(source, config))
+    if len(store) == 0:
         raise UserInputError(f"{source.name} holds no image that can be decoded")
-    images = [pixels for pixels in prepared if pixels is not None]
-    num_channels = max(len(pixels) for pixels in images)
-    if any(pixels.dtype == np.uint16 for pixels in images):
-        images = [pixels if pixels.dtype == np.uint16 else pixels * np.uint16(257) for pixels in images]
-    images = [np.broadcast_to(pixels, (num_channels, *pixels.shape[1:])) for pixels in images]
-    class_labels = None if source.class_labels is None else source.class_labels[kept]
+    class_labels = source.class_labels
+    if class_labels is not None:
+        class_labels = np.delete(class_labels[: source.num_images], [row for row, _, _ in store.skipped])
+    dataset = StoredImages(store, class_labels, config)
     return ImageData(
-        dataset=InMemoryImages(images, class_labels, config),
-        num_channels=num_channels,
+        dataset=dataset,
+        num_channels=dataset.num_channels,
         id2label=None if source.class_names is None else dict(enumerate(source.class_names)),
-        num_images=len(images),
-        num_skipped=len(prepared) - len(images),
+        num_images=len(store),
+        skipped_images=[(name, reason) for _, name, reason in store.skipped],
         source=source.name,
         license=source.license,
     )
 
 
-def _prepare_or_skip(value: Any, name: str, config: TrainingConfig) -> np.ndarray | None:
+def _cache_key(source: _Source, config: TrainingConfig) -> str:
+    """A hash of the images, of how they are asked for, and of the code that decodes them."""
+    settings = {name: getattr(config, name) for name in DECODING_FLAGS}
+    digest = hashlib.sha256(json.dumps([source.identity, settings, PIL.__version__]).encode())
+    digest.update(Path(__file__).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _read_all(source: _Source, config: TrainingConfig) -> Iterator[np.ndarray | tuple[str, str]]:
+    """The images, with a bar; for one that is skipped its name and the reason."""
+    for name, value in tqdm(
+        source.images, desc="reading images", total=source.num_images, unit="image", dynamic_ncols=True
+    ):
+        yield _prepare_or_skip(value, name, config)
+
+
+def _prepare_or_skip(value: Any, name: str, config: TrainingConfig) -> np.ndarray | tuple[str, str]:
     try:
         return prepare_image(open_image(value), name, config)
     except _BadImageError as error:
         if config.on_bad_image == "error":
             raise UserInputError(f"{name} {error}: replace it, or give --on_bad_image skip") from None
         tqdm.write(f"skipped: {name} {error}", file=sys.stderr)
-        return None
+        return name, str(error)
 
 
 def _name_image(value: Any, where: str) -> str:
@@ -576,7 +604,8 @@ def _crop_and_flip(pixels: np.ndarray, offsets: np.ndarray, flip: bool, image_si
     return pixels[:, :, ::-1] if flip else pixels
 
 
-def _to_tensor(pixels: np.ndarray) -> torch.Tensor:
-    """uint8 or uint16 -> float32 in [-1, 1]"""
-    half_range = np.iinfo(pixels.dtype).max / 2
-    return torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32)).div_(half_range).sub_(1)
+def to_model_range(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 or uint16 -> float32 in [-1, 1]; what is there already passes."""
+    if pixels.is_floating_point():
+        return pixels
+    return pixels.float().div_(torch.iinfo(pixels.dtype).max / 2).sub_(1)

@@ -223,7 +223,7 @@ def print_summary(
     """What is about to be trained, on what and for how long."""
     height, width = config.image_size
     images = "a stream of images" if data.num_images is None else f"{data.num_images:,} images"
-    skipped = f", {data.num_skipped} skipped as undecodable" if data.num_skipped else ""
+    skipped = f", {len(data.skipped_images)} skipped as undecodable" if data.skipped_images else ""
     classes = "" if data.id2label is None else f", {len(data.id2label)} classes"
     batch = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
     num_params = sum(p.numel() for p in model.parameters())

@@ -24,12 +24,12 @@ from training.checkpoint import (
     save_checkpoint,
 )
 from training.config import TrainingConfig
-from training.dataset import ImageData, make_dataloader
+from training.dataset import ImageData, make_dataloader, to_model_range
 from training.ema import ema_tensors, make_ema
 from training.errors import UserInputError
 from training.outputs import RunOutputs, SampleGrid
 
-Batch = dict[str, torch.Tensor]  # "images" (B, C, H, W) float32 in [-1, 1], "class_labels" (B,) int64
+Batch = dict[str, torch.Tensor]  # "images" (B, C, H, W) uint8, uint16 or float32 in [-1, 1], "class_labels" (B,) int64
 
 
 def training_loop(
@@ -92,7 +92,7 @@ def training_loop(
             epoch_start = state.batches_done
             for batch in accelerator.skip_first_batches(train_dataloader, epoch_start):
                 with accelerator.accumulate(model):
-                    clean_images = batch["images"]
+                    clean_images = to_model_range(batch["images"])
                     noise, timesteps, uniform = draw_randomness(
                         accelerator, (config.seed, state.global_step, micro_batch), clean_images, len(noise_scheduler)
                     )
