@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sampling.pipeline_loading import load_pipeline
-from training.training_loop import choose_precision, draw_randomness
+from training.performance import choose_precision
+from training.training_loop import draw_randomness
 
 
 def weights(folder, name="unet/diffusion_pytorch_model.safetensors"):

@@ -131,6 +131,9 @@ class TrainingConfig:
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] = _field(
         "no", "'auto': bf16 where the hardware does it well, else fp16 on a GPU, else 'no'."
     )
+    compile: Literal["auto", "on", "off"] = _field(
+        "auto", "torch.compile; 'auto': on a GPU, for runs that are long enough to earn it back."
+    )
     use_ema: bool = _field(False, "Sample from and save the moving average of the weights.")
     ema_inv_gamma: float = _field(1.0, "EMA warm-up: decay = 1 - (1 + step / inv_gamma) ** -power.")
     ema_power: float = _field(0.75, "EMA warm-up, see `ema_inv_gamma`.")

@@ -1,18 +1,14 @@
 """The training loop: reads from top to bottom, knows nothing of classes."""
 
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import DataLoaderConfiguration
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
@@ -28,6 +24,7 @@ from training.dataset import ImageData, make_dataloader, to_model_range
 from training.ema import ema_tensors, make_ema
 from training.errors import UserInputError
 from training.outputs import RunOutputs, SampleGrid
+from training.performance import compile_model, make_accelerator, prepare_attention
 
 Batch = dict[str, torch.Tensor]  # "images" (B, C, H, W) uint8, uint16 or float32 in [-1, 1], "class_labels" (B,) int64
 
@@ -49,12 +46,14 @@ def training_loop(
     model into a pipeline, and `grid` says what that is called with for a sample grid.
     """
     accelerator = make_accelerator(config)
+    prepare_attention(model, accelerator)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
+        fused=accelerator.device.type in ("cpu", "cuda"),
     )
     train_dataloader = make_dataloader(data, config)
     model, optimizer, train_dataloader = accelerator.prepare(model, optimizer, train_dataloader)
@@ -66,6 +65,7 @@ def training_loop(
         num_warmup_steps=config.lr_warmup_steps,
         num_training_steps=total_steps,
     )
+    train_model = compile_model(model, config, accelerator, total_steps)
     ema = make_ema(accelerator.unwrap_model(model), config) if config.use_ema else None
 
     checkpoint = find_checkpoint(config)
@@ -97,7 +97,7 @@ def training_loop(
                         accelerator, (config.seed, state.global_step, micro_batch), clean_images, len(noise_scheduler)
                     )
                     model_kwargs = get_model_kwargs(batch, uniform)
-                    loss = loss_fn(model, noise_scheduler, clean_images, noise, timesteps, model_kwargs)
+                    loss = loss_fn(train_model, noise_scheduler, clean_images, noise, timesteps, model_kwargs)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -150,36 +150,6 @@ def training_loop(
             )
     outputs.finish()
     accelerator.end_training()
-
-
-def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """Processes, devices and precision, as `accelerate config` and the flags say."""
-    accelerator = Accelerator(
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        mixed_precision=choose_precision(config.mixed_precision),
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=config.seed),
-        # Sampling on the main process may take long while the others wait.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
-    )
-    if accelerator.device.type == "cpu" and torch.get_num_threads() == 1:
-        # `accelerate launch` sets OMP_NUM_THREADS=1 unless told otherwise: a quarter of a small machine.
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    return accelerator
-
-
-def choose_precision(mixed_precision: str) -> str:
-    """'auto' -> what `accelerate config` says, else bf16 where the hardware has it, else fp16 on a GPU."""
-    if mixed_precision != "auto":
-        return mixed_precision
-    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if configured != "no":
-        return configured
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
-    cpuinfo = Path("/proc/cpuinfo")
-    native_bf16 = cpuinfo.exists() and not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpuinfo.read_text().split())
-    return "bf16" if native_bf16 else "no"
 
 
 def count_steps(config: TrainingConfig, train_dataloader: Any) -> int:
