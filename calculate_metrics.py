@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from PIL import Image
 
@@ -26,7 +27,7 @@ from metrics.extractors import CLIP_MODEL, EXTRACTORS, make_extractor
 from metrics.real_images import RealImages
 from metrics.report import format_table, write_report
 from pipelines import ConditionalDDPMPipeline
-from sampling.pipeline_loading import load_pipeline
+from sampling.pipeline_loading import add_speed_flags, load_pipeline, speed_up
 from sampling.samplers import SAMPLERS
 from training.card import CARD_FILE, make_card
 from training.checkpoint import CONFIG_FILE, SUMMARY_FILE
@@ -44,6 +45,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--num_inference_steps", type=int, help="Default: 50; of the model's own scheduler, all.")
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="Classifier-free guidance; 1 = none.")
     parser.add_argument("--batch_size", type=int, default=64, help="Images at a time; changes speed only.")
+    add_speed_flags(parser)
     parser.add_argument("--seed", type=int, default=0, help="Image i is drawn from seed + i.")
     parser.add_argument("--extractor", choices=EXTRACTORS, default="classifier", help="What gives the features.")
     parser.add_argument("--clip_model", default=CLIP_MODEL, help="Of --extractor clip: a Hub id or a folder.")
@@ -110,7 +112,10 @@ def main() -> None:
     state = PartialState()
     run_dir = find_run(args.model)
     config = parse_data_flags(data_flags, None if run_dir is None else run_dir / CONFIG_FILE)
-    pipeline: Any = None if is_image_folder(args.model) else load_pipeline(args.model).to(state.device)
+    pipeline: Any = None
+    if not is_image_folder(args.model):
+        pipeline = load_pipeline(args.model, getattr(torch, args.dtype)).to(state.device)
+        speed_up(pipeline, args.compile)
     resolution = choose_image_size(pipeline, args.model, config, data_flags)
     config = replace(config, resolution=resolution, streaming=False)
     if pipeline is not None:

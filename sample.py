@@ -25,7 +25,7 @@ from sampling.figures import (
     show_learning,
 )
 from sampling.pictures import labelled_grid, save_animation, save_json, save_png
-from sampling.pipeline_loading import load_pipeline
+from sampling.pipeline_loading import add_speed_flags, load_pipeline, speed_up
 from sampling.samplers import SAMPLERS, Sampler, make_sampler, parse_samplers
 from training.checkpoint import CONFIG_FILE
 from training.errors import ArgumentParser, UserInputError, exits_on_user_error
@@ -56,6 +56,7 @@ def parse_args() -> argparse.Namespace:
     how.add_argument("--eta", type=float, default=0.0, help="DDIM: share of DDPM's noise at each step, 0 to 1.")
     how.add_argument("--guidance_scale", type=float, help="Classifier-free guidance; 1 = none, the default.")
     how.add_argument("--batch_size", type=int, default=64, help="Images at a time; changes speed only.")
+    add_speed_flags(how)
     view = parser.add_argument_group("in place of plain samples").add_mutually_exclusive_group()
     view.add_argument("--animate", type=Path, metavar="FILE", help="Samples, and how they form: a .gif or .webp.")
     view.add_argument("--compare", metavar="LIST", help="Samplers beside each other: ddpm:500,ddim:25.")
@@ -145,7 +146,7 @@ def draw_samples(args: argparse.Namespace, pipeline: Any) -> None:
     images = draw_images(pipeline, sampler, request, trajectory=trajectory)
     has_classes = request.conditions[0].name is not None
     columns = (args.num_images or NUM_SAMPLES) if has_classes else math.ceil(math.sqrt(len(images)))
-    record = {"model": args.model, **sampler.record, **request.record}
+    record = {"model": args.model, "dtype": args.dtype, **sampler.record, **request.record}
     if args.output is None or args.output.suffix:
         picture = make_picture(images, columns, args.scale)
         if has_classes:
@@ -212,13 +213,18 @@ def write_view(args: argparse.Namespace, picture: Image.Image, record: dict[str,
 @exits_on_user_error
 def main() -> None:
     args = parse_args()
-    pipeline = load_pipeline(args.model or str(find_snapshots(args.snapshots)[-1]))
-    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = args.model or str(find_snapshots(args.snapshots)[-1])
+    pipeline = load_pipeline(model, getattr(torch, args.dtype)).to("cuda" if torch.cuda.is_available() else "cpu")
+    speed_up(pipeline, args.compile)
     if args.view == "samples":
         draw_samples(args, pipeline)
     else:
         figure = draw_figure(args, pipeline)
-        write_view(args, figure.render(args.scale), {"model": args.model or str(args.snapshots), **figure.record})
+        write_view(
+            args,
+            figure.render(args.scale),
+            {"model": args.model or str(args.snapshots), "dtype": args.dtype, **figure.record},
+        )
 
 
 if __name__ == "__main__":

@@ -143,7 +143,8 @@ def make_evaluation_sampler(pipeline: Any, name: str | None, num_inference_steps
 def sampling_facts(pipeline: Any, sampler: Sampler, guidance_scale: float, seed: int) -> dict[str, Any]:
     """How images are drawn, for the record."""
     guidance = {"guidance_scale": guidance_scale} if isinstance(pipeline, ConditionalDDPMPipeline) else {}
-    return {"sampler": sampler.label, **guidance, "seed": seed}
+    dtype = str(pipeline.unet.dtype).removeprefix("torch.")
+    return {"sampler": sampler.label, **guidance, "seed": seed, "dtype": dtype}
 
 
 def generate(

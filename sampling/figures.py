@@ -77,7 +77,7 @@ def show_learning(pipeline: Any, snapshots: list[Path], sampler: Sampler, reques
     record = {**sampler.record, **request.record, "snapshots": [str(folder) for folder in snapshots]}
     figure = Figure([], [], _class_names(request), record)
     for folder in snapshots:
-        pipeline.unet = load_pipeline(str(folder)).unet.to(pipeline.device)
+        pipeline.unet = load_pipeline(str(folder), pipeline.unet.dtype).unet.to(pipeline.device)
         figure.rows.append(draw_images(pipeline, sampler, request))
         figure.row_labels.append(f"epoch {int(folder.name.removeprefix('epoch-'))}")
     return figure

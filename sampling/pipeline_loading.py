@@ -4,12 +4,14 @@ from importlib.util import find_spec
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import DiffusionPipeline
 
 from models import BasicUNet2DModel, ContextUNet2DModel
 from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline
 from schedulers import ClosedFormDDPMScheduler, LinearCorruptionScheduler
 from training.errors import UserInputError, first_line
+from training.performance import prepare_cpu
 
 OWN_CLASSES = {
     "BasicUNet2DModel": BasicUNet2DModel,
@@ -24,8 +26,10 @@ OWN_CLASSES = {
 }
 
 
-def load_pipeline(model: str) -> UnconditionalDDPMPipeline | ConditionalDDPMPipeline:
-    """Loads a pipeline of the kinds that this project writes.
+def load_pipeline(
+    model: str, dtype: torch.dtype = torch.float32
+) -> UnconditionalDDPMPipeline | ConditionalDDPMPipeline:
+    """Loads a pipeline of the kinds that this project writes, its network in `dtype`.
 
     `model` is an output folder, a checkpoint or a snapshot inside one, the id of a repository on the Hub, or
     `wandb:ENTITY/PROJECT/ARTIFACT:ALIAS`.
@@ -37,16 +41,34 @@ def load_pipeline(model: str) -> UnconditionalDDPMPipeline | ConditionalDDPMPipe
         pipeline_class = _find_class(model, index["_class_name"])
         if pipeline_class not in (UnconditionalDDPMPipeline, ConditionalDDPMPipeline):
             raise UserInputError(f"{model} holds a {pipeline_class.__name__}: not a pipeline of this project")
-        components = {
-            name: _find_class(model, index[name][1]).from_pretrained(model, subfolder=name)
-            for name in ("unet", "scheduler")
-        }
+        unet_class, scheduler_class = (_find_class(model, index[name][1]) for name in ("unet", "scheduler"))
+        unet = unet_class.from_pretrained(model, subfolder="unet", torch_dtype=dtype)
+        scheduler = scheduler_class.from_pretrained(model, subfolder="scheduler")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserInputError(
             f"{model} is not a pipeline folder or repository that can be loaded: {first_line(error)}"
         ) from None
     options = {"id2label": index["id2label"]} if "id2label" in index else {}
-    return pipeline_class(**components, **options)
+    return pipeline_class(unet=unet, scheduler=scheduler, **options)
+
+
+def add_speed_flags(parser: Any) -> None:
+    """`--dtype`, for `load_pipeline`, and `--compile`, for `speed_up`."""
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="Of the network; bfloat16 is faster."
+    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network: pays for many steps.")
+
+
+def speed_up(pipeline: DiffusionPipeline, compiles: bool) -> None:
+    """Sets the machine up for the pipeline's device and, if asked for, compiles the network."""
+    on_cuda = pipeline.device.type == "cuda"
+    if not on_cuda:
+        prepare_cpu()
+    if compiles:
+        # Nothing is trained, so that weights are constants: the CPU compiler lays them out for its convolutions. On a
+        # GPU a call of the network is launched as one graph.
+        pipeline.unet.compile(**({"mode": "reduce-overhead"} if on_cuda else {"options": {"freezing": True}}))
 
 
 def _download_artifact(model: str) -> str:

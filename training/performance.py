@@ -30,7 +30,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     )
     if accelerator.device.type == "cpu":
-        _prepare_cpu()
+        prepare_cpu()
     return accelerator
 
 
@@ -48,7 +48,8 @@ def choose_precision(mixed_precision: str) -> str:
     return "bf16" if native_bf16 else "no"
 
 
-def _prepare_cpu() -> None:
+def prepare_cpu() -> None:
+    """All cores, and memory that stays with the process."""
     if torch.get_num_threads() == 1:
         # `accelerate launch` sets OMP_NUM_THREADS=1 unless told otherwise: a quarter of a small machine.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
