@@ -1,5 +1,6 @@
 """A saved pipeline as this project's classes, so that loading runs no code from the folder or the Hub."""
 
+import warnings
 from importlib.util import find_spec
 from typing import Any
 
@@ -66,6 +67,8 @@ def speed_up(pipeline: DiffusionPipeline, compiles: bool) -> None:
     if not on_cuda:
         prepare_cpu()
     if compiles:
+        # diffusers asks for torch's version while it upsamples, and the answer can't change.
+        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`-wrapped function")
         # Nothing is trained, so that weights are constants: the CPU compiler lays them out for its convolutions. On a
         # GPU a call of the network is launched as one graph.
         pipeline.unet.compile(**({"mode": "reduce-overhead"} if on_cuda else {"options": {"freezing": True}}))

@@ -1,0 +1,158 @@
+"""What makes training and sampling fast changes the speed alone."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, TINY
+from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention
+from PIL import Image
+from safetensors.torch import load_file
+
+from sampling.pipeline_loading import load_pipeline
+from training.performance import Float32AttnProcessor, compile_model, prepare_attention
+
+CPU_BF16 = SimpleNamespace(device=torch.device("cpu"), mixed_precision="bf16")
+
+
+def tiny_unet(**options) -> UNet2DModel:
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        **options,
+    )
+
+
+def test_attention_is_float32_under_bf16_on_a_cpu():
+    unet = tiny_unet()
+    attention = next(module for module in unet.modules() if isinstance(module, Attention))
+    hidden = torch.randn(2, 16, 4, 4)
+    exact = attention(hidden)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = attention(hidden)
+    prepare_attention(unet, CPU_BF16)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = attention(hidden)
+    assert torch.equal(ours, exact)
+    assert not torch.equal(rounded.float(), exact)
+
+
+@pytest.mark.parametrize(("device", "precision"), [("cpu", "no"), ("cuda", "bf16")])
+def test_attention_is_left_alone_elsewhere(device, precision):
+    unet = tiny_unet()
+    prepare_attention(unet, SimpleNamespace(device=torch.device(device), mixed_precision=precision))
+    attentions = [module for module in unet.modules() if isinstance(module, Attention)]
+    assert attentions
+    assert not any(isinstance(attention.processor, Float32AttnProcessor) for attention in attentions)
+
+
+def test_freed_memory_is_kept():
+    """Page faults of eight tensors of 8 MB, 2,048 pages each, that come and go like a step's activations."""
+    code = """
+import resource, torch
+from training.performance import prepare_cpu
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        tensors = [torch.ones(2 << 20) for _ in range(8)]
+        del tensors
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+before = faults()
+prepare_cpu()
+faults()
+print(before, faults())
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    before, after = map(int, result.stdout.split())
+    assert before > 20 * 2048  # or this test shows nothing
+    assert after < 2048
+
+
+def test_auto_compiles_on_a_gpu_and_for_long_runs_only():
+    def compiles(choice: str, device: str, total_steps: int) -> bool:
+        model = torch.nn.Linear(1, 1)
+        accelerator = SimpleNamespace(device=torch.device(device))
+        return compile_model(model, SimpleNamespace(compile=choice), accelerator, total_steps) is not model
+
+    assert compiles("auto", "cuda", 100_000)
+    assert not compiles("auto", "cuda", 1000)
+    assert not compiles("auto", "cpu", 100_000)
+    assert compiles("on", "cpu", 1)
+    assert not compiles("off", "cuda", 100_000)
+
+
+def test_bfloat16_samples_are_near_and_recorded(run_script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_script("train_unconditional", f"{TINY} --num_epochs 1 --seed 3", tmp_path / "run")
+    pictures = {}
+    for dtype in ("float32", "bfloat16"):
+        run_script(
+            "sample", f"run --num_images 4 --scheduler ddim --num_inference_steps 5 --dtype {dtype} --output a.png"
+        )
+        pictures[dtype] = np.asarray(Image.open("a.png").convert("RGB"), int)
+        assert json.loads((tmp_path / "a.json").read_text())["dtype"] == dtype
+    assert load_pipeline("run", torch.bfloat16).unet.dtype == torch.bfloat16
+    difference = abs(pictures["float32"] - pictures["bfloat16"])
+    # A prediction is rounded to 8 bits, 1 of 256 levels of what it says; a few layers and steps add up.
+    assert 0 < difference.mean() < 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_compiled_training_is_the_same(run_script, tmp_path, precision):
+    for choice in ("off", "on"):
+        flags = f"{TINY} --num_epochs 1 --seed 3 --compile {choice} --mixed_precision {precision}"
+        run_script("train_unconditional", flags, tmp_path / choice)
+    off, on = (load_file(tmp_path / c / "unet/diffusion_pytorch_model.safetensors") for c in ("off", "on"))
+    # Four steps of Adam at a learning rate of up to 1e-3: a weight whose gradient is rounding noise may go either way.
+    bound = {"no": 1e-5, "bf16": 4e-3}[precision]
+    assert off.keys() == on.keys()
+    assert sum((off[name] - on[name]).abs().mean() for name in off) / len(off) < bound
+    assert any(not torch.equal(off[name], on[name]) for name in off)  # or nothing was compiled
+
+
+@pytest.mark.slow
+def test_compiled_samples_are_the_same(run_script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_script("train_unconditional", f"{TINY} --num_epochs 1 --seed 3", tmp_path / "run")
+    pictures = []
+    for flag in ("", "--compile"):
+        run_script("sample", f"run --num_images 4 --num_inference_steps 5 --output a.png {flag}")
+        pictures.append(np.asarray(Image.open("a.png").convert("RGB"), int))
+    assert abs(pictures[0] - pictures[1]).max() <= 1  # 1e-5 of the range may cross the border of a level
+
+
+@pytest.mark.slow
+def test_loss_of_the_fast_path_stays_within_the_spread_of_seeds(run_script, tmp_path):
+    """500 steps in bf16 against three seeds in float32, each tenth of the run averaged."""
+    preset = "--config configs/smoke_cpu.yaml --num_epochs 25 --logger none --logging_steps 1 --save_images_epochs 100"
+    curves = {}
+    monitor = []
+
+    def log(self, metrics, step):
+        monitor.append(metrics.get("loss"))
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(REPOSITORY)
+        monkeypatch.setattr("training.tracking.Trackers.log", log)
+        for precision, seed in (("no", 0), ("no", 1), ("no", 2), ("bf16", 0), ("bf16", 1), ("bf16", 2)):
+            monitor.clear()
+            flags = f"{preset} --mixed_precision {precision} --seed {seed}"
+            run_script("train_unconditional", flags, tmp_path / f"{precision}{seed}")
+            curves[precision, seed] = np.array(monitor, float).reshape(10, -1).mean(axis=1)
+    plain = np.array([curves["no", seed] for seed in range(3)])
+    fast = np.array([curves["bf16", seed] for seed in range(3)])
+    spread = plain.max(axis=0) - plain.min(axis=0)
+    assert (abs(fast.mean(axis=0) - plain.mean(axis=0)) < spread).all()
+    # Seed by seed both paths see the same images and noise, and differ by rounding alone.
+    assert abs(fast - plain).mean() < spread.mean() / 2
