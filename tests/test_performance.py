@@ -15,6 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sampling.pipeline_loading import load_pipeline
+from training.build import build_model
+from training.config import TrainingConfig
 from training.performance import Float32AttnProcessor, compile_model, prepare_attention
 
 CPU_BF16 = SimpleNamespace(device=torch.device("cpu"), mixed_precision="bf16")
@@ -60,6 +62,8 @@ def test_freed_memory_is_kept():
     """Page faults of eight tensors of 8 MB, 2,048 pages each, that come and go like a step's activations."""
     code = """
 import resource, torch
+from training.build import build_model
+from training.config import TrainingConfig
 from training.performance import prepare_cpu
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -105,6 +109,26 @@ def test_bfloat16_samples_are_near_and_recorded(run_script, tmp_path, monkeypatc
     difference = abs(pictures["float32"] - pictures["bfloat16"])
     # A prediction is rounded to 8 bits, 1 of 256 levels of what it says; a few layers and steps add up.
     assert 0 < difference.mean() < 8
+
+
+def test_gradient_checkpointing_calculates_blocks_again_and_the_same():
+    gradients, calls = [], []
+    for checkpointing in (False, True):
+        options = {"block_out_channels": [8], "attention_levels": [0], "resolution": "8"}
+        torch.manual_seed(0)
+        model = build_model(TrainingConfig(gradient_checkpointing=checkpointing, **options), num_channels=3)
+        calls.append(0)
+
+        def count(*_):
+            calls[-1] += 1
+
+        model.down_blocks[0].resnets[0].register_forward_hook(count)
+        model(torch.ones(1, 3, 8, 8), 0).sample.sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert calls == [1, 2]
+    for plain, again in zip(*gradients, strict=True):
+        # The same float32 operations; a sum of two gradients may be in another order.
+        torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-5 * float(plain.abs().max()))
 
 
 @pytest.mark.slow

@@ -27,6 +27,8 @@ def build_noise_scheduler(config: TrainingConfig) -> ClosedFormDDPMScheduler | L
 
 def build_model(config: TrainingConfig, num_channels: int, num_classes: int | None = None) -> torch.nn.Module:
     """The network, with random weights; with `num_classes`, one that takes labels 0..K-1 and K for "no class"."""
+    if config.gradient_checkpointing and config.model_class != "UNet2DModel":
+        raise UserInputError(f"--gradient_checkpointing: {config.model_class} does not have it, leave it out")
     if config.model_class == "BasicUNet2DModel":
         if num_classes is not None:
             raise UserInputError("--model_class BasicUNet2DModel takes no class labels: use train_unconditional.py")
@@ -73,6 +75,8 @@ def _build_unet2d(config: TrainingConfig, num_channels: int, num_classes: int | 
             attention_head_dim=config.attention_head_dim,
             norm_num_groups=_choose_num_groups(channels),
         )
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
     if config.enable_xformers_memory_efficient_attention:
         try:
             model.enable_xformers_memory_efficient_attention()

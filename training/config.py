@@ -91,6 +91,9 @@ class TrainingConfig:
     layers_per_block: int = _field(2, "Residual blocks per level.")
     attention_head_dim: int = _field(8, "Channels per attention head; 32 or 64 is faster than the default.")
     norm_type: Literal["group", "batch"] = _field("group", "Normalisation of ContextUNet2DModel.")
+    gradient_checkpointing: bool = _field(
+        False, "Less memory: activations of UNet2DModel's blocks are calculated again in the backward pass."
+    )
     enable_xformers_memory_efficient_attention: bool = _field(False, "Use xFormers' attention.")
 
     # Noise process

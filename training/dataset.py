@@ -227,7 +227,13 @@ def make_dataloader(data: ImageData, config: TrainingConfig) -> DataLoader:
     """Shuffled batches of `config.train_batch_size`; the last of an epoch may be smaller."""
     if isinstance(data.dataset, StreamedImages):
         return DataLoader(data.dataset, batch_size=config.train_batch_size, num_workers=config.dataloader_num_workers)
-    return DataLoader(data.dataset, batch_size=config.train_batch_size, shuffle=True, collate_fn=_keep_batch)
+    return DataLoader(
+        data.dataset,
+        batch_size=config.train_batch_size,
+        shuffle=True,
+        collate_fn=_keep_batch,
+        pin_memory=torch.cuda.is_available(),
+    )
 
 
 def _keep_batch(batch: Any) -> Any:

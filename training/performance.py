@@ -31,6 +31,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     )
     if accelerator.device.type == "cpu":
         prepare_cpu()
+    else:
+        torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it by default
     return accelerator
 
 
