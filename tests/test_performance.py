@@ -122,7 +122,7 @@ def test_gradient_checkpointing_calculates_blocks_again_and_the_same():
         def count(*_):
             calls[-1] += 1
 
-        model.down_blocks[0].resnets[0].register_forward_hook(count)
+        model.down_blocks[0].resnets[0].register_forward_pre_hook(count)
         model(torch.ones(1, 3, 8, 8), 0).sample.sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert calls == [1, 2]
