@@ -105,7 +105,7 @@ def show_forward_process(pipeline: Any, clean_images: torch.Tensor, seed: int) -
     columns += [scheduler.add_noise(clean_images, noise, torch.full((len(noise),), t)) for t in timesteps]
     rows = to_unit_range(torch.stack(columns, dim=1))  # (N, columns, C, H, W)
     labels = ["image\n100% signal"] + [
-        f"t = {t}\n{100 * share:.2g}% signal" for t, share in zip(timesteps, shares, strict=True)
+        f"t = {t}\n{100 * share:.3g}% signal" for t, share in zip(timesteps, shares, strict=True)
     ]
     record = {"seed": seed, "timesteps": timesteps, "signal_shares": shares}
     return Figure(list(rows), [""] * len(rows), labels, record)
