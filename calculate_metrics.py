@@ -34,6 +34,7 @@ from training.checkpoint import CONFIG_FILE, SUMMARY_FILE
 from training.config import TrainingConfig, parse_data_flags
 from training.dataset import load_image_data
 from training.errors import ArgumentParser, UserInputError, exits_on_user_error
+from training.processes import use_cpu
 
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
@@ -109,7 +110,7 @@ def write_outputs(args: argparse.Namespace, report: Report, picture: Image.Image
 @exits_on_user_error
 def main() -> None:
     args, data_flags = parse_args()
-    state = PartialState()
+    state = PartialState(cpu=use_cpu())
     run_dir = find_run(args.model)
     config = parse_data_flags(data_flags, None if run_dir is None else run_dir / CONFIG_FILE)
     pipeline: Any = None

@@ -13,6 +13,11 @@ TINY = (
     "--attention_head_dim 8 --checkpointing_steps 3 --logging_steps 1"
 ).format(config=REPOSITORY / "configs" / "smoke_cpu.yaml")
 
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+LAUNCH += "--num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0".split()
+LAUNCH_TWO = [*LAUNCH, "--multi_gpu", "--num_processes", "2"]  # on CPUs where there are no GPUs
+ENVIRONMENT = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
 
 @pytest.fixture(autouse=True, scope="session")
 def cache_of_its_own(tmp_path_factory):

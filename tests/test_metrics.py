@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, TINY
+from conftest import ENVIRONMENT, LAUNCH_TWO, REPOSITORY, TINY
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -459,12 +459,11 @@ class TestCalculateMetrics:
     def test_two_processes_find_what_one_finds(self, runs, run_script, tmp_path):
         model = runs / "train_conditional"
         run_script("calculate_metrics", f"{model} {self.FLAGS} --batch_size 4", tmp_path / "one")  # fills the cache
-        command = f"accelerate.commands.launch --num_processes 2 --cpu calculate_metrics.py {model} {self.FLAGS}"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        flags = f"{model} {self.FLAGS} --batch_size 4"
         subprocess.run(
-            [sys.executable, "-m", *command.split(), "--batch_size", "4", "--output_dir", str(tmp_path / "two")],
+            [*LAUNCH_TWO, "calculate_metrics.py", *flags.split(), "--output_dir", str(tmp_path / "two")],
             cwd=REPOSITORY,
-            env=environment,
+            env={**os.environ, **ENVIRONMENT},
             check=True,
             capture_output=True,
         )

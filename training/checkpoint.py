@@ -45,7 +45,7 @@ class TrainState:
 
     global_step: int = 0  # optimizer steps done
     epoch: int = 0
-    batches_done: int = 0  # of this epoch, per process
+    steps_done: int = 0  # of this epoch
     images_seen: int = 0  # by all processes
     seconds: float = 0.0  # of training, with its samples and checkpoints
 
@@ -112,7 +112,12 @@ def save_checkpoint(
     accelerator.save_state(str(partial))
     if accelerator.is_main_process:
         save_pipeline(partial)
-        values = {**asdict(state), "lr_scheduler": lr_scheduler.state_dict()}
+        values = {
+            **asdict(state),
+            "num_processes": accelerator.num_processes,
+            "total_batch_size": config.total_batch_size(accelerator.num_processes),
+            "lr_scheduler": lr_scheduler.state_dict(),
+        }
         if ema is not None:
             values["ema_optimization_step"] = ema.optimization_step
         (partial / STATE_FILE).write_text(json.dumps(values))
@@ -129,17 +134,37 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    accelerator: Accelerator, path: Path, model: torch.nn.Module, lr_scheduler: Any, ema: EMAModel | None
+    accelerator: Accelerator,
+    config: TrainingConfig,
+    path: Path,
+    model: torch.nn.Module,
+    lr_scheduler: Any,
+    ema: EMAModel | None,
 ) -> TrainState:
     """Restores weights, optimizer, EMA, schedule and random states in place, and says where the run stands."""
-    accelerator.load_state(str(path))
     values = json.loads((path / STATE_FILE).read_text())
+    check_num_processes(config, path, values, accelerator.num_processes)
+    accelerator.load_state(str(path))
+    accelerator.step = 0  # micro-batches: the saved number is of that process and that accumulation
     lr_scheduler.load_state_dict(values.pop("lr_scheduler"))
     ema_optimization_step = values.pop("ema_optimization_step", None)
     if ema is not None:
         if ema_optimization_step is None:
             raise UserInputError(f"{path} was written without --use_ema: resume without it as well")
-        shadow = load_file(path / WEIGHTS_FILE, device=str(accelerator.device))
-        ema.shadow_params = [shadow[name] for name in accelerator.unwrap_model(model).state_dict()]
+        shadow = load_file(path / WEIGHTS_FILE)  # not to the device: "cpu:0", of several processes, it does not know
+        names = accelerator.unwrap_model(model).state_dict()
+        ema.shadow_params = [shadow[name].to(accelerator.device) for name in names]
         ema.optimization_step = ema_optimization_step
     return TrainState(**values)
+
+
+def check_num_processes(config: TrainingConfig, path: Path, values: dict[str, Any], num_processes: int) -> None:
+    """Takes the number of processes out of a checkpoint's state; raises if another one would change the steps."""
+    before, total_before = values.pop("num_processes"), values.pop("total_batch_size")
+    total = config.total_batch_size(num_processes)
+    if num_processes != before and total != total_before:
+        raise UserInputError(
+            f"{path} was written by {before} process(es) in steps of {total_before} images, and {num_processes} would "
+            f"take {total}: change --train_batch_size or --gradient_accumulation_steps so that processes x batch size "
+            f"x accumulation is {total_before}"
+        )

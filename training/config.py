@@ -191,6 +191,10 @@ class TrainingConfig:
         width, height = sides
         return height, width
 
+    def total_batch_size(self, num_processes: int) -> int:
+        """Images of an optimizer step."""
+        return num_processes * self.train_batch_size * self.gradient_accumulation_steps
+
     def _check_ranges(self) -> None:
         at_least = {
             0: ("lr_warmup_steps", "dataloader_num_workers", "adam_weight_decay", "seed"),

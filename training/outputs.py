@@ -225,13 +225,13 @@ def print_summary(
     images = "a stream of images" if data.num_images is None else f"{data.num_images:,} images"
     skipped = f", {len(data.skipped_images)} skipped as undecodable" if data.skipped_images else ""
     classes = "" if data.id2label is None else f", {len(data.id2label)} classes"
-    batch = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
+    total_batch_size = config.total_batch_size(accelerator.num_processes)
     num_params = sum(p.numel() for p in model.parameters())
     print(
         f"data       {data.source}: {images} of {width}x{height}, {data.num_channels} channel(s){classes}{skipped}\n"
         f"model      {config.model_class}, {num_params / 1e6:.2f} M parameters\n"
         f"device     {accelerator.device}, {accelerator.num_processes} process(es), "
         f"precision {accelerator.mixed_precision}\n"
-        f"training   {total_steps:,} steps of {batch} images, seed {config.seed}, {start}\n"
+        f"training   {total_steps:,} steps of {total_batch_size} images, seed {config.seed}, {start}\n"
         f"output     {config.output_dir}"
     )

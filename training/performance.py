@@ -13,6 +13,7 @@ from accelerate.utils import DataLoaderConfiguration
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from training.config import TrainingConfig
+from training.processes import use_cpu
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 STEPS_WORTH_COMPILING = 5000  # on a GPU, where compiling takes about a minute; an estimate
@@ -21,6 +22,7 @@ STEPS_WORTH_COMPILING = 5000  # on a GPU, where compiling takes about a minute; 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """Processes, devices and precision, as `accelerate config` and the flags say."""
     accelerator = Accelerator(
+        cpu=use_cpu(),
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=choose_precision(config.mixed_precision),
         dataloader_config=DataLoaderConfiguration(

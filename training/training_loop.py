@@ -3,12 +3,14 @@
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sized
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
@@ -25,6 +27,7 @@ from training.ema import ema_tensors, make_ema
 from training.errors import UserInputError
 from training.outputs import RunOutputs, SampleGrid
 from training.performance import compile_model, make_accelerator, prepare_attention
+from training.processes import find_share
 
 Batch = dict[str, torch.Tensor]  # "images" (B, C, H, W) uint8, uint16 or float32 in [-1, 1], "class_labels" (B,) int64
 
@@ -69,11 +72,16 @@ def training_loop(
     ema = make_ema(accelerator.unwrap_model(model), config) if config.use_ema else None
 
     checkpoint = find_checkpoint(config)
-    state = TrainState() if checkpoint is None else load_checkpoint(accelerator, checkpoint, model, lr_scheduler, ema)
+    check_same_on_all(checkpoint)
+    state = TrainState()
+    if checkpoint is not None:
+        state = load_checkpoint(accelerator, config, checkpoint, model, lr_scheduler, ema)
     outputs = RunOutputs(accelerator, config, data, model, ema, make_pipeline, grid, total_steps)
     outputs.begin(state, checkpoint)
 
-    losses: list[torch.Tensor] = []  # of the micro-batches since the last log, on the device
+    total_batch_size = config.total_batch_size(accelerator.num_processes)
+    num_images = len(data.dataset) if isinstance(data.dataset, Sized) else None
+    losses: list[torch.Tensor] = []  # sums over the images since the last log, on the device
     grad_norm: Any = None
     images_logged, log_time = state.images_seen, time.perf_counter()
     micro_batch = 0  # since the last optimizer step
@@ -89,29 +97,49 @@ def training_loop(
             train_dataloader.set_epoch(state.epoch)
             data.dataset.set_epoch(state.epoch)
             model.train()
-            epoch_start = state.batches_done
-            for batch in accelerator.skip_first_batches(train_dataloader, epoch_start):
+            batches_done = state.steps_done * config.gradient_accumulation_steps
+            for batch in accelerator.skip_first_batches(train_dataloader, batches_done):
+                batch_size = len(batch["images"])
+                images_given = batch_size * accelerator.num_processes
+                if accelerator.gradient_state.end_of_dataloader and accelerator.gradient_state.remainder > 0:
+                    images_given = accelerator.gradient_state.remainder
+                share = find_share(
+                    batch_size,
+                    config.train_batch_size,
+                    config.gradient_accumulation_steps,
+                    micro_batch,
+                    accelerator.process_index,
+                    accelerator.num_processes,
+                    images_given,
+                    None if num_images is None else num_images - state.steps_done * total_batch_size,
+                )
+                # At least one image, if of weight 0: the processes average their gradients together.
+                batch = {name: tensor[: max(1, share.num_images)] for name, tensor in batch.items()}
                 with accelerator.accumulate(model):
                     clean_images = to_model_range(batch["images"])
                     noise, timesteps, uniform = draw_randomness(
-                        accelerator, (config.seed, state.global_step, micro_batch), clean_images, len(noise_scheduler)
+                        (config.seed, state.global_step),
+                        clean_images,
+                        len(noise_scheduler),
+                        share.first_row,
+                        total_batch_size,
                     )
                     model_kwargs = get_model_kwargs(batch, uniform)
                     loss = loss_fn(train_model, noise_scheduler, clean_images, noise, timesteps, model_kwargs)
-                    accelerator.backward(loss)
+                    accelerator.backward(share.loss_weight * loss)
                     if accelerator.sync_gradients:
                         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
-                losses.append(loss.detach())
-                state.images_seen += len(clean_images) * accelerator.num_processes
-                state.batches_done += 1
+                losses.append(share.num_images * loss.detach())
+                state.images_seen += share.num_images_of_all
                 micro_batch += 1
                 if not accelerator.sync_gradients:
                     continue
 
                 micro_batch = 0
                 state.global_step += 1
+                state.steps_done += 1
                 if not accelerator.optimizer_step_was_skipped:  # fp16 overflow: the weights did not move
                     lr_scheduler.step()
                     if ema is not None:
@@ -120,9 +148,9 @@ def training_loop(
                 last = state.global_step == total_steps
                 if last or state.global_step % config.logging_steps == 0:
                     seconds = time.perf_counter() - log_time
-                    rate = (state.images_seen - images_logged) / seconds
                     state.seconds += seconds
-                    metrics = measure(accelerator, state, losses, grad_norm, lr_scheduler, ema, rate)
+                    images = state.images_seen - images_logged
+                    metrics = measure(accelerator, state, losses, images, seconds, grad_norm, lr_scheduler, ema)
                     progress_bar.set_postfix_str(
                         "loss={loss:.4f}, lr={lr:.1e}, {images_per_second:.0f} images/s".format(**metrics)
                     )
@@ -136,10 +164,10 @@ def training_loop(
                     break
                 if config.save_images_steps and state.global_step % config.save_images_steps == 0:
                     outputs.write(state, samples=True)
-            if state.batches_done == 0:
+            if state.steps_done == 0:
                 raise UserInputError(f"{data.source} gave no batch: there is no image to train on")
 
-            state.epoch, state.batches_done = state.epoch + 1, 0
+            state.epoch, state.steps_done = state.epoch + 1, 0
             last = state.global_step == total_steps
             outputs.write(
                 state,
@@ -160,23 +188,37 @@ def count_steps(config: TrainingConfig, train_dataloader: Any) -> int:
     return min(config.num_epochs * steps_per_epoch, config.max_train_steps or sys.maxsize)
 
 
+def check_same_on_all(checkpoint: Path | None) -> None:
+    """Raises, on every process, if they see different folders: then machines don't share `--output_dir`."""
+    names = gather_object([None if checkpoint is None else checkpoint.name])
+    if len(set(names)) > 1:
+        raise UserInputError(
+            f"--output_dir does not hold the same checkpoints on every machine ({', '.join(map(str, names))}): share "
+            "the folder, or copy the checkpoint to each"
+        )
+
+
 def draw_randomness(
-    accelerator: Accelerator, entropy: tuple[int, int, int], clean_images: torch.Tensor, num_train_timesteps: int
+    entropy: tuple[int, int],
+    clean_images: torch.Tensor,
+    num_train_timesteps: int,
+    first_row: int,
+    total_batch_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Noise (B, C, H, W), timesteps (B,) in 0..T-1 and a number in [0, 1) for each image.
 
-    They are a function of `entropy` = (seed, step, micro-batch) and the image's place in the global batch: every
-    process draws for all processes and keeps its rows, so that two processes see what one with twice the batch sees.
+    They are a function of `entropy` = (seed, step) and the image's row among the `total_batch_size` of the step: all
+    rows are drawn and the B from `first_row` on are kept, so that it does not matter how a step is divided among
+    processes and micro-batches.
     """
     seed, model_seed = (int(s) for s in np.random.SeedSequence(entropy).generate_state(2, np.uint64))
-    device, batch_size = clean_images.device, len(clean_images)
+    device = clean_images.device
     generator = torch.Generator(device).manual_seed(seed)
-    total = batch_size * accelerator.num_processes
-    rows = slice(accelerator.process_index * batch_size, (accelerator.process_index + 1) * batch_size)
-    noise = torch.randn((total, *clean_images.shape[1:]), generator=generator, device=device)  # float32
-    timesteps = torch.randint(num_train_timesteps, (total,), generator=generator, device=device)
-    uniform = torch.rand(total, generator=generator, device=device)
-    torch.manual_seed((model_seed >> 1) + accelerator.process_index)  # dropout inside the network
+    noise = torch.randn((total_batch_size, *clean_images.shape[1:]), generator=generator, device=device)  # float32
+    timesteps = torch.randint(num_train_timesteps, (total_batch_size,), generator=generator, device=device)
+    uniform = torch.rand(total_batch_size, generator=generator, device=device)
+    torch.manual_seed((model_seed >> 1) + first_row)  # dropout inside the network
+    rows = slice(first_row, first_row + len(clean_images))
     return noise[rows], timesteps[rows], uniform[rows]
 
 
@@ -184,13 +226,14 @@ def measure(
     accelerator: Accelerator,
     state: TrainState,
     losses: list[torch.Tensor],
+    num_images: int,
+    seconds: float,
     grad_norm: torch.Tensor,
     lr_scheduler: Any,
     ema: Any,
-    images_per_second: float,
 ) -> dict[str, float]:
-    """What is logged, with the mean loss since the last log; the only place that waits for the device."""
-    loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
+    """What is logged, with the mean loss of the images since the last log; waits for the device, as nothing else."""
+    loss = accelerator.reduce(torch.stack(losses).sum(), reduction="sum").item() / num_images
     if not math.isfinite(loss):
         raise UserInputError(
             f"the loss is {loss} at step {state.global_step}: lower --learning_rate, or give --mixed_precision no"
@@ -200,7 +243,7 @@ def measure(
         "lr": lr_scheduler.get_last_lr()[0],
         "epoch": state.epoch,
         "grad_norm": float(grad_norm),
-        "images_per_second": images_per_second,
+        "images_per_second": num_images / seconds,
     }
     if ema is not None:
         metrics["ema_decay"] = ema.cur_decay_value

@@ -1,0 +1,376 @@
+"""Several processes and machines: what one process with the same batch trains, whoever is killed and resumed."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from conftest import ENVIRONMENT, LAUNCH, LAUNCH_TWO, REPOSITORY
+from PIL import Image
+from test_training import assert_same_weights, read_scalars, weights
+
+from training.processes import find_share
+from training.training_loop import draw_randomness
+
+NUM_IMAGES = 37  # in steps of 16: the last of an epoch has 5, of which the second of two processes has none
+STEPS_PER_EPOCH, NUM_STEPS = 3, 27
+# float32 rounds to 6e-8, and sums over the images differ in their order alone. 27 steps hand that on and add to it:
+# measured 2e-7 in the loss and 2e-6 in the weights, whereas an image lost or repeated in an epoch changes 1e-2.
+TOLERANCE = 1e-5
+FLAGS = (
+    f"--config {REPOSITORY / 'configs' / 'smoke_cpu.yaml'} --lr_warmup_steps 2 --ddpm_num_inference_steps 2 "
+    "--eval_batch_size 1 --block_out_channels 8 16 --attention_levels 0 --attention_head_dim 8 --resolution 8 "
+    "--num_epochs 9 --save_images_epochs 9 --save_model_epochs 9 --checkpointing_steps 4 --logging_steps 1 "
+    "--random_flip"
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    """The flags of images whose red is their index."""
+    folder = tmp_path_factory.mktemp("data")
+    images = np.random.default_rng(0).integers(256, size=(NUM_IMAGES, 8, 8, 3), dtype=np.uint8)
+    images[..., 0] = np.arange(NUM_IMAGES)[:, None, None]
+    np.save(folder / "images.npy", images)
+    np.save(folder / "labels.npy", np.arange(NUM_IMAGES) % 3)
+    return f"--dataset_name {folder / 'images.npy'} --labels_file {folder / 'labels.npy'} {FLAGS}"
+
+
+def start(launcher: list[str], script: str, flags: str, output_dir: Path, prefix: str = "") -> subprocess.Popen:
+    return subprocess.Popen(
+        [*prefix.split(), *launcher, script, *flags.split(), "--output_dir", str(output_dir)],
+        cwd=REPOSITORY,
+        env={**os.environ, **ENVIRONMENT},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(*processes: subprocess.Popen) -> str:
+    """Waits for all of them; what the first printed."""
+    outputs = [process.communicate(timeout=300) for process in processes]
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, errors
+    return outputs[0][0]
+
+
+def copy_checkpoint(run: Path, step: int, resumed: Path) -> str:
+    """Into a new folder; the flag that resumes from it."""
+    resumed.mkdir()
+    shutil.copytree(run / f"checkpoint-{step}", resumed / f"checkpoint-{step}")
+    return f"--resume_from_checkpoint checkpoint-{step}"
+
+
+def read_record(output_dir: Path, rank: int) -> list[list[int]]:
+    return [json.loads(line) for line in Path(f"{output_dir}-{rank}.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(first: Path, second: Path, first_step: int = 1) -> None:
+    """The same curves and the same weights but for rounding."""
+    for tag in ("loss", "grad_norm"):
+        one, two = (dict(read_scalars(run / "logs")[tag]) for run in (first, second))
+        assert sorted(two) == list(range(first_step, NUM_STEPS + 1))
+        assert two == pytest.approx({step: one[step] for step in two}, rel=TOLERANCE)
+    one, two = (torch.cat([tensor.flatten() for tensor in weights(run).values()]) for run in (first, second))
+    assert torch.linalg.norm(one - two) < TOLERANCE * torch.linalg.norm(one)
+
+
+def assert_equal_runs(first: Path, second: Path) -> None:
+    assert_same_weights(weights(first), weights(second))
+    last = f"checkpoint-{NUM_STEPS}"
+    assert_same_weights(weights(first / last, "model.safetensors"), weights(second / last, "model.safetensors"))
+
+
+def kill_in_training(launchers: list[subprocess.Popen], output_dir: Path, rank: int) -> list[psutil.Process]:
+    """Kills the process of that rank as soon as there is a checkpoint; all processes that the launchers started."""
+    while not (output_dir / "checkpoint-4").exists():
+        assert all(launcher.poll() is None for launcher in launchers)
+        time.sleep(0.005)
+    workers = [child for launcher in launchers for child in psutil.Process(launcher.pid).children()]
+    (victim,) = (worker for worker in workers if worker.environ().get("RANK") == str(rank))
+    victim.send_signal(signal.SIGKILL)
+    return workers
+
+
+@pytest.fixture(scope="module")
+def two(data, tmp_path_factory) -> Path:
+    """A run of two processes."""
+    output_dir = tmp_path_factory.mktemp("two") / "run"
+    printed = finish(start(LAUNCH_TWO, "tests/record_images.py", f"{data} --train_batch_size 8", output_dir))
+    assert "2 process(es)" in printed
+    assert f"{NUM_STEPS} steps of 16 images" in printed
+    return output_dir
+
+
+def test_two_processes_train_what_one_trains(data, two, run_script, tmp_path):
+    run_script("record_images", f"{data} --train_batch_size 16", tmp_path / "one")
+    assert_same_run(tmp_path / "one", two)
+    # Of images: each once an epoch, in the order of one process.
+    ranks = [read_record(two, rank) for rank in (0, 1)]
+    for step, batch in enumerate(read_record(tmp_path / "one", 0)):
+        own = [record[step] for record in ranks]
+        if step % STEPS_PER_EPOCH == STEPS_PER_EPOCH - 1:  # the second process has none: an image of weight 0
+            assert (len(batch), len(own.pop())) == (5, 1)
+        assert [index for indices in own for index in indices] == batch
+        if step % STEPS_PER_EPOCH == 0:
+            seen = []
+        seen += batch
+        if step % STEPS_PER_EPOCH == STEPS_PER_EPOCH - 1:
+            assert sorted(seen) == list(range(NUM_IMAGES))
+    summary = json.loads((two / "training_summary.json").read_text())
+    assert (summary["images_seen"], summary["num_processes"]) == (9 * NUM_IMAGES, 2)
+
+
+def test_another_number_of_processes_goes_on_where_the_steps_stay_the_same(data, two, run_script, tmp_path):
+    """From the middle of an epoch, two processes' run by one that takes a step in four batches."""
+    resume = copy_checkpoint(two, 4, tmp_path / "resumed")
+    run_script(
+        "train_conditional",
+        f"{data} --train_batch_size 4 --gradient_accumulation_steps 4 {resume}",
+        tmp_path / "resumed",
+    )
+    assert_same_run(two, tmp_path / "resumed", first_step=5)
+
+
+def test_another_number_of_processes_is_refused_where_the_steps_change(data, two, run_script, tmp_path, capsys):
+    resume = copy_checkpoint(two, 4, tmp_path / "resumed")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as exit:
+        run_script("train_conditional", f"{data} --train_batch_size 8 {resume}", tmp_path / "resumed")
+    assert exit.value.code == 2
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    line = errors.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    for part in ("checkpoint-4", "2 process(es)", "16 images", "--train_batch_size"):
+        assert part in line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_every_process_leaves_its_random_state(two):
+    assert {path.name for path in (two / "checkpoint-4").glob("random_states_*")} == {
+        "random_states_0.pkl",
+        "random_states_1.pkl",
+    }
+
+
+def test_one_process_where_several_were_asked_for_is_an_error(data, tmp_path):
+    """`accelerate launch` starts one on CPUs, unless it is told that there are several GPUs."""
+    process = start([*LAUNCH, "--cpu", "--num_processes", "2"], "train_conditional.py", data, tmp_path / "run")
+    errors = process.communicate()[1]
+    assert process.returncode != 0
+    assert "error: --num_processes" in errors
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("num_processes", "accumulation"), [(1, 1), (1, 3), (2, 1), (3, 2), (4, 1)])
+@pytest.mark.parametrize("images_left", [1, 7, 8, 11, 23, 24, 50])
+def test_shares_divide_a_step(num_processes, accumulation, images_left):
+    rows, weight_of_image = [], []
+    for micro_batch in range(accumulation):
+        of_all = 0
+        for rank in range(num_processes):
+            share = find_share(4, 4, accumulation, micro_batch, rank, num_processes, 0, images_left)
+            own = range(share.first_row, share.first_row + share.num_images)
+            rows += own
+            of_all += share.num_images
+            # What becomes of the mean over the process's images: divided by the processes and the micro-batches.
+            weight_of_image += [share.loss_weight / len(own) / num_processes / accumulation for _ in own]
+        if of_all == 0:  # the epoch is at its end
+            break
+        assert share.num_images_of_all == of_all
+    total = min(images_left, 4 * num_processes * accumulation)
+    assert rows == list(range(total))
+    assert weight_of_image == pytest.approx([1 / total] * total)
+
+
+def test_shares_of_a_stream_are_what_it_gives():
+    """Its length is not known: the last batch, here of 5 images, is divided among the processes."""
+    first, second = (find_share(3, 4, 2, 1, rank, 2, 5, None) for rank in (0, 1))
+    assert (first.first_row, second.first_row) == (8, 11)
+    assert (first.num_images, second.num_images) == (3, 2)
+    assert first.num_images_of_all == second.num_images_of_all == 5
+    assert (first.loss_weight, second.loss_weight) == pytest.approx((3 / 2.5, 2 / 2.5))
+
+
+def test_processes_and_micro_batches_draw_what_one_batch_draws():
+    images = torch.zeros(6, 3, 4, 4)
+    whole = draw_randomness((7, 100), images, 1000, 0, 6)
+    parts = [draw_randomness((7, 100), images[:2], 1000, first_row, 6) for first_row in (0, 2, 4)]
+    for expected, *drawn in zip(whole, *parts, strict=True):
+        assert torch.equal(expected, torch.cat(drawn))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["--seed 1", "--seed 2 --prediction_type v_prediction --snr_gamma 5 --use_ema"])
+@pytest.mark.parametrize(("processes", "divided"), [(2, (8, 1)), (2, (4, 2)), (2, (2, 4)), (4, (4, 1))])
+def test_divided_steps_are_the_same_steps(data, run_script, tmp_path, flags, processes, divided):
+    run_script("train_conditional", f"{data} {flags} --train_batch_size 16", tmp_path / "one")
+    batch_size, accumulation = divided
+    flags += f" --train_batch_size {batch_size} --gradient_accumulation_steps {accumulation}"
+    launcher = [*LAUNCH, "--multi_gpu", "--num_processes", str(processes)]
+    finish(start(launcher, "train_conditional.py", f"{data} {flags}", tmp_path / "divided"))
+    assert_same_run(tmp_path / "one", tmp_path / "divided")
+
+
+@pytest.mark.slow
+def test_two_processes_without_classes(data, run_script, tmp_path):
+    run_script("train_unconditional", f"{data} --train_batch_size 16", tmp_path / "one")
+    finish(start(LAUNCH_TWO, "train_unconditional.py", f"{data} --train_batch_size 8", tmp_path / "two"))
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_two_processes_read_a_stream_as_one_does(run_script, tmp_path):
+    images = np.random.default_rng(0).integers(256, size=(NUM_IMAGES, 8, 8, 3), dtype=np.uint8)
+    (tmp_path / "images").mkdir()
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / "images" / f"{index}.png")
+    flags = f"--train_data_dir {tmp_path / 'images'} --streaming --max_train_steps {NUM_STEPS} {FLAGS}"
+    run_script("train_unconditional", f"{flags} --train_batch_size 16", tmp_path / "one")
+    finish(start(LAUNCH_TWO, "train_unconditional.py", f"{flags} --train_batch_size 8", tmp_path / "two"))
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_two_resumed_processes_are_the_uninterrupted_two(data, two, tmp_path):
+    """Bit for bit."""
+    resume = copy_checkpoint(two, 4, tmp_path / "resumed")
+    finish(start(LAUNCH_TWO, "train_conditional.py", f"{data} --train_batch_size 8 {resume}", tmp_path / "resumed"))
+    assert_equal_runs(two, tmp_path / "resumed")
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_with_the_run_of_one(data, run_script, tmp_path):
+    run_script("train_conditional", f"{data} --train_batch_size 16", tmp_path / "one")
+    resume = copy_checkpoint(tmp_path / "one", 4, tmp_path / "resumed")
+    flags = f"{data} --train_batch_size 2 --gradient_accumulation_steps 4 {resume}"
+    finish(start(LAUNCH_TWO, "train_conditional.py", flags, tmp_path / "resumed"))
+    assert_same_run(tmp_path / "one", tmp_path / "resumed", first_step=5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_others_and_the_run_resumes(data, two, tmp_path, killed):
+    flags = f"{data} --train_batch_size 8"
+    launcher = start(LAUNCH_TWO, "tests/record_images.py", flags, tmp_path / "run")
+    workers = kill_in_training([launcher], tmp_path / "run", killed)
+    started = time.monotonic()
+    launcher.communicate(timeout=60)
+    print(f"ended after {time.monotonic() - started:.1f} s")
+    assert launcher.returncode != 0
+    assert not any(worker.is_running() for worker in workers)
+    finish(start(LAUNCH_TWO, "train_conditional.py", f"{flags} --resume_from_checkpoint latest", tmp_path / "run"))
+    assert_equal_runs(two, tmp_path / "run")
+
+
+def on_two_machines(address: str) -> list[list[str]]:
+    machines = f"--multi_gpu --num_processes 2 --num_machines 2 --main_process_ip {address} --machine_rank"
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    launcher = [*LAUNCH, *machines.split()]
+    return [[*launcher, str(rank), "--main_process_port", str(port)] for rank in (0, 1)]
+
+
+@pytest.mark.slow
+def test_two_machines_train_what_one_trains(data, run_script, tmp_path):
+    """Two launches on this machine, which share the output folder."""
+    flags = f"{data} --train_batch_size 8"
+    finish(
+        *[start(machine, "train_conditional.py", flags, tmp_path / "two") for machine in on_two_machines("127.0.0.1")]
+    )
+    run_script("train_conditional", f"{data} --train_batch_size 16", tmp_path / "one")
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_machines_with_folders_of_their_own(data, two, tmp_path):
+    """The first one writes; a checkpoint has to be copied to the others before it can be resumed from."""
+    flags = f"{data} --train_batch_size 8 --num_epochs 2"
+    folders = [tmp_path / "first" / "run", tmp_path / "second" / "run"]
+
+    def launch(flags: str) -> list[subprocess.Popen]:
+        machines = zip(on_two_machines("127.0.0.1"), folders, strict=True)
+        return [start(machine, "train_conditional.py", flags, folder) for machine, folder in machines]
+
+    finish(*launch(flags))
+    assert (folders[0] / "checkpoint-4" / "model.safetensors").is_file()
+    assert not list(folders[1].rglob("*.safetensors"))
+    flags = f"{data} --train_batch_size 8 --resume_from_checkpoint latest"
+    for process in launch(flags):
+        assert "error: --output_dir does not hold the same checkpoints" in process.communicate(timeout=60)[1]
+        assert process.returncode != 0
+    shutil.rmtree(folders[0] / "checkpoint-6")
+    shutil.copytree(folders[0] / "checkpoint-4", folders[1] / "checkpoint-4")
+    finish(*launch(flags))
+    assert_equal_runs(two, folders[0])
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_other_machine(data, tmp_path):
+    flags = f"{data} --train_batch_size 8"
+    machines = [start(m, "tests/record_images.py", flags, tmp_path / "run") for m in on_two_machines("127.0.0.1")]
+    kill_in_training(machines, tmp_path / "run", 1)
+    started = time.monotonic()
+    for machine in machines:
+        machine.communicate(timeout=60)
+        assert machine.returncode != 0
+    print(f"ended after {time.monotonic() - started:.1f} s")
+
+
+def may_make_network_namespaces() -> bool:
+    return shutil.which("ip") is not None and subprocess.run(["unshare", "-n", "true"], check=False).returncode == 0
+
+
+@pytest.fixture
+def namespaces():
+    """Two machines as the network sees them: name spaces joined by a cable."""
+    names = [f"sprites-{os.getpid()}-{rank}" for rank in (0, 1)]
+    cable = [f"v{os.getpid()}-{rank}" for rank in (0, 1)]
+    try:
+        for name in names:
+            ip(f"netns add {name}")
+        ip(f"link add {cable[0]} netns {names[0]} type veth peer name {cable[1]} netns {names[1]}")
+        for rank in (0, 1):
+            ip(f"-n {names[rank]} addr add 10.213.7.{rank + 1}/24 dev {cable[rank]}")
+            ip(f"-n {names[rank]} link set {cable[rank]} up")
+            ip(f"-n {names[rank]} link set lo up")
+        yield names, cable
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], check=False)
+
+
+def ip(command: str) -> None:
+    subprocess.run(["ip", *command.split()], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not may_make_network_namespaces(), reason="may not make network name spaces")
+def test_machines_apart_train_what_one_trains(data, namespaces, run_script, tmp_path):
+    names, cable = namespaces
+    machines = zip(on_two_machines("10.213.7.1"), names, cable, strict=True)
+    finish(
+        *[
+            start(
+                machine,
+                "train_conditional.py",
+                f"{data} --train_batch_size 8",
+                tmp_path / "two",
+                prefix=f"ip netns exec {name} env GLOO_SOCKET_IFNAME={interface}",
+            )
+            for machine, name, interface in machines
+        ]
+    )
+    run_script("train_conditional", f"{data} --train_batch_size 16", tmp_path / "one")
+    assert_same_run(tmp_path / "one", tmp_path / "two")
