@@ -379,7 +379,7 @@ def test_built_in_sprites(load):
     np.testing.assert_array_equal(to_levels(read_all(data)), images.transpose(0, 3, 1, 2))
     np.testing.assert_array_equal(data.dataset.class_labels, class_labels)
     assert data.id2label == dict(enumerate(CLASS_NAMES))
-    assert (data.num_images, data.num_channels, data.num_skipped) == (20, 3, 0)
+    assert (data.num_images, data.num_channels, data.skipped_images) == (20, 3, [])
 
 
 def test_labels_only_where_asked_for(load):
@@ -495,7 +495,7 @@ def test_bad_images_are_skipped_and_counted(load, pictures, capsys):
     save_tree(pictures, ["a/0.png", "a/1.png", "b/2.png", "b/3.png"])
     (pictures / "a/1.png").write_bytes(b"not an image")
     data = load(with_labels=True, train_data_dir=str(pictures), resolution="8", on_bad_image="skip")
-    assert (data.num_images, data.num_skipped) == (3, 1)
+    assert (data.num_images, len(data.skipped_images)) == (3, 1)
     assert to_levels(read_all(data))[:, 0, 0, 0].tolist() == [0, 2, 3]
     assert data.dataset.class_labels.tolist() == [0, 1, 1]
     assert "1.png" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from training.errors import UserInputError
 CONFIG_FILE = "training_config.yaml"
 SUMMARY_FILE = "training_summary.json"
 STATE_FILE = "train_state.json"
+SKIPPED_IMAGES_FILE = "skipped_images.jsonl"
 WEIGHTS_FILE = "unet/diffusion_pytorch_model.safetensors"
 # A pipeline for others. A `*` goes across folders: `*.py` would take those of snapshots.
 PIPELINE_FILES = ["model_index.json", "pipeline*.py", "unet/*", "scheduler/*", CONFIG_FILE]
@@ -26,6 +27,7 @@ PIPELINE_FILES = ["model_index.json", "pipeline*.py", "unet/*", "scheduler/*", C
 RUN_FILES = (
     CONFIG_FILE,
     SUMMARY_FILE,
+    SKIPPED_IMAGES_FILE,
     "model_index.json",
     "unet",
     "scheduler",

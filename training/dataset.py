@@ -2,10 +2,12 @@
 
 import glob
 import os
+import stat
 import sys
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from training.config import BUILT_IN_DATASET, TrainingConfig
-from training.errors import UserInputError, first_line
+from training.errors import UserInputError, first_line, printable
 from training.sprites import CLASS_NAMES, draw_sprites
 
 BUILT_IN_SIZE = 8000
@@ -36,7 +38,7 @@ class ImageData:
     num_channels: int
     id2label: dict[int, str] | None  # None where labels were not asked for
     num_images: int | None  # None for a stream
-    num_skipped: int
+    skipped_images: list[tuple[str, str]]  # (name, reason); of a stream, only what shows before it is read
     source: str
     license: str | None = None  # where the data says it
 
@@ -51,6 +53,7 @@ class _Source:
     class_labels: np.ndarray | None = None  # int64, of these images or more
     class_names: list[str] | None = None
     license: str | None = None
+    skipped_images: list[tuple[str, str]] = field(default_factory=list)  # found before any was opened
 
 
 class _BadImageError(Exception):
@@ -115,7 +118,7 @@ class StreamedImages(IterableDataset):
         self.class_names = class_names
         self.config = config
         self.epoch = 0
-        head = islice((pixels for pixels, _ in self._read(stream) if pixels is not None), STREAM_HEAD_SIZE)
+        head = islice((pixels for pixels, _ in self._read(stream, []) if pixels is not None), STREAM_HEAD_SIZE)
         self.num_channels = max(map(len, head), default=0)
         if self.num_channels == 3:
             self.config = replace(config, image_mode="RGB")
@@ -126,10 +129,9 @@ class StreamedImages(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         image_size = self.config.image_size
-        num_skipped = 0
-        for pixels, class_label in self._read(self.stream):
+        skipped_images: list[tuple[str, str]] = []
+        for pixels, class_label in self._read(self.stream, skipped_images):
             if pixels is None:
-                num_skipped += 1
                 continue
             if len(pixels) != self.num_channels:
                 raise UserInputError(
@@ -142,17 +144,19 @@ class StreamedImages(IterableDataset):
             if class_label is not None:
                 item["class_labels"] = torch.tensor(class_label)
             yield item
-        if num_skipped:
-            tqdm.write(f"{self.source_name}: {num_skipped} images skipped in this pass", file=sys.stderr)
+        if skipped_images:
+            tqdm.write(f"{self.source_name}: {len(skipped_images)} images skipped in this pass", file=sys.stderr)
 
-    def _read(self, stream: datasets.IterableDataset) -> Iterator[tuple[np.ndarray | None, int | None]]:
+    def _read(
+        self, stream: datasets.IterableDataset, skipped_images: list[tuple[str, str]]
+    ) -> Iterator[tuple[np.ndarray | None, int | None]]:
         for example in stream:
             name = _name_image(example[self.image_column], f"an image of {self.source_name}")
             class_label = None
             if self.class_names is not None:
                 where = f"{name}, column '{self.label_column}'"
                 class_label = _to_class_id(example[self.label_column], self.class_names, where)
-            yield _prepare_or_skip(example[self.image_column], name, self.config), class_label
+            yield _prepare_or_skip(example[self.image_column], name, self.config, skipped_images), class_label
 
 
 def load_image_data(config: TrainingConfig, with_labels: bool | None) -> ImageData:
@@ -174,7 +178,8 @@ def load_image_data(config: TrainingConfig, with_labels: bool | None) -> ImageDa
             raise UserInputError(f"--streaming can't be used with {name}, which fits into memory: leave it out")
         return _decode_all(_open_arrays(config, with_labels) if is_array else _draw(config, with_labels), config)
 
-    dataset, source_name = _load_dataset(config)
+    skipped_images: list[tuple[str, str]] = []
+    dataset, source_name = _load_dataset(config, skipped_images)
     image_column = _find_column(dataset, datasets.Image, "image_column", config.image_column, source_name)
     if image_column is None:
         raise UserInputError(
@@ -192,8 +197,8 @@ def load_image_data(config: TrainingConfig, with_labels: bool | None) -> ImageDa
         # Decoded here instead, where an image that can't be decoded can be named.
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
     if isinstance(dataset, datasets.IterableDataset):
-        return _open_stream(dataset, source_name, image_column, label_column, config)
-    return _decode_all(_open_table(dataset, source_name, image_column, label_column, config), config)
+        return _open_stream(dataset, source_name, image_column, label_column, skipped_images, config)
+    return _decode_all(_open_table(dataset, source_name, image_column, label_column, skipped_images, config), config)
 
 
 def load_image_file(path: str, config: TrainingConfig) -> torch.Tensor:
@@ -286,13 +291,16 @@ def _load_array(path: str, flag: str) -> np.ndarray:
     return array
 
 
-def _load_dataset(config: TrainingConfig) -> tuple[datasets.Dataset | datasets.IterableDataset, str]:
+def _load_dataset(
+    config: TrainingConfig, skipped_images: list[tuple[str, str]]
+) -> tuple[datasets.Dataset | datasets.IterableDataset, str]:
     name, split = config.dataset_name, config.dataset_split
     is_local = True
     files: dict[str, str] | None = None
     if name is None:
         assert config.train_data_dir is not None
         folder, split = _find_image_folder(Path(config.train_data_dir), split), "train"
+        _check_image_files(folder, config, skipped_images)
         builder, flag, source_name = "imagefolder", "train_data_dir", str(folder)
         # A pattern, as `data_dir` drops the files whose names don't hold "train" where some names do.
         files = {"train": glob.escape(str(folder)) + "/**"}
@@ -318,7 +326,7 @@ def _load_dataset(config: TrainingConfig) -> tuple[datasets.Dataset | datasets.I
             cache_dir=config.cache_dir,
             streaming=config.streaming,
         )
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # builders raise whatever broken data, archives and the network lead them to
         where = f"--{flag} {source_name}" + ("" if split == "train" else f", --dataset_split {split}")
         reason = "" if is_local else "no such folder, and on the Hub: "
         raise UserInputError(f"{where}: {reason}{first_line(error.__cause__ or error)}") from None
@@ -334,10 +342,37 @@ def _find_image_folder(folder: Path, split: str) -> Path:
         folder = folder / split
     elif split != "train":
         raise UserInputError(f"--dataset_split {split}: {folder} has no subfolder of this name")
-    endings = Image.registered_extensions()
-    if not any(path.suffix.lower() in endings for path in folder.rglob("*")):
-        raise UserInputError(f"--train_data_dir {folder}: no image in this folder or below (such as .png or .jpg)")
     return folder
+
+
+def _check_image_files(folder: Path, config: TrainingConfig, skipped_images: list[tuple[str, str]]) -> None:
+    """Finds what `datasets` would pass over in silence: broken links, linked folders, folders that can't be read."""
+    endings = Image.registered_extensions()
+    errors: list[OSError] = []
+    has_images = False
+    for parent, folders, names in os.walk(folder, onerror=errors.append):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))  # as `datasets` does
+        for path in (Path(parent, name) for name in folders):
+            if path.is_symlink():
+                _skip(str(path), "is a link to a folder, which is not followed", config, skipped_images)
+        for path in (Path(parent, name) for name in sorted(names) if not name.startswith(".")):
+            try:
+                str(path).encode()
+            except UnicodeEncodeError:  # one such name, of whatever file, and `datasets` refuses the folder
+                raise UserInputError(f"{path}: the name is not UTF-8, rename this file") from None
+            if path.suffix.lower() not in endings:
+                continue
+            try:
+                if stat.S_ISREG(path.stat().st_mode):
+                    has_images = True
+                else:
+                    _skip(str(path), "is not a file", config, skipped_images)
+            except OSError as error:
+                _skip(str(path), f"can't be read ({error.strerror})", config, skipped_images)
+    for unreadable in errors:
+        _skip(str(unreadable.filename), f"can't be read ({unreadable.strerror})", config, skipped_images)
+    if not has_images:
+        raise UserInputError(f"--train_data_dir {folder}: no image in this folder or below (such as .png or .jpg)")
 
 
 def _find_column(dataset: Any, feature_type: type, flag: str, given: str | None, source_name: str) -> str | None:
@@ -353,7 +388,12 @@ def _find_column(dataset: Any, feature_type: type, flag: str, given: str | None,
 
 
 def _open_table(
-    dataset: datasets.Dataset, source_name: str, image_column: str, label_column: str | None, config: TrainingConfig
+    dataset: datasets.Dataset,
+    source_name: str,
+    image_column: str,
+    label_column: str | None,
+    skipped_images: list[tuple[str, str]],
+    config: TrainingConfig,
 ) -> _Source:
     class_labels = class_names = None
     if label_column is not None:
@@ -370,6 +410,7 @@ def _open_table(
         class_labels,
         class_names,
         dataset.info.license or None,
+        skipped_images,
     )
 
 
@@ -378,6 +419,7 @@ def _open_stream(
     source_name: str,
     image_column: str,
     label_column: str | None,
+    skipped_images: list[tuple[str, str]],
     config: TrainingConfig,
 ) -> ImageData:
     class_names = None
@@ -396,7 +438,8 @@ def _open_stream(
     if dataset.num_channels == 0:
         raise UserInputError(f"{source_name} holds no image that can be decoded")
     id2label = None if class_names is None else dict(enumerate(class_names))
-    return ImageData(dataset, dataset.num_channels, id2label, None, 0, source_name, stream.info.license or None)
+    license = stream.info.license or None
+    return ImageData(dataset, dataset.num_channels, id2label, None, skipped_images, source_name, license)
 
 
 # Labels
@@ -445,6 +488,7 @@ def _to_class_id(label: Any, class_names: list[str], where: str) -> int:
 
 
 def _decode_all(source: _Source, config: TrainingConfig) -> ImageData:
+    skipped_images = list(source.skipped_images)
     with tqdm(
         source.images,
         total=source.num_images,
@@ -453,7 +497,7 @@ def _decode_all(source: _Source, config: TrainingConfig) -> ImageData:
         dynamic_ncols=True,
         disable=os.environ.get("LOCAL_RANK", "0") != "0",
     ) as images_with_bar:
-        prepared = [_prepare_or_skip(value, name, config) for name, value in images_with_bar]
+        prepared = [_prepare_or_skip(value, name, config, skipped_images) for name, value in images_with_bar]
     kept = [row for row, pixels in enumerate(prepared) if pixels is not None]
     if not kept:
         raise UserInputError(f"{source.name} holds no image that can be decoded")
@@ -468,20 +512,28 @@ def _decode_all(source: _Source, config: TrainingConfig) -> ImageData:
         num_channels=num_channels,
         id2label=None if source.class_names is None else dict(enumerate(source.class_names)),
         num_images=len(images),
-        num_skipped=len(prepared) - len(images),
+        skipped_images=skipped_images,
         source=source.name,
         license=source.license,
     )
 
 
-def _prepare_or_skip(value: Any, name: str, config: TrainingConfig) -> np.ndarray | None:
+def _prepare_or_skip(
+    value: Any, name: str, config: TrainingConfig, skipped_images: list[tuple[str, str]]
+) -> np.ndarray | None:
     try:
         return prepare_image(open_image(value), name, config)
     except _BadImageError as error:
-        if config.on_bad_image == "error":
-            raise UserInputError(f"{name} {error}: replace it, or give --on_bad_image skip") from None
-        tqdm.write(f"skipped: {name} {error}", file=sys.stderr)
+        _skip(name, str(error), config, skipped_images)
         return None
+
+
+def _skip(name: str, reason: str, config: TrainingConfig, skipped_images: list[tuple[str, str]]) -> None:
+    """Notes an image that can't be used; raises where that is to stop the run."""
+    if config.on_bad_image == "error":
+        raise UserInputError(f"{name} {reason}: replace it, or give --on_bad_image skip")
+    tqdm.write(printable(f"skipped: {name} {reason}"), file=sys.stderr)
+    skipped_images.append((name, reason))
 
 
 def _name_image(value: Any, where: str) -> str:
@@ -502,10 +554,15 @@ def open_image(value: Any) -> Image.Image:
     if not isinstance(value, dict):
         raise _BadImageError(f"is not an image but {type(value).__name__}")
     try:
-        return datasets.Image().decode_example(value)  # applies the EXIF orientation
+        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+            return datasets.Image().decode_example(value)  # applies the EXIF orientation
     except UnidentifiedImageError:
         raise _BadImageError("is not an image that Pillow can read") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise _BadImageError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
     except Exception as error:  # decoders raise whatever a broken file leads them to
+        if isinstance(error, OSError) and error.strerror:
+            raise _BadImageError(f"can't be read ({error.strerror})") from None
         raise _BadImageError(f"can't be decoded ({first_line(error)})") from None
 
 
@@ -515,6 +572,8 @@ def prepare_image(image: Image.Image, name: str, config: TrainingConfig) -> np.n
     H and W are `config.image_size`, or one of them is larger where a random place is to be cropped.
     """
     height, width = config.image_size
+    if 0 in image.size:
+        raise _BadImageError("has no pixels")
     if config.resize_mode == "none" and image.size != (width, height):
         raise UserInputError(
             f"{name} is {image.width}x{image.height}, --resolution {width}x{height}: give --resize_mode crop or pad"
@@ -524,6 +583,8 @@ def prepare_image(image: Image.Image, name: str, config: TrainingConfig) -> np.n
     image = _flatten(image, mode, config.background)
     scale = (max if config.resize_mode == "crop" else min)(width / image.width, height / image.height)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    if Image.MAX_IMAGE_PIXELS is not None and size[0] * size[1] > Image.MAX_IMAGE_PIXELS:
+        raise _BadImageError(f"is {image.width}x{image.height}, too thin to be resized to {size[0]}x{size[1]}")
     pixels = np.asarray(image.resize(size, Image.Resampling[config.interpolation.upper()]))
     if pixels.dtype == np.float32:
         pixels = pixels.clip(0, 65535).round().astype(np.uint16)  # a resize may overshoot the range
@@ -558,7 +619,10 @@ def _flatten(image: Image.Image, mode: str, background: str) -> Image.Image:
     if image.has_transparency_data:
         canvas = Image.new("RGBA", image.size, ImageColor.getrgb(background)[:3])
         image = Image.alpha_composite(canvas, image.convert("RGBA"))
-    return image.convert(mode)
+    try:
+        return image.convert(mode)
+    except ValueError as error:  # such as LAB
+        raise _BadImageError(f"can't be used ({first_line(error)})") from None
 
 
 def _pad(pixels: np.ndarray, image_size: tuple[int, int], colour: int | tuple[int, ...]) -> np.ndarray:

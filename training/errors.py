@@ -19,6 +19,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
+def printable(text: str) -> str:
+    """`text` in one line: a file's name may hold line breaks, or bytes that are no character."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with its errors as one line."""
 
@@ -37,9 +42,9 @@ def exits_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
         try:
             main()
         except UserInputError as error:
-            # From a DataLoader's worker the message comes as the last line of a traceback.
-            message = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.{type(error).__name__}: ")
-            print(f"error: {message}", file=sys.stderr)
+            # From a DataLoader's worker the message comes at the end of a traceback.
+            message = str(error).strip().rpartition(f"\n{__name__}.{type(error).__name__}: ")[2]
+            print(f"error: {printable(message)}", file=sys.stderr)
             sys.exit(2)
 
     return wrapper
