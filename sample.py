@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from PIL import Image
 
 from pipelines import ConditionalDDPMPipeline
@@ -28,6 +27,7 @@ from sampling.pictures import labelled_grid, save_animation, save_json, save_png
 from sampling.pipeline_loading import load_pipeline
 from sampling.samplers import SAMPLERS, Sampler, make_sampler, parse_samplers
 from training.checkpoint import CONFIG_FILE
+from training.config import parse_config
 from training.errors import ArgumentParser, UserInputError, exits_on_user_error
 from training.grid import make_picture
 from training.tracking import Trackers, check_tracker
@@ -193,7 +193,8 @@ def log_comparison(args: argparse.Namespace, figure: Figure, samplers: list[Samp
     folders = [folder for folder in (Path(args.model), *Path(args.model).parents) if (folder / CONFIG_FILE).is_file()]
     logging_dir = Path("logs")
     if folders:
-        logging_dir = folders[0] / yaml.safe_load((folders[0] / CONFIG_FILE).read_text())["logging_dir"]
+        config = parse_config(["--config", str(folders[0] / CONFIG_FILE)], default_preset="")
+        logging_dir = folders[0] / config.logging_dir
     trackers = Trackers(args.logger, logging_dir, {"compare": args.compare})
     trackers.log_image("comparison", figure.render(args.scale), caption=args.compare)
     trackers.log_table("comparison_table", *comparison_table(figure, samplers))

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import diffusers
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
 from models import BasicUNet2DModel, ContextUNet2DModel
 from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline
@@ -34,12 +34,12 @@ def load_pipeline(model: str) -> UnconditionalDDPMPipeline | ConditionalDDPMPipe
         model = _download_artifact(model)
     try:
         index = DiffusionPipeline.load_config(model)
-        pipeline_class = _find_class(model, index["_class_name"])
+        pipeline_class = _find_class(model, index["_class_name"], DiffusionPipeline)
         if pipeline_class not in (UnconditionalDDPMPipeline, ConditionalDDPMPipeline):
             raise UserInputError(f"{model} holds a {pipeline_class.__name__}: not a pipeline of this project")
         components = {
-            name: _find_class(model, index[name][1]).from_pretrained(model, subfolder=name)
-            for name in ("unet", "scheduler")
+            name: _find_class(model, index[name][1], kind).from_pretrained(model, subfolder=name)
+            for name, kind in (("unet", ModelMixin), ("scheduler", SchedulerMixin))
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserInputError(
@@ -60,9 +60,9 @@ def _download_artifact(model: str) -> str:
         raise UserInputError(f"{model}: W&B does not give this artifact ({first_line(error)})") from None
 
 
-def _find_class(model: str, name: Any) -> Any:
+def _find_class(model: str, name: Any, kind: type) -> Any:
     name = name[1] if isinstance(name, list) else name  # [file, class] for classes shipped as code
     found = OWN_CLASSES.get(name) or getattr(diffusers, name, None)
-    if found is None:
+    if not (isinstance(found, type) and issubclass(found, kind)):
         raise UserInputError(f"{model} holds a {name}, which neither diffusers nor this project has")
     return found

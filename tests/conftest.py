@@ -1,3 +1,4 @@
+import importlib
 import sys
 from pathlib import Path
 
@@ -23,6 +24,6 @@ def run_script(monkeypatch):
         monkeypatch.setattr(sys, "argv", [script, *flags.split(), *output])
         for state in (AcceleratorState, PartialState, GradientState):
             state._shared_state.clear()
-        __import__(script).main()
+        importlib.import_module(script).main()
 
     return run

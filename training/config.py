@@ -3,6 +3,8 @@
 import argparse
 import difflib
 import re
+import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -174,6 +176,12 @@ class TrainingConfig:
         if self.dataset_name is None and self.train_data_dir is None:
             self.dataset_name = BUILT_IN_DATASET
         self._check_ranges()
+        parts = Path(self.logging_dir).parts
+        # Also a pattern: --overwrite_output_dir removes what it names.
+        if not parts or ".." in parts or Path(self.logging_dir).is_absolute() or {*"*?["} & {*self.logging_dir}:
+            raise UserInputError(
+                f"--logging_dir {self.logging_dir}: name a folder inside of --output_dir, such as logs"
+            )
         self.image_size  # noqa: B018 - raises if it can't be parsed
 
     @property
@@ -247,10 +255,15 @@ def parse_config(argv: list[str], default_preset: str) -> TrainingConfig:
     parser = _Parser(TrainingConfig, allow_abbrev=False)  # type: ignore[arg-type]
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise UserInputError(_unknown_name(f"unknown flag '{unknown[0]}'", unknown[0].lstrip("-"), prefix="--"))
+        name = unknown[0].split("=")[0]  # without the value, which may be a token
+        raise UserInputError(_unknown_name(f"unknown flag '{name}'", name.lstrip("-"), prefix="--"))
     path = flags.config
     if path is None and flags.train_data_dir is None and flags.dataset_name in (None, BUILT_IN_DATASET):
         path = PRESETS_DIR / default_preset
+    if flags.hub_token is not None:
+        # W&B records the command line.
+        hidden = {flags.hub_token: "***", f"--hub_token={flags.hub_token}": "--hub_token=***"}
+        sys.argv[:] = [hidden.get(argument, argument) for argument in sys.argv]
     if path is None:
         return TrainingConfig(**vars(flags))
     # A file's values take the way of the flags, so both are read, checked and refused alike.
@@ -266,7 +279,7 @@ def parse_data_flags(argv: list[str], run_config: Path | None) -> TrainingConfig
     names = [flag.removeprefix("--").split("=")[0] for flag in argv if flag.startswith("--")]
     for name in names:
         if name not in DATA_FLAGS:
-            raise UserInputError(_unknown_name(f"unknown flag '--{name}'", name, prefix="--"))
+            raise UserInputError(_unknown_name(f"unknown flag '--{name}'", name, "--", DATA_FLAGS))
     run_argv: list[str] = []
     if not {"dataset_name", "train_data_dir"}.intersection(names):
         if run_config is None:
@@ -302,6 +315,6 @@ def _read_yaml_as_flags(path: Path, parser: argparse.ArgumentParser) -> list[str
     return argv
 
 
-def _unknown_name(message: str, name: str, prefix: str = "") -> str:
-    nearest = difflib.get_close_matches(name.split("=")[0], [f.name for f in fields(TrainingConfig)], n=1)
+def _unknown_name(message: str, name: str, prefix: str = "", known: Iterable[str] | None = None) -> str:
+    nearest = difflib.get_close_matches(name, known or [f.name for f in fields(TrainingConfig)], n=1)
     return message + (f"; did you mean '{prefix}{nearest[0]}'?" if nearest else "; --help lists the known ones")
