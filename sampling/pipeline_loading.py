@@ -45,7 +45,12 @@ def load_pipeline(model: str) -> UnconditionalDDPMPipeline | ConditionalDDPMPipe
         raise UserInputError(
             f"{model} is not a pipeline folder or repository that can be loaded: {first_line(error)}"
         ) from None
+    missing = [name for name, weight in components["unet"].named_parameters() if weight.is_meta]
+    if missing:
+        raise UserInputError(f"{model} lacks weights of its network: {', '.join(missing[:3])}; save or load it again")
     options = {"id2label": index["id2label"]} if "id2label" in index else {}
+    if not isinstance(options.get("id2label", {}), dict):
+        raise UserInputError(f"{model}/model_index.json: id2label must give each class id a name")
     return pipeline_class(**components, **options)
 
 

@@ -15,15 +15,16 @@ TINY = (
 ).format(config=REPOSITORY / "configs" / "smoke_cpu.yaml")
 
 
-@pytest.fixture
-def run_script(monkeypatch):
+@pytest.fixture(scope="session")
+def run_script():
     """Runs a script's `main` in this process; `run_script("train_unconditional", "--seed 1", output_dir)`."""
 
     def run(script: str, flags: str, output_dir: Path | None = None) -> None:
         output = [] if output_dir is None else ["--output_dir", str(output_dir)]
-        monkeypatch.setattr(sys, "argv", [script, *flags.split(), *output])
         for state in (AcceleratorState, PartialState, GradientState):
             state._shared_state.clear()
-        importlib.import_module(script).main()
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(sys, "argv", [script, *flags.split(), *output])
+            importlib.import_module(script).main()
 
     return run

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import re
 import sys
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ from typing import Any, Literal
 import yaml
 from transformers import HfArgumentParser
 
-from training.errors import ArgumentParser, UserInputError
+from training.errors import ArgumentParser, UserInputError, check_numbers
 
 PRESETS_DIR = Path(__file__).resolve().parent.parent / "configs"
 BUILT_IN_DATASET = "sprites"
@@ -195,7 +196,7 @@ class TrainingConfig:
 
     def _check_ranges(self) -> None:
         at_least = {
-            0: ("lr_warmup_steps", "dataloader_num_workers", "adam_weight_decay", "seed"),
+            0: ("lr_warmup_steps", "dataloader_num_workers", "adam_weight_decay", "ema_power"),
             1: (
                 "train_batch_size eval_batch_size num_epochs max_train_steps gradient_accumulation_steps "
                 "save_images_epochs save_images_steps save_model_epochs snapshot_epochs evaluate_every "
@@ -203,6 +204,10 @@ class TrainingConfig:
                 "layers_per_block attention_head_dim max_train_samples guidance_scale"
             ).split(),
         }
+        check_numbers(self.seed, self.guidance_scale)
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserInputError(f"--{name} is {value}: it must be a finite number")
         for minimum, names in at_least.items():
             for name in names:
                 value = getattr(self, name)
@@ -224,6 +229,9 @@ class TrainingConfig:
                 raise UserInputError(f"--{name} is {getattr(self, name)}: it must be at least 0 and below 1")
         if not self.beta_start <= self.beta_end < 1:
             raise UserInputError(f"--beta_end is {self.beta_end}: it must lie between --beta_start and 1")
+        class_names = self.class_names or []
+        if len(set(class_names)) < len(class_names):
+            raise UserInputError(f"--class_names {' '.join(class_names)} has a name twice: each class needs its own")
         if min(self.block_out_channels) < 1:
             raise UserInputError(f"--block_out_channels holds {min(self.block_out_channels)}: channels are above 0")
         if self.ddpm_num_inference_steps > self.ddpm_num_steps:
@@ -308,9 +316,11 @@ def _read_yaml_as_flags(path: Path, parser: argparse.ArgumentParser) -> list[str
         # `--name=value` for a single value, so that a negative number is not taken for a flag.
         flag = [f"--{name}={items[0]}"] if len(items) == 1 else [f"--{name}", *map(str, items)]
         try:
-            parser.parse_args(flag)
+            _, rest = parser.parse_known_args(flag)
         except UserInputError as error:
             raise UserInputError(f"--config {path}: {error}") from None
+        if rest:
+            raise UserInputError(f"--config {path}: '{name}' takes one value, not {len(items)}")
         argv += flag
     return argv
 

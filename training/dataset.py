@@ -616,10 +616,10 @@ def _flatten(image: Image.Image, mode: str, background: str) -> Image.Image:
                 f"has values of {values.min():g} to {values.max():g}, mode {image.mode} should hold 0 to {white}"
             )
         return Image.fromarray(values * (65535 / white))
-    if image.has_transparency_data:
-        canvas = Image.new("RGBA", image.size, ImageColor.getrgb(background)[:3])
-        image = Image.alpha_composite(canvas, image.convert("RGBA"))
     try:
+        if image.has_transparency_data:
+            canvas = Image.new("RGBA", image.size, ImageColor.getrgb(background)[:3])
+            image = Image.alpha_composite(canvas, image.convert("RGBA"))
         return image.convert(mode)
     except ValueError as error:  # such as LAB
         raise _BadImageError(f"can't be used ({first_line(error)})") from None
