@@ -33,7 +33,14 @@ from training.card import CARD_FILE, make_card
 from training.checkpoint import CONFIG_FILE, SUMMARY_FILE
 from training.config import TrainingConfig, parse_data_flags
 from training.dataset import load_image_data
-from training.errors import ArgumentParser, UserInputError, exits_on_user_error
+from training.errors import (
+    ArgumentParser,
+    UserInputError,
+    check_numbers,
+    check_writable,
+    exits_on_user_error,
+    first_line,
+)
 from training.processes import use_cpu
 
 
@@ -52,10 +59,12 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--clip_model", default=CLIP_MODEL, help="Of --extractor clip: a Hub id or a folder.")
     parser.add_argument("--output_dir", type=Path, help="Default: the folder of the model, else the current one.")
     args, data_flags = parser.parse_known_args()
-    for name, minimum in (("num_images", 10), ("num_inference_steps", 1), ("batch_size", 1), ("seed", 0)):
+    for name, minimum in (("num_images", 10), ("num_inference_steps", 1), ("batch_size", 1)):
         value = getattr(args, name)
         if value is not None and value < minimum:
             raise UserInputError(f"--{name} is {value}: it must be at least {minimum}")
+    check_numbers(args.seed, args.guidance_scale)
+    check_writable("--output_dir", args.output_dir)
     if args.output_dir is not None and args.output_dir.exists() and not args.output_dir.is_dir():
         raise UserInputError(f"--output_dir {args.output_dir} is a file: name a folder")
     return args, data_flags
@@ -81,8 +90,11 @@ def choose_image_size(pipeline: Any, model: str, config: TrainingConfig, data_fl
     files = sorted(path for path in Path(model).rglob("*") if path.suffix.lower() in endings)
     if not files:
         raise UserInputError(f"{model} holds neither a pipeline (model_index.json) nor images")
-    with Image.open(files[0]) as first:
-        size = f"{first.width}x{first.height}"
+    try:
+        with Image.open(files[0]) as first:
+            size = f"{first.width}x{first.height}"
+    except Exception as error:  # decoders raise whatever a broken file leads them to
+        raise UserInputError(f"{files[0]} can't be decoded ({first_line(error)}): replace it") from None
     if not any(flag.split("=")[0] == "--resolution" for flag in data_flags):
         return size
     height, width = config.image_size
@@ -91,14 +103,22 @@ def choose_image_size(pipeline: Any, model: str, config: TrainingConfig, data_fl
     return config.resolution
 
 
+def read_run_facts(summary: Path) -> dict[str, Any]:
+    """At which step the weights of a run are; nothing of what is not a run."""
+    if not summary.is_file():
+        return {}
+    try:
+        return {"global_step": int(json.loads(summary.read_text())["global_step"])}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserInputError(f"{summary} is not the summary of a run: {first_line(error)}") from None
+
+
 def write_outputs(args: argparse.Namespace, report: Report, picture: Image.Image, facts: dict[str, Any]) -> None:
     """The table, the files, and the card of the run if the model is one."""
     print(format_table(report))
-    is_run = (Path(args.model) / SUMMARY_FILE).is_file()
+    is_run = "global_step" in facts
     is_model = Path(args.model).is_dir() and not is_image_folder(args.model)
     folder = args.output_dir or (Path(args.model) if is_model else Path())
-    if is_run:
-        facts["global_step"] = json.loads((Path(args.model) / SUMMARY_FILE).read_text())["global_step"]
     written = write_report(report, picture, folder, facts)
     if is_run and args.output_dir is None:
         card = Path(args.model) / CARD_FILE
@@ -111,6 +131,7 @@ def write_outputs(args: argparse.Namespace, report: Report, picture: Image.Image
 def main() -> None:
     args, data_flags = parse_args()
     state = PartialState(cpu=use_cpu())
+    run_facts = read_run_facts(Path(args.model) / SUMMARY_FILE)
     run_dir = find_run(args.model)
     config = parse_data_flags(data_flags, None if run_dir is None else run_dir / CONFIG_FILE)
     pipeline: Any = None
@@ -120,11 +141,18 @@ def main() -> None:
     resolution = choose_image_size(pipeline, args.model, config, data_flags)
     config = replace(config, resolution=resolution, streaming=False)
     if pipeline is not None:
+        if args.guidance_scale != 1 and not isinstance(pipeline, ConditionalDDPMPipeline):
+            raise UserInputError(f"--guidance_scale: {args.model} is unconditional, it has no classes")
         config = replace(config, image_mode="L" if pipeline.unet.config.in_channels == 1 else "RGB")
 
     real = RealImages(load_image_data(config, with_labels=None))
     num_images = choose_num_images(real, args.num_images)
-    facts = {"model": Path(args.model).name, "data": Path(real.source).name, "num_training_images": len(real)}
+    facts = {
+        "model": Path(args.model).name,
+        "data": Path(real.source).name,
+        "num_training_images": len(real),
+        **run_facts,
+    }
     if pipeline is None:
         mode: Any = "L" if real.num_channels == 1 else "RGB"
         folder = TrainingConfig(train_data_dir=args.model, resolution=resolution, image_mode=mode, center_crop=True)

@@ -2,12 +2,10 @@
 
 import argparse
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from PIL import Image
 
 from pipelines import ConditionalDDPMPipeline
@@ -28,7 +26,15 @@ from sampling.pictures import labelled_grid, save_animation, save_json, save_png
 from sampling.pipeline_loading import add_speed_flags, load_pipeline, speed_up
 from sampling.samplers import SAMPLERS, Sampler, make_sampler, parse_samplers
 from training.checkpoint import CONFIG_FILE
-from training.errors import ArgumentParser, UserInputError, exits_on_user_error
+from training.config import parse_config
+from training.errors import (
+    MAX_SEED,
+    ArgumentParser,
+    UserInputError,
+    check_numbers,
+    check_writable,
+    exits_on_user_error,
+)
 from training.grid import make_picture
 from training.tracking import Trackers, check_tracker
 
@@ -87,10 +93,11 @@ def check_args(args: argparse.Namespace) -> None:
     """Raises for values out of range, and for flags that don't go together."""
     if (args.model is None) != (args.snapshots is not None):
         raise UserInputError("name a model (a run's folder or a Hub id), or a run by --snapshots RUN_DIR; one of them")
-    for name, minimum in (("num_images", 1), ("num_inference_steps", 1), ("batch_size", 1), ("seed", 0)):
+    for name, minimum in (("num_images", 1), ("num_inference_steps", 1), ("batch_size", 1)):
         value = getattr(args, name)
         if value is not None and value < minimum:
             raise UserInputError(f"--{name} is {value}: it must be at least {minimum}")
+    check_numbers(args.seed, args.guidance_scale)
     if args.scale != "auto" and not (args.scale.isdecimal() and int(args.scale) > 0):
         raise UserInputError(f"--scale {args.scale}: give 'auto' or a whole number from 1 on")
     if args.output is not None and args.output.suffix.lower() not in ("", ".png"):
@@ -99,8 +106,10 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserInputError(f"--animate {args.animate}: name a .gif or .webp file")
     if args.animate_prediction and args.animate is None:
         raise UserInputError("--animate_prediction belongs to --animate FILE")
-    if args.interpolate is not None and (min(args.interpolate) < 0 or args.num_images == 1):
-        raise UserInputError("--interpolate takes two seeds from 0 on, and --num_images from 2 on")
+    if args.interpolate is not None and (
+        min(args.interpolate) < 0 or max(args.interpolate) > MAX_SEED or args.num_images == 1
+    ):
+        raise UserInputError(f"--interpolate takes two seeds, 0 to {MAX_SEED}, and --num_images from 2 on")
     for flag, given, own in (
         ("--compare", args.compare, None),
         ("--no-noise", args.no_noise, "ddpm"),
@@ -116,9 +125,9 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserInputError("--logger belongs to --compare")
     check_tracker(args.logger)
     for flag, path in (("--output", args.output), ("--animate", args.animate)):
-        existing = next(folder for folder in (path or Path()).absolute().parents if folder.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise UserInputError(f"{flag} {path}: {existing} is not a folder that can be written to")
+        check_writable(flag, path)
+        if path is not None and path.exists() and path.is_dir() != (path.suffix == ""):
+            raise UserInputError(f"{flag} {path} is there already, as a {'folder' if path.is_dir() else 'file'}")
 
 
 def make_request(args: argparse.Namespace, pipeline: Any) -> Request:
@@ -194,7 +203,8 @@ def log_comparison(args: argparse.Namespace, figure: Figure, samplers: list[Samp
     folders = [folder for folder in (Path(args.model), *Path(args.model).parents) if (folder / CONFIG_FILE).is_file()]
     logging_dir = Path("logs")
     if folders:
-        logging_dir = folders[0] / yaml.safe_load((folders[0] / CONFIG_FILE).read_text())["logging_dir"]
+        config = parse_config(["--config", str(folders[0] / CONFIG_FILE)], default_preset="")
+        logging_dir = folders[0] / config.logging_dir
     trackers = Trackers(args.logger, logging_dir, {"compare": args.compare})
     trackers.log_image("comparison", figure.render(args.scale), caption=args.compare)
     trackers.log_table("comparison_table", *comparison_table(figure, samplers))

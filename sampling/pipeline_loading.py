@@ -6,7 +6,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 
 from models import BasicUNet2DModel, ContextUNet2DModel
 from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline
@@ -39,17 +39,23 @@ def load_pipeline(
         model = _download_artifact(model)
     try:
         index = DiffusionPipeline.load_config(model)
-        pipeline_class = _find_class(model, index["_class_name"])
+        pipeline_class = _find_class(model, index["_class_name"], DiffusionPipeline)
         if pipeline_class not in (UnconditionalDDPMPipeline, ConditionalDDPMPipeline):
             raise UserInputError(f"{model} holds a {pipeline_class.__name__}: not a pipeline of this project")
-        unet_class, scheduler_class = (_find_class(model, index[name][1]) for name in ("unet", "scheduler"))
+        unet_class = _find_class(model, index["unet"][1], ModelMixin)
         unet = unet_class.from_pretrained(model, subfolder="unet", torch_dtype=dtype)
+        scheduler_class = _find_class(model, index["scheduler"][1], SchedulerMixin)
         scheduler = scheduler_class.from_pretrained(model, subfolder="scheduler")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserInputError(
             f"{model} is not a pipeline folder or repository that can be loaded: {first_line(error)}"
         ) from None
+    missing = [name for name, weight in unet.named_parameters() if weight.is_meta]
+    if missing:
+        raise UserInputError(f"{model} lacks weights of its network: {', '.join(missing[:3])}; save or load it again")
     options = {"id2label": index["id2label"]} if "id2label" in index else {}
+    if not isinstance(options.get("id2label", {}), dict):
+        raise UserInputError(f"{model}/model_index.json: id2label must give each class id a name")
     return pipeline_class(unet=unet, scheduler=scheduler, **options)
 
 
@@ -85,9 +91,9 @@ def _download_artifact(model: str) -> str:
         raise UserInputError(f"{model}: W&B does not give this artifact ({first_line(error)})") from None
 
 
-def _find_class(model: str, name: Any) -> Any:
+def _find_class(model: str, name: Any, kind: type) -> Any:
     name = name[1] if isinstance(name, list) else name  # [file, class] for classes shipped as code
     found = OWN_CLASSES.get(name) or getattr(diffusers, name, None)
-    if found is None:
+    if not (isinstance(found, type) and issubclass(found, kind)):
         raise UserInputError(f"{model} holds a {name}, which neither diffusers nor this project has")
     return found

@@ -1,3 +1,4 @@
+import importlib
 import sys
 from pathlib import Path
 
@@ -27,15 +28,16 @@ def cache_of_its_own(tmp_path_factory):
         yield
 
 
-@pytest.fixture
-def run_script(monkeypatch):
+@pytest.fixture(scope="session")
+def run_script():
     """Runs a script's `main` in this process; `run_script("train_unconditional", "--seed 1", output_dir)`."""
 
     def run(script: str, flags: str, output_dir: Path | None = None) -> None:
         output = [] if output_dir is None else ["--output_dir", str(output_dir)]
-        monkeypatch.setattr(sys, "argv", [script, *flags.split(), *output])
         for state in (AcceleratorState, PartialState, GradientState):
             state._shared_state.clear()
-        __import__(script).main()
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(sys, "argv", [script, *flags.split(), *output])
+            importlib.import_module(script).main()
 
     return run

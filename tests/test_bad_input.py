@@ -1,177 +1,591 @@
 """What users get wrong: one line on standard error, exit status 2, nothing touched."""
 
 import hashlib
+import json
+import pickle
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
+import torch
 from conftest import REPOSITORY, TINY
 from PIL import Image
+from safetensors.torch import load_file, save_file
+
+PROGRESS_BAR = re.compile(r"\d+/\d+ \[")
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
-def fingerprint(folder) -> dict[str, str]:
+def fingerprint(folder: Path) -> dict[str, str]:
+    """Every folder, file and content."""
     return {
-        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in sorted(folder.rglob("*"))
-        if p.is_file()
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        for path in sorted(folder.rglob("*"))
     }
 
 
-@pytest.fixture
-def fails(run_script, tmp_path, capsys):
-    def check(script: str, flags: str, *fragments: str, output_dir=None) -> None:
-        with pytest.raises(SystemExit) as exit:
-            run_script(script, flags, output_dir or tmp_path / "run")
-        assert exit.value.code == 2
-        error = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]  # after progress bars
-        assert error.startswith("error: ")
-        for fragment in fragments:
-            assert fragment in error
-        assert not (tmp_path / "run").exists()
-
-    return check
+def times_of_change(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-@pytest.fixture
-def pictures(tmp_path):
+# Good and bad files, made once: {0} in the flags of the cases
+
+
+def change_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def make_pictures(folder: Path) -> None:
     for label in ("cat", "dog"):
-        (tmp_path / "pictures" / label).mkdir(parents=True)
+        (folder / "pictures" / label).mkdir(parents=True)
         for i in range(3):
-            Image.new("RGB", (16, 16), (40 * i, 0, 0)).save(tmp_path / "pictures" / label / f"{i}.png")
-    return tmp_path / "pictures"
+            Image.new("RGB", (16, 16), (40 * i, 0, 0)).save(folder / "pictures" / label / f"{i}.png")
+    shutil.copytree(folder / "pictures" / "cat", folder / "flat")
+    shutil.copytree(folder / "pictures", folder / "damaged")
+    (folder / "damaged/cat/1.png").write_bytes(b"\x89PNG")
+    (folder / "empty").mkdir()
+    (folder / "file").write_text("mine")
+    (folder / "text.png").write_text("mine")
+    shutil.copytree(folder / "flat", folder / "metadata")
+    (folder / "metadata/metadata.jsonl").write_text("{")
+    shutil.copytree(folder / "flat", folder / "archive")
+    (folder / "archive/more.zip").write_bytes(b"PK")
+    (folder / "csv").mkdir()
+    (folder / "csv/train.csv").write_text("a,b\n1\n2,3,4\n")
 
 
-def test_flags_and_configs(fails):
-    fails("train_unconditional", "--learning_rat 3", "--learning_rate")
-    fails("train_unconditional", "--config no-such.yaml", "no-such.yaml")
-    fails("train_unconditional", f"{TINY} --block_out_channels 8 8 --resolution 17", "--resolution 17", "multiples")
-    fails("train_conditional", f"{TINY} --noise_scheduler_class LinearCorruptionScheduler", "train_unconditional.py")
-    fails("train_conditional", f"{TINY} --model_class BasicUNet2DModel", "BasicUNet2DModel")
-    fails("train_unconditional", f"{TINY} --resume_from_checkpoint checkpoint-7", "checkpoint-7", "none")
+def make_arrays(folder: Path) -> None:
+    images = np.zeros((4, 16, 16, 3), np.uint8)
+    arrays = {
+        "images": images,
+        "floats": images / 255,
+        "flat_images": images[0],
+        "two_channels": images[..., :2],
+        "no_images": images[:0],
+        "labels": np.array([0, 1, 1, 0]),
+        "three_labels": np.array([0, 1, 1]),
+        "large_label": np.array([0, 1, 7, 0]),
+        "negative_label": np.array([0, 1, -1, 0]),
+        "fractions": np.array([0.0, 0.5, 1, 0]),
+        "two_hot": np.array([[1, 0], [1, 1], [0, 1], [0, 1]]),
+        "words": np.array(["a", "b", "a", "b"]),
+        "cube": np.zeros((4, 2, 2), int),
+    }
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    np.save(folder / "objects.npy", np.array([0, "a", 1, 0], object), allow_pickle=True)
+    np.savez(folder / "archive.npz", images)
+    (folder / "archive.npz").rename(folder / "zipped.npy")
+    whole = (folder / "images.npy").read_bytes()
+    (folder / "cut.npy").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.npy").write_text("mine")
 
 
-def test_data(fails, pictures, tmp_path):
-    own = TINY.replace("--max_train_samples 20 ", "") + " --train_data_dir "
-    fails("train_unconditional", own + str(tmp_path / "missing"), "--train_data_dir", "missing")
-    (tmp_path / "empty").mkdir()
-    fails("train_unconditional", own + str(tmp_path / "empty"), "empty")
-    (pictures / "cat" / "0.png").write_bytes((pictures / "cat" / "0.png").read_bytes()[:40])
-    fails("train_unconditional", own + str(pictures), "0.png", "--on_bad_image skip")
-    fails("train_unconditional", own + f"{pictures} --on_bad_image skip --resolution 8 --resize_mode none", "16x16")
+def make_tables(folder: Path) -> None:
+    png = (folder / "flat/0.png").read_bytes()
+    image = [{"bytes": png, "path": None}] * 3
+
+    def save(name, features=None, **columns):
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / f"{name}.parquet")
+
+    typed = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"]))
+    save("typed", typed, image=image, label=[0, 1, 1])
+    save("missing_label", typed, image=image, label=[0, -1, 1])
+    twice = datasets.Features(left=datasets.Image(), right=datasets.Image())
+    save("two_images", twice, left=image, right=image)
+    save("bad_bytes", typed, image=[{"bytes": b"no", "path": None}] * 3, label=[0, 1, 1])
+    save("no_bytes", image=[{"bytes": None, "path": "gone.png"}] * 3)
+    save("null_image", typed, image=[image[0], None, image[0]], label=[0, 1, 1])
+    save("numbers", x=[1, 2, 3], y=[0.5, 1, 2], z=["a", None, "b"], image=[{"bytes": png}] * 3)
+    (folder / "text.parquet").write_text("mine")
+    whole = (folder / "typed.parquet").read_bytes()
+    (folder / "cut.parquet").write_bytes(whole[: len(whole) // 2])
 
 
-def test_no_labels(fails, tmp_path):
-    flat = tmp_path / "flat"
-    flat.mkdir()
-    Image.new("RGB", (16, 16)).save(flat / "a.png")
-    fails("train_conditional", f"{TINY} --train_data_dir {flat}", "label")
-
-
-def test_labels_out_of_range(fails, tmp_path):
-    np.save(tmp_path / "images.npy", np.zeros((4, 16, 16, 3), np.uint8))
-    np.save(tmp_path / "labels.npy", np.array([0, 1, 7, 0]))
-    fails(
-        "train_conditional",
-        f"{TINY} --dataset_name {tmp_path}/images.npy --labels_file {tmp_path}/labels.npy --class_names a b",
-        "labels.npy",
-        "7",
+def make_configs(folder: Path) -> None:
+    texts = {
+        "list": "- 1\n",
+        "empty": "",
+        "broken": "a: [1\n",
+        "tab": "a:\n\t- 1\n",
+        "unknown": "learning_rat: 1\n",
+        "type": "learning_rate: fast\n",
+        "nested": "learning_rate: {a: 1}\n",
+        "many": "seed: [1, 2]\n",
+        "bool": "use_ema: maybe\n",
+        "tag": "seed: !!python/object/apply:os.getpid []\n",
+        "number": "1: 2\n",
+        "none": "seed: [null]\n",
+        "bomb": "a: &a [1]\n"
+        + "".join(f"a{i}: &a{i} [*a{i - 1 if i else ''}, *a{i - 1 if i else ''}]\n" for i in range(3)),
+        "date": "seed: 2020-01-01\n",
+        "choice": "resize_mode: stretch\n",
+        "itself": "config: own.yaml\n",
+    }
+    for name, text in texts.items():
+        (folder / f"{name}.yaml").write_text(text)
+    (folder / "binary.yaml").write_bytes(b"\xff\xfe\x00a")
+    (folder / "control.yaml").write_bytes(b"seed: \x00")
+    (folder / "unet.json").write_text(json.dumps({"_class_name": "UNet2DModel", "in_channels": 3}))
+    (folder / "broken.json").write_text("{")
+    (folder / "unet_types.json").write_text(
+        json.dumps({"block_out_channels": [8, 8], "down_block_types": ["No", "No"], "up_block_types": ["No", "No"]})
     )
-
-
-def test_skipping_bad_images_reports_the_count(run_script, pictures, tmp_path, capsys):
-    (pictures / "cat" / "0.png").write_bytes(b"not an image")
-    run_script("train_conditional", f"{TINY} --train_data_dir {pictures} --on_bad_image skip", tmp_path / "run")
-    assert "5 images of 16x16, 3 channel(s), 2 classes, 1 skipped" in capsys.readouterr().out
-
-
-def test_folder_of_another_run_is_not_touched(run_script, fails, tmp_path):
-    other = tmp_path / "other"
-    run_script("train_unconditional", f"{TINY} --num_epochs 1", other)
-    before = fingerprint(other)
-    fails("train_unconditional", TINY, "other", "--overwrite_output_dir", "--resume_from_checkpoint", output_dir=other)
-    (tmp_path / "file").write_text("mine")
-    fails("train_unconditional", TINY, "is a file", output_dir=tmp_path / "file")
-    assert fingerprint(other) == before
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_failed_run_leaves_the_folder_that_it_was_to_overwrite(run_script, fails, tmp_path):
-    other = tmp_path / "other"
-    run_script("train_unconditional", f"{TINY} --num_epochs 1", other)
-    before = fingerprint(other)
-    fails(
-        "train_unconditional",
-        f"{TINY} --overwrite_output_dir --train_data_dir {tmp_path}/missing",
-        "missing",
-        output_dir=other,
+    (folder / "unet_lengths.json").write_text(
+        json.dumps({"block_out_channels": [32, 32], "down_block_types": ["DownBlock2D"]})
     )
-    assert fingerprint(other) == before
+    (folder / "unet_text.json").write_text(json.dumps({"block_out_channels": "32"}))
 
 
-def test_sampling(run_script, tmp_path, capsys):
-    unconditional, conditional, toy = tmp_path / "unconditional", tmp_path / "conditional", tmp_path / "toy"
-    run_script("train_unconditional", f"{TINY} --num_epochs 1", unconditional)
-    run_script("train_conditional", f"{TINY} --num_epochs 1", conditional)
-    run_script(
-        "train_unconditional",
-        f"{TINY} --num_epochs 1 --model_class BasicUNet2DModel --noise_scheduler_class LinearCorruptionScheduler",
-        toy,
-    )
-    before = fingerprint(tmp_path)
-    for flags, fragment in [
-        (f"{tmp_path}/missing", "missing"),
-        ("--num_images 2", "name a model"),
-        (f"{conditional} --snapshots {conditional}", "one of them"),
-        (f"--snapshots {conditional}", "train with --snapshot_epochs"),
-        (f"--snapshots {tmp_path}/missing", "missing"),
-        (f"{unconditional} --class hero", "--class hero"),
-        (f"{unconditional} --mix hero=1", "--mix hero=1"),
-        (f"{unconditional} --guidance_scale 2", "--guidance_scale"),
-        (f"{conditional} --class dragon", "unknown class 'dragon': this model's classes are hero, non-hero"),
-        (f"{conditional} --class 5", "unknown class 5"),
-        (f"{conditional} --mix hero=1,dragon=1", "--mix: unknown class 'dragon'"),
-        (f"{conditional} --mix hero", "--mix hero: 'hero' is not NAME=WEIGHT, as in hero=1,food=0.6"),
-        (f"{conditional} --mix hero=1,food=lots", "'food=lots' is not NAME=WEIGHT"),
-        (f"{conditional} --mix hero=nan", "'hero=nan' is not NAME=WEIGHT"),
-        (f"{conditional} --mix hero=1,0=1", "'0' stands there twice"),
-        (f"{conditional} --num_images 0", "--num_images is 0"),
-        (f"{conditional} --num_inference_steps 1001", "--num_inference_steps: 1001 steps are out of the 1 to 1000"),
-        (f"{conditional} --scheduler ddmp", "unknown sampler 'ddmp'; known are ddpm, ddim"),
-        (f"{toy} --scheduler ddim", "LinearCorruptionScheduler, has no sampler but its own"),
-        (f"{toy} --no-noise", "LinearCorruptionScheduler adds no noise"),
-        (f"{conditional} --compare ddpm:500,ddmp:2", "unknown sampler 'ddmp'"),
-        (f"{conditional} --compare ddim:many", "'ddim:many' is not NAME:STEPS"),
-        (f"{conditional} --compare ddim:0", "--compare, ddim: 0 steps"),
-        (f"{conditional} --compare ddim:2 --no-noise", "not allowed with"),
-        (f"{conditional} --compare ddim:2 --scheduler ddim", "does not go with --compare"),
-        (f"{conditional} --interpolate 1 2 --scheduler euler", "does not go with --interpolate"),
-        (f"{conditional} --interpolate 1 2 --class 0 --class 1 --class 2", "between 2 classes or mixes: 3 are given"),
-        (f"{conditional} --interpolate 1", "--interpolate"),
-        (f"{conditional} --eta 0.5", "--eta is for --scheduler ddim"),
-        (f"{conditional} --scheduler ddim --eta 2", "--eta is 2.0"),
-        (f"{conditional} --animate frames.mp4", "frames.mp4: name a .gif or .webp"),
-        (f"{conditional} --animate_prediction", "belongs to --animate"),
-        (
-            f"{conditional} --animate {tmp_path}/a.gif --animate_prediction --scheduler unipc --num_inference_steps 2",
-            "UniPCMultistepScheduler does not tell its prediction",
-        ),
-        (f"{conditional} --forward {tmp_path}/missing.png", "--forward"),
-        (f"{conditional} --scale 0", "--scale 0"),
-        (f"{conditional} --logger tensorboard", "--logger belongs to --compare"),
-        (f"{conditional} --output {tmp_path}/samples.jpg", "samples.jpg: name a .png file or a folder"),
-        (f"{conditional} --output {conditional}/model_index.json/x.png", "is not a folder that can be written to"),
-        (f"{conditional} --animate {conditional}/model_index.json/x.gif", "is not a folder that can be written to"),
-        ("wandb:me/sprites/model:latest", "wandb:me/sprites/model:latest"),
-    ]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            run_script("sample", flags)
-        assert exit.value.code == 2, flags
-        error = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
-        assert error.startswith("error: ")
-        assert fragment in error
-    assert fingerprint(tmp_path) == before
+def make_models(folder: Path, run_script) -> None:
+    once = f"{TINY} --num_epochs 1"
+    toy = "--model_class BasicUNet2DModel --noise_scheduler_class LinearCorruptionScheduler"
+    run_script("train_unconditional", f"{once} --snapshot_epochs 1", folder / "run")
+    run_script("train_conditional", once, folder / "by_class")
+    run_script("train_unconditional", f"{once} {toy}", folder / "toy")
+
+    def change(name, how, source="run"):
+        kept_back = shutil.ignore_patterns("checkpoint-*", "snapshots", "logs", "samples")
+        how(shutil.copytree(folder / source, folder / name, ignore=kept_back))
+
+    change("index_broken", lambda run: (run / "model_index.json").write_text("{"))
+    change("index_list", lambda run: (run / "model_index.json").write_text("[]"))
+    change("index_no_class", lambda run: (run / "model_index.json").write_text("{}"))
+    change("index_unknown", lambda run: change_json(run / "model_index.json", _class_name="NoSuchPipeline"))
+    change("index_other", lambda run: change_json(run / "model_index.json", _class_name="StableDiffusionPipeline"))
+    change("index_numbers", lambda run: change_json(run / "model_index.json", unet=3))
+    change("index_null", lambda run: change_json(run / "model_index.json", unet=[None, None]))
+    change("index_text", lambda run: change_json(run / "model_index.json", _class_name={"a": 1}))
+    change("no_unet", lambda run: shutil.rmtree(run / "unet"))
+    change("no_scheduler", lambda run: shutil.rmtree(run / "scheduler"))
+    change("no_weights", lambda run: (run / WEIGHTS).unlink())
+    change("unet_broken", lambda run: (run / "unet/config.json").write_text("{"))
+    change("unet_empty", lambda run: (run / "unet/config.json").write_text(""))
+    change("unet_list", lambda run: (run / "unet/config.json").write_text("[1]"))
+    change("unet_binary", lambda run: (run / "unet/config.json").write_bytes(b"\xff\xfe"))
+    change("unet_types", lambda run: change_json(run / "unet/config.json", down_block_types=["NoBlock"]))
+    change("unet_number", lambda run: change_json(run / "unet/config.json", block_out_channels=8))
+    change("unet_wider", lambda run: change_json(run / "unet/config.json", block_out_channels=[16]))
+    change("unet_channels", lambda run: change_json(run / "unet/config.json", in_channels="three"))
+    change("weights_text", lambda run: (run / WEIGHTS).write_text("mine"))
+    change("weights_cut", lambda run: (run / WEIGHTS).write_bytes((run / WEIGHTS).read_bytes()[:-1000]))
+    change("weights_empty", lambda run: (run / WEIGHTS).write_bytes(b""))
+    change("weights_other", lambda run: save_file({"a": torch.zeros(1)}, run / WEIGHTS))
+    change("weights_fewer", lambda run: save_file(dict(list(load_file(run / WEIGHTS).items())[1:]), run / WEIGHTS))
+    change("scheduler_broken", lambda run: (run / "scheduler/scheduler_config.json").write_text("{"))
+    change("scheduler_steps", lambda run: change_json(run / "scheduler/scheduler_config.json", num_train_timesteps=-1))
+    change("scheduler_text", lambda run: change_json(run / "scheduler/scheduler_config.json", beta_start="small"))
+    change("scheduler_betas", lambda run: change_json(run / "scheduler/scheduler_config.json", beta_schedule="none"))
+    change("scheduler_type", lambda run: change_json(run / "scheduler/scheduler_config.json", prediction_type="none"))
+    change("labels_list", lambda run: change_json(run / "model_index.json", id2label=[1]), "by_class")
+    change("labels_text", lambda run: change_json(run / "model_index.json", id2label="cat"), "by_class")
+    change("summary_broken", lambda run: (run / "training_summary.json").write_text("{"))
+    change("summary_empty", lambda run: (run / "training_summary.json").write_text("{}"))
+    change("summary_list", lambda run: (run / "training_summary.json").write_text("[]"))
+    change("summary_types", lambda run: change_json(run / "training_summary.json", num_parameters="many"))
+    change("no_summary", lambda run: (run / "training_summary.json").unlink())
+    change("config_broken", lambda run: (run / "training_config.yaml").write_text("a: [1"))
+    change("config_list", lambda run: (run / "training_config.yaml").write_text("[]"))
+    change("config_unknown", lambda run: (run / "training_config.yaml").write_text("no_such_key: 1\n"))
+    change("config_short", lambda run: (run / "training_config.yaml").write_text("seed: 1\n"))
+    change("metrics_broken", lambda run: (run / "metrics.json").write_text("{"))
+    change("card_binary", lambda run: (run / "README.md").write_bytes(b"\xff\xfe"))
+    change("card_broken", lambda run: (run / "README.md").write_text("---\na: [1\n---\n"))
+
+
+def make_course_checkpoints(folder: Path) -> None:
+    torch.save({"init_conv.conv1.0.weight": torch.zeros(1)}, folder / "few.pth")
+    torch.save({"other.weight": torch.zeros(1)}, folder / "other.pth")
+    torch.save([1, 2], folder / "list.pth")
+    torch.save(torch.zeros(3), folder / "tensor.pth")
+    torch.save({1: torch.zeros(1)}, folder / "keys.pth")
+    torch.save({"init_conv.conv1.0.weight": 3}, folder / "values.pth")
+    names = ("init_conv.conv1.0.weight", "up0.0.weight", "out.3.weight", "contextembed1.model.0.weight")
+    torch.save({name: torch.zeros(4, 4, 1, 1) for name in names}, folder / "shapes.pth")
+    torch.save({name: torch.zeros(()) for name in names}, folder / "scalars.pth")
+    (folder / "text.pth").write_text("mine")
+    (folder / "empty.pth").write_bytes(b"")
+    (folder / "pickle.pth").write_bytes(pickle.dumps({"a": Path("b")}))
+    whole = (folder / "few.pth").read_bytes()
+    (folder / "cut.pth").write_bytes(whole[: len(whole) // 2])
+    (folder / "bytes.pth").write_bytes(np.random.default_rng(0).bytes(1000))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, run_script):
+    folder = tmp_path_factory.mktemp("bad-input")
+    make_pictures(folder)
+    make_arrays(folder)
+    make_tables(folder)
+    make_configs(folder)
+    make_models(folder, run_script)
+    make_course_checkpoints(folder)
+    before = fingerprint(folder)
+    yield folder
+    assert fingerprint(folder) == before
+
+
+OWN = TINY.replace("--max_train_samples 20 ", "")
+# The flags, then what the line says.
+TRAIN_UNCONDITIONAL = [
+    # flags
+    ("--learning_rat 3", "unknown flag '--learning_rat'", "did you mean '--learning_rate'"),
+    ("--xyzzy", "unknown flag '--xyzzy'", "--help"),
+    ("extra", "unknown flag 'extra'"),
+    ("--learning_rate", "--learning_rate", "expected one argument"),
+    ("--learning_rate fast", "--learning_rate", "'fast'"),
+    ("--learning_rate 0", "--learning_rate is 0.0: it must be above 0"),
+    ("--learning_rate nan", "--learning_rate is nan"),
+    ("--learning_rate inf", "--learning_rate is inf"),
+    ("--learning_rate -1", "--learning_rate is -1.0"),
+    ("--num_epochs 0", "--num_epochs is 0: it must be at least 1"),
+    ("--num_epochs 1.5", "--num_epochs", "'1.5'"),
+    ("--max_train_steps 0", "--max_train_steps is 0"),
+    ("--train_batch_size -4", "--train_batch_size is -4"),
+    ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps is 0"),
+    ("--seed -1", "--seed is -1"),
+    ("--seed 99999999999999999999999", "--seed"),
+    ("--adam_beta1 1", "--adam_beta1 is 1.0"),
+    ("--adam_beta2 -0.1", "--adam_beta2 is -0.1"),
+    ("--adam_weight_decay nan", "--adam_weight_decay is nan"),
+    ("--adam_weight_decay inf", "--adam_weight_decay is inf"),
+    ("--max_grad_norm 0", "--max_grad_norm is 0.0"),
+    ("--snr_gamma 0", "--snr_gamma is 0.0"),
+    ("--label_dropout 1", "--label_dropout is 1.0"),
+    ("--ema_max_decay 1", "--ema_max_decay is 1.0"),
+    ("--ema_inv_gamma 0", "--ema_inv_gamma is 0.0"),
+    ("--ema_power nan", "--ema_power is nan"),
+    ("--ema_power -1", "--ema_power is -1.0"),
+    ("--beta_start 0", "--beta_start is 0.0"),
+    ("--beta_end 1", "--beta_end is 1.0"),
+    ("--beta_start 0.5 --beta_end 0.1", "--beta_end is 0.1"),
+    ("--ddpm_num_inference_steps 1001", "--ddpm_num_inference_steps is 1001", "--ddpm_num_steps, 1000"),
+    ("--ddpm_beta_schedule cosine", "--ddpm_beta_schedule", "squaredcos_cap_v2"),
+    ("--prediction_type noise", "--prediction_type", "epsilon"),
+    ("--lr_scheduler fast", "--lr_scheduler", "cosine"),
+    ("--mixed_precision fp64", "--mixed_precision", "bf16"),
+    ("--resolution big", "--resolution is 'big'", "24x16"),
+    ("--resolution 0", "--resolution is '0'"),
+    ("--resolution 16x", "--resolution is '16x'"),
+    ("--resolution -16", "--resolution"),
+    ("--block_out_channels 8 8 --resolution 17", "--resolution 17", "multiples of 2"),
+    ("--block_out_channels 0", "--block_out_channels holds 0"),
+    ("--block_out_channels", "--block_out_channels"),
+    ("--block_out_channels 8 x", "--block_out_channels", "'x'"),
+    ("--attention_levels 3", "--attention_levels [3]", "1 to 1"),
+    ("--attention_levels 1 --attention_head_dim 3", "--attention_head_dim 3"),
+    ("--attention_head_dim 0", "--attention_head_dim is 0"),
+    ("--layers_per_block 0", "--layers_per_block is 0"),
+    ("--model_class UNet", "--model_class", "UNet2DModel"),
+    ("--model_class ContextUNet2DModel --block_out_channels 8 8", "--block_out_channels"),
+    ("--model_class ContextUNet2DModel --resolution 18", "--resolution 18"),
+    ("--model_config_name_or_path {0}/missing", "--model_config_name_or_path {0}/missing"),
+    ("--model_config_name_or_path {0}/broken.json", "--model_config_name_or_path {0}/broken.json"),
+    ("--model_config_name_or_path {0}/unet.json", "--model_config_name_or_path {0}/unet.json"),
+    ("--model_config_name_or_path {0}/unet_types.json", "--model_config_name_or_path {0}/unet_types.json"),
+    ("--model_config_name_or_path {0}/unet_lengths.json", "--model_config_name_or_path {0}/unet_lengths.json"),
+    ("--model_config_name_or_path {0}/unet_text.json", "--model_config_name_or_path {0}/unet_text.json"),
+    ("--model_config_name_or_path {0}/text.png", "--model_config_name_or_path {0}/text.png"),
+    ("--logger mlflow", "--logger", "tensorboard"),
+    ("--logging_dir ..", "--logging_dir .."),
+    ("--logging_dir /tmp/logs", "--logging_dir /tmp/logs"),
+    ("--background whit", "--background whit"),
+    ("--use_ema maybe", "--use_ema", "maybe"),
+    ("--max_train_samples 0", "--max_train_samples is 0"),
+    ("--class_names", "--class_names"),
+    ("--guidance_scale nan", "--guidance_scale is nan"),
+    ("--guidance_scale inf", "--guidance_scale is inf"),
+    ("--guidance_scale 0.5", "--guidance_scale is 0.5"),
+    # folders
+    ("--output_dir {0}/run", "--output_dir {0}/run is not empty", "--overwrite_output_dir"),
+    ("--output_dir {0}/file", "--output_dir {0}/file is a file"),
+    ("--output_dir {0}/file/below", "--output_dir {0}/file/below", "{0}/file is"),
+    (
+        "--output_dir {0}/run --resume_from_checkpoint checkpoint-77",
+        "checkpoint-77 is not a checkpoint",
+        "checkpoint-3",
+    ),
+    ("--output_dir {0}/run --overwrite_output_dir --train_data_dir {0}/missing", "--train_data_dir {0}/missing"),
+    ("--output_dir {0}/run --overwrite_output_dir --logging_dir ..", "--logging_dir .."),
+    ("--output_dir {0}/run --overwrite_output_dir --logging_dir *", "--logging_dir *"),
+    ("--output_dir {0}/run --overwrite_output_dir --train_data_dir {0}/damaged", "1.png"),
+    # configs
+    ("--config {0}/missing.yaml", "--config {0}/missing.yaml"),
+    ("--config {0}/empty", "--config {0}/empty"),
+    ("--config {0}/list.yaml", "--config {0}/list.yaml", "name: value"),
+    ("--config {0}/empty.yaml", "--config {0}/empty.yaml", "name: value"),
+    ("--config {0}/broken.yaml", "--config {0}/broken.yaml is not YAML"),
+    ("--config {0}/tab.yaml", "--config {0}/tab.yaml is not YAML"),
+    ("--config {0}/unknown.yaml", "unknown key 'learning_rat'", "'learning_rate'"),
+    ("--config {0}/type.yaml", "--config {0}/type.yaml", "learning_rate", "fast"),
+    ("--config {0}/nested.yaml", "--config {0}/nested.yaml", "learning_rate"),
+    ("--config {0}/many.yaml", "--config {0}/many.yaml", "seed"),
+    ("--config {0}/bool.yaml", "--config {0}/bool.yaml", "use_ema"),
+    ("--config {0}/tag.yaml", "--config {0}/tag.yaml is not YAML"),
+    ("--config {0}/number.yaml", "unknown key '1'"),
+    ("--config {0}/none.yaml", "--config {0}/none.yaml", "seed"),
+    ("--config {0}/bomb.yaml", "--config {0}/bomb.yaml", "unknown key 'a'"),
+    ("--config {0}/date.yaml", "--config {0}/date.yaml", "seed"),
+    ("--config {0}/choice.yaml", "--config {0}/choice.yaml", "resize_mode", "crop"),
+    ("--config {0}/itself.yaml", "--config {0}/itself.yaml", "'config'"),
+    ("--config {0}/binary.yaml", "--config {0}/binary.yaml"),
+    ("--config {0}/control.yaml", "--config {0}/control.yaml"),
+    # data
+    ("--train_data_dir {0}/missing", "--train_data_dir {0}/missing: no such folder"),
+    ("--train_data_dir {0}/file", "--train_data_dir {0}/file: no such folder"),
+    ("--train_data_dir {0}/empty", "--train_data_dir {0}/empty: no image"),
+    ("--train_data_dir {0}/damaged", "{0}/damaged/cat/1.png", "--on_bad_image skip"),
+    ("--train_data_dir {0}/pictures --dataset_split test", "--dataset_split test"),
+    ("--train_data_dir {0}/pictures --resolution 8 --resize_mode none", "16x16", "--resize_mode crop or pad"),
+    ("--train_data_dir {0}/pictures --labels_file a.npy", "--labels_file"),
+    ("--train_data_dir {0}/pictures --streaming", "--streaming needs --max_train_steps"),
+    ("--train_data_dir {0}/pictures --streaming --max_train_steps 1 --evaluate_every 1", "--evaluate_every"),
+    ("--train_data_dir {0}/pictures --image_column picture", "--image_column picture"),
+    ("--train_data_dir {0}/metadata", "--train_data_dir {0}/metadata"),
+    ("--train_data_dir {0}/archive", "--train_data_dir {0}/archive"),
+    ("--dataset_name {0}/missing", "--dataset_name {0}/missing: no such folder"),
+    ("--dataset_name {0}/empty", "--dataset_name {0}/empty"),
+    ("--dataset_name {0}/csv", "--dataset_name {0}/csv"),
+    ("--dataset_name {0}/run", "--dataset_name {0}/run"),
+    ("--dataset_name {0}/file", "--dataset_name {0}/file"),
+    ("--dataset_name a/b/c/d", "--dataset_name a/b/c/d"),
+    ("--dataset_name {0}/missing.npy", "--dataset_name {0}/missing.npy: no such file"),
+    ("--dataset_name {0}/text.npy", "--dataset_name {0}/text.npy"),
+    ("--dataset_name {0}/cut.npy", "--dataset_name {0}/cut.npy"),
+    ("--dataset_name {0}/zipped.npy", "--dataset_name {0}/zipped.npy", ".npz"),
+    ("--dataset_name {0}/objects.npy", "--dataset_name {0}/objects.npy"),
+    ("--dataset_name {0}/floats.npy", "float64", "uint8"),
+    ("--dataset_name {0}/flat_images.npy", "(16, 16, 3)", "(N, H, W, C)"),
+    ("--dataset_name {0}/two_channels.npy", "1, 3 or 4 channels"),
+    ("--dataset_name {0}/no_images.npy", "(0, 16, 16, 3)"),
+    ("--dataset_name {0}/images.npy --streaming --max_train_steps 1", "--streaming"),
+    ("--dataset_name {0}/missing.parquet", "--dataset_name {0}/missing.parquet"),
+    ("--dataset_name {0}/text.parquet", "--dataset_name {0}/text.parquet"),
+    ("--dataset_name {0}/cut.parquet", "--dataset_name {0}/cut.parquet"),
+    ("--dataset_name {0}/typed.parquet --dataset_split test", "--dataset_split test"),
+    ("--dataset_name {0}/two_images.parquet", "left, right", "--image_column"),
+    ("--dataset_name {0}/numbers.parquet", "--image_column"),
+    ("--dataset_name {0}/numbers.parquet --image_column x", "row 0 of {0}/numbers.parquet", "is not an image"),
+    ("--dataset_name {0}/bad_bytes.parquet", "row 0 of {0}/bad_bytes.parquet"),
+    ("--dataset_name {0}/no_bytes.parquet --image_column image", "gone.png can't be read"),
+    ("--dataset_name {0}/null_image.parquet", "row 1 of {0}/null_image.parquet"),
+]
+TRAIN_CONDITIONAL = [
+    ("--noise_scheduler_class LinearCorruptionScheduler", "use train_unconditional.py"),
+    ("--model_class BasicUNet2DModel", "BasicUNet2DModel"),
+    ("--class_names a b", "--class_names gives 2 names"),
+    ("--class_names a a a a a", "--class_names", "twice"),
+    ("--train_data_dir {0}/flat", "{0}/flat has no label column", "folder of its own"),
+    ("--train_data_dir {0}/pictures --class_names a", "--class_names gives 1 names"),
+    ("--train_data_dir {0}/pictures --label_column y", "--label_column y"),
+    ("--dataset_name {0}/images.npy", "--labels_file"),
+    ("--dataset_name {0}/images.npy --labels_file {0}/missing.npy", "--labels_file {0}/missing.npy: no such file"),
+    ("--dataset_name {0}/images.npy --labels_file {0}/text.npy", "--labels_file {0}/text.npy"),
+    ("--dataset_name {0}/images.npy --labels_file {0}/empty", "--labels_file {0}/empty"),
+    ("--dataset_name {0}/images.npy --labels_file {0}/three_labels.npy", "3 labels", "4 images"),
+    ("--dataset_name {0}/images.npy --labels_file {0}/negative_label.npy", "row 2", "label -1"),
+    ("--dataset_name {0}/images.npy --labels_file {0}/large_label.npy --class_names a b", "row 2", "label 7"),
+    ("--dataset_name {0}/images.npy --labels_file {0}/fractions.npy", "{0}/fractions.npy", "integers"),
+    ("--dataset_name {0}/images.npy --labels_file {0}/two_hot.npy", "row 1", "one-hot"),
+    ("--dataset_name {0}/images.npy --labels_file {0}/words.npy", "{0}/words.npy"),
+    ("--dataset_name {0}/images.npy --labels_file {0}/cube.npy", "{0}/cube.npy", "(4, 2, 2)"),
+    ("--dataset_name {0}/images.npy --labels_file {0}/objects.npy", "{0}/objects.npy"),
+    ("--dataset_name {0}/missing_label.parquet", "column 'label'", "row 1", "label -1"),
+    ("--dataset_name {0}/numbers.parquet --image_column image", "--label_column"),
+    ("--dataset_name {0}/numbers.parquet --image_column image --label_column y", "'y'", "integers or strings"),
+    ("--dataset_name {0}/numbers.parquet --image_column image --label_column z", "'z'", "row 1"),
+    ("--dataset_name {0}/numbers.parquet --image_column image --label_column x --class_names a", "label 1"),
+    ("--dataset_name {0}/numbers.parquet --image_column image --label_column image", "'image'"),
+]
+SAMPLE = [
+    ("{0}/missing", "{0}/missing is not a pipeline folder"),
+    ("{0}/file", "{0}/file is not a pipeline folder"),
+    ("{0}/empty", "{0}/empty is not a pipeline folder"),
+    ("no/such/model", "no/such/model"),
+    *(
+        (f"{{0}}/{name}", f"{{0}}/{name}")
+        for name in (
+            "index_broken index_list index_no_class index_unknown index_other index_numbers index_null index_text "
+            "no_unet no_scheduler no_weights unet_broken unet_empty unet_list unet_binary unet_types unet_number "
+            "unet_wider unet_channels weights_text weights_cut weights_empty weights_other weights_fewer "
+            "scheduler_broken scheduler_steps scheduler_text scheduler_betas scheduler_type labels_list labels_text"
+        ).split()
+    ),
+    ("--num_images 2", "name a model"),
+    ("{0}/by_class --snapshots {0}/by_class", "one of them"),
+    ("--snapshots {0}/by_class", "train with --snapshot_epochs"),
+    ("--snapshots {0}/missing", "{0}/missing"),
+    ("{0}/run --class hero", "--class hero"),
+    ("{0}/run --mix hero=1", "--mix hero=1"),
+    ("{0}/run --guidance_scale 2", "--guidance_scale"),
+    ("{0}/by_class --guidance_scale nan", "--guidance_scale"),
+    ("{0}/by_class --guidance_scale inf", "--guidance_scale"),
+    ("{0}/by_class --class dragon", "unknown class 'dragon': this model's classes are hero, non-hero"),
+    ("{0}/by_class --class 5", "unknown class 5"),
+    ("{0}/by_class --class -1", "--class"),
+    ("{0}/by_class --class=-1", "--class: unknown class '-1'"),
+    ("{0}/by_class --class=", "--class"),
+    ("{0}/by_class --mix hero=1,dragon=1", "--mix: unknown class 'dragon'"),
+    ("{0}/by_class --mix hero", "--mix hero: 'hero' is not NAME=WEIGHT, as in hero=1,food=0.6"),
+    ("{0}/by_class --mix hero=1,food=lots", "'food=lots' is not NAME=WEIGHT"),
+    ("{0}/by_class --mix hero=nan", "'hero=nan' is not NAME=WEIGHT"),
+    ("{0}/by_class --mix hero=1,0=1", "'0' stands there twice"),
+    ("{0}/by_class --mix ²=1", "--mix"),
+    ("{0}/by_class --class ²", "--class"),
+    ("{0}/by_class --num_images 0", "--num_images is 0"),
+    ("{0}/by_class --num_images many", "--num_images", "'many'"),
+    ("{0}/by_class --batch_size 0", "--batch_size is 0"),
+    ("{0}/by_class --seed -1", "--seed is -1"),
+    ("{0}/by_class --seed 99999999999999999999", "--seed"),
+    ("{0}/by_class --num_inference_steps 1001", "--num_inference_steps: 1001 steps are out of the 1 to 1000"),
+    ("{0}/by_class --scheduler ddmp", "unknown sampler 'ddmp'; known are ddpm, ddim"),
+    ("{0}/toy --scheduler ddim", "LinearCorruptionScheduler, has no sampler but its own"),
+    ("{0}/toy --no-noise", "LinearCorruptionScheduler adds no noise"),
+    ("{0}/by_class --compare ddpm:500,ddmp:2", "unknown sampler 'ddmp'"),
+    ("{0}/by_class --compare ddim:many", "'ddim:many' is not NAME:STEPS"),
+    ("{0}/by_class --compare ddim:²", "'ddim:²' is not NAME:STEPS"),
+    ("{0}/by_class --compare ddim:0", "--compare, ddim: 0 steps"),
+    ("{0}/by_class --compare ,", "--compare"),
+    ("{0}/by_class --compare ddim:2 --no-noise", "not allowed with"),
+    ("{0}/by_class --compare ddim:2 --scheduler ddim", "does not go with --compare"),
+    ("{0}/by_class --interpolate 1 2 --scheduler euler", "does not go with --interpolate"),
+    ("{0}/by_class --interpolate 1 2 --class 0 --class 1 --class 2", "between 2 classes or mixes: 3 are given"),
+    ("{0}/by_class --interpolate 1", "--interpolate"),
+    ("{0}/by_class --interpolate 1 -2", "--interpolate"),
+    ("{0}/by_class --interpolate 1 2 --num_images 1", "--num_images from 2 on"),
+    ("{0}/by_class --eta 0.5", "--eta is for --scheduler ddim"),
+    ("{0}/by_class --scheduler ddim --eta 2", "--eta is 2.0"),
+    ("{0}/by_class --scheduler ddim --eta nan", "--eta is nan"),
+    ("{0}/by_class --animate frames.mp4", "frames.mp4: name a .gif or .webp"),
+    ("{0}/by_class --animate_prediction", "belongs to --animate"),
+    (
+        "{0}/by_class --animate {0}/a.gif --animate_prediction --scheduler unipc --num_inference_steps 2",
+        "UniPCMultistepScheduler does not tell its prediction",
+    ),
+    ("{0}/by_class --forward {0}/missing.png", "--forward {0}/missing.png"),
+    ("{0}/by_class --forward {0}/text.png", "{0}/text.png is not an image"),
+    ("{0}/by_class --forward {0}/empty", "--forward {0}/empty"),
+    ("{0}/by_class --forward {0}/text.npy", "--forward {0}/text.npy"),
+    ("{0}/by_class --forward {0}/text.parquet", "--forward {0}/text.parquet"),
+    ("{0}/by_class --forward {0}/damaged", "1.png"),
+    ("{0}/by_class --scale 0", "--scale 0"),
+    ("{0}/by_class --scale ²", "--scale ²"),
+    ("{0}/by_class --logger tensorboard", "--logger belongs to --compare"),
+    ("{0}/by_class --output {0}/samples.jpg", "samples.jpg: name a .png file or a folder"),
+    ("{0}/by_class --output {0}/file", "--output {0}/file is there already, as a file"),
+    ("{0}/by_class --output {0}/by_class/model_index.json/x.png", "is not a folder that can be written to"),
+    ("{0}/by_class --animate {0}/by_class/model_index.json/x.gif", "is not a folder that can be written to"),
+    (
+        "{0}/config_broken --compare ddim:2 --logger tensorboard --num_images 1",
+        "{0}/config_broken/training_config.yaml",
+    ),
+    ("wandb:me/sprites/model:latest", "wandb:me/sprites/model:latest"),
+]
+CALCULATE_METRICS = [
+    ("", "model"),
+    ("{0}/missing", "--dataset_name or --train_data_dir"),
+    ("{0}/missing --dataset_name sprites", "{0}/missing"),
+    ("{0}/file --dataset_name sprites", "{0}/file"),
+    ("{0}/empty --dataset_name sprites", "{0}/empty holds neither a pipeline"),
+    ("{0}/flat", "--dataset_name or --train_data_dir"),
+    ("{0}/flat --train_data_dir {0}/pictures", "at least 20 images"),
+    ("{0}/flat --train_data_dir {0}/missing", "--train_data_dir {0}/missing"),
+    ("{0}/damaged/cat/1.png --train_data_dir {0}/flat", "{0}/damaged/cat/1.png"),
+    ("{0}/archive --dataset_name {0}/text.parquet", "{0}/text.parquet"),
+    ("{0}/run --num_images 5", "--num_images is 5: it must be at least 10"),
+    ("{0}/run --num_images x", "--num_images"),
+    ("{0}/run --batch_size 0", "--batch_size is 0"),
+    ("{0}/run --seed -1", "--seed is -1"),
+    ("{0}/run --num_inference_steps 0", "--num_inference_steps is 0"),
+    ("{0}/run --num_inference_steps 5000", "5000"),
+    ("{0}/run --scheduler ddmp", "unknown sampler 'ddmp'"),
+    ("{0}/run --guidance_scale 2", "--guidance_scale"),
+    ("{0}/by_class --guidance_scale nan", "--guidance_scale"),
+    ("{0}/run --extractor vgg", "--extractor"),
+    ("{0}/run --extractor clip --clip_model {0}/empty", "--clip_model {0}/empty"),
+    ("{0}/run --learning_rate 1", "unknown flag '--learning_rate'"),
+    ("{0}/run --hub_token x", "unknown flag '--hub_token'; --help"),
+    ("{0}/run extra", "extra"),
+    ("{0}/run --output_dir {0}/file", "--output_dir {0}/file"),
+    ("{0}/run --output_dir {0}/file/below", "--output_dir {0}/file/below"),
+    ("{0}/toy --scheduler ddim", "LinearCorruptionScheduler"),
+    ("{0}/config_broken", "{0}/config_broken/training_config.yaml"),
+    ("{0}/config_list", "{0}/config_list/training_config.yaml"),
+    ("{0}/config_unknown", "no_such_key"),
+    ("{0}/weights_cut", "{0}/weights_cut"),
+    ("{0}/index_broken", "{0}/index_broken"),
+    ("{0}/summary_broken", "{0}/summary_broken"),
+]
+HUB = [
+    ("", "command"),
+    ("pull {0}/run", "'pull'"),
+    ("push {0}/run", "repo_id"),
+    ("push {0}/missing me/x", "{0}/missing holds no pipeline"),
+    ("push {0}/file me/x", "{0}/file holds no pipeline"),
+    ("push {0}/empty me/x", "{0}/empty holds no pipeline"),
+    ("push {0}/run me/x/y", "me/x/y"),
+    ("push {0}/run ../x", "../x"),
+    ("push {0}/run", "repo_id"),
+    ("card {0}/missing", "{0}/missing holds no pipeline"),
+    ("card", "run_dir"),
+    ("card {0}/run extra", "extra"),
+    ("card {0}/no_summary", "{0}/no_summary is not the output folder of a run"),
+    ("card {0}/summary_broken", "{0}/summary_broken is not the output folder of a run"),
+    ("card {0}/summary_empty", "{0}/summary_empty is not the output folder of a run"),
+    ("card {0}/summary_list", "{0}/summary_list is not the output folder of a run"),
+    ("card {0}/summary_types", "{0}/summary_types is not the output folder of a run"),
+    ("card {0}/config_broken", "{0}/config_broken is not the output folder of a run"),
+    ("card {0}/config_list", "{0}/config_list is not the output folder of a run"),
+    ("card {0}/config_short", "{0}/config_short is not the output folder of a run"),
+    ("card {0}/metrics_broken", "{0}/metrics_broken is not the output folder of a run"),
+    ("card {0}/index_broken", "{0}/index_broken is not the output folder of a run"),
+    ("card {0}/index_list", "{0}/index_list is not the output folder of a run"),
+    ("card {0}/card_binary", "{0}/card_binary"),
+    ("card {0}/card_broken", "{0}/card_broken"),
+]
+CONVERT = [
+    ("", "checkpoint"),
+    ("{0}/few.pth", "output_dir"),
+    ("{0}/missing.pth {1}/new", "{0}/missing.pth: no such file"),
+    ("{0}/empty {1}/new", "{0}/empty is not a state dict"),
+    ("{0}/few.pth {0}/run", "{0}/run is there already"),
+    ("{0}/few.pth {0}/file", "{0}/file is there already"),
+    *(
+        (f"{{0}}/{name}.pth {{1}}/new", f"{{0}}/{name}.pth is not a")
+        for name in ("few other list tensor keys values shapes scalars text empty pickle cut bytes").split()
+    ),
+]
+CASES = [
+    *(("train_unconditional", f"{TINY} {flags}", *rest) for flags, *rest in TRAIN_UNCONDITIONAL),
+    *(("train_conditional", f"{TINY} {flags}", *rest) for flags, *rest in TRAIN_CONDITIONAL),
+    *(("sample", *case) for case in SAMPLE),
+    *(("calculate_metrics", *case) for case in CALCULATE_METRICS),
+    *(("training.hub", *case) for case in HUB),
+    *(("training.convert_course_checkpoint", *case) for case in CONVERT),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]} {case[1].removeprefix(TINY).strip()}")
+def test_one_line_names_what_to_change(case, run_script, folder, tmp_path, monkeypatch, capfd):
+    script, flags, *fragments = case
+    output_dir = tmp_path / "new" if script.startswith("train_") and "--output_dir" not in flags else None
+    monkeypatch.chdir(folder)
+    before = times_of_change(folder)
+    with pytest.raises(SystemExit) as exit:
+        run_script(script, flags.format(folder, tmp_path), output_dir)
+    assert exit.value.code == 2
+    said = capfd.readouterr().err.replace("\r", "\n").strip().splitlines()
+    assert said[-1].startswith("error: ")
+    for fragment in fragments:
+        assert fragment.format(folder) in said[-1]
+    assert not [line for line in said[:-1] if line.strip() and not PROGRESS_BAR.search(line)]
+    assert times_of_change(folder) == before
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_traceback_from_the_program_itself(tmp_path):

@@ -60,7 +60,12 @@ def _build_unet2d(config: TrainingConfig, num_channels: int, num_classes: int | 
     if config.model_config_name_or_path is not None:
         model_config = _load_unet2d_config(config.model_config_name_or_path)
         _check_sides(config, multiple=2 ** (len(model_config["block_out_channels"]) - 1))
-        model = UNet2DModel.from_config({**model_config, **shape})
+        try:
+            model = UNet2DModel.from_config({**model_config, **shape})
+        except Exception as error:  # whatever its values lead diffusers to
+            raise UserInputError(
+                f"--model_config_name_or_path {config.model_config_name_or_path}: {first_line(error)}"
+            ) from None
     else:
         channels = config.block_out_channels
         _check_sides(config, multiple=2 ** (len(channels) - 1))
@@ -102,7 +107,7 @@ def _load_unet2d_config(name_or_path: str) -> dict[str, Any]:
         raise UserInputError(
             f"--model_config_name_or_path {name_or_path} can't be loaded: {first_line(error)}"
         ) from None
-    if "block_out_channels" not in model_config:
+    if not isinstance(model_config.get("block_out_channels"), list | tuple):
         raise UserInputError(f"--model_config_name_or_path {name_or_path} is not the config of a UNet2DModel")
     return model_config
 

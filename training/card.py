@@ -10,7 +10,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from metrics.report import METRICS_FILE, NOT_OF_FEATURES, TITLES
 from training.checkpoint import CONFIG_FILE, SUMMARY_FILE
-from training.errors import UserInputError
+from training.errors import UserInputError, first_line
 
 CARD_FILE = "README.md"
 BEGIN, END = "<!-- from the run: begin -->", "<!-- from the run: end -->"
@@ -28,17 +28,23 @@ def make_card(run_dir: Path, repo_id: str | None, hub_card: str | None) -> str:
         summary = json.loads((run_dir / SUMMARY_FILE).read_text())
         index = json.loads((run_dir / "model_index.json").read_text())
         metrics = _read_metrics(run_dir, summary["global_step"])
-    except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
-        raise UserInputError(f"{run_dir} is not the output folder of a run: {error}") from None
-    repo_id = repo_id or config["hub_model_id"] or f"me/{run_dir.resolve().name}"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise UserInputError(f"{run_dir} is not the output folder of a run: {first_line(error)}") from None
     grids = sorted((run_dir / "samples").glob("step-*.png"))
     grid = f"samples/{grids[-1].name}" if grids else None
-    classes = list(index.get("id2label", {}).values())
-    body = _describe(repo_id, config, summary, metrics, index, classes, grid)
-    metadata = _metadata(repo_id, config, summary, metrics, classes, grid)
+    try:
+        repo_id = repo_id or config["hub_model_id"] or f"me/{run_dir.resolve().name}"
+        classes = list(index.get("id2label", {}).values())
+        body = _describe(repo_id, config, summary, metrics, index, classes, grid)
+        metadata = _metadata(repo_id, config, summary, metrics, classes, grid)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:  # a value is missing or of another type
+        raise UserInputError(f"{run_dir} is not the output folder of a run: {first_line(error)}") from None
 
     own_file = run_dir / CARD_FILE
-    cards = [_parse(text) for text in (hub_card, own_file.read_text() if own_file.is_file() else None) if text]
+    try:
+        cards = [_parse(text) for text in (hub_card, own_file.read_text() if own_file.is_file() else None) if text]
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserInputError(f"{own_file} can't be read ({first_line(error)}): mend or remove it") from None
     kept = {key: value for card in reversed(cards) for key, value in card.data.to_dict().items()}
     before, after = next((parts for parts in map(_hand_written, cards) if any(parts)), ("", ""))
     text = "\n\n".join(part for part in (before, f"{BEGIN}\n{body}\n{END}", after) if part)

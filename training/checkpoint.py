@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from training.config import TrainingConfig
-from training.errors import UserInputError
+from training.errors import UserInputError, check_writable
 
 CONFIG_FILE = "training_config.yaml"
 SUMMARY_FILE = "training_summary.json"
 STATE_FILE = "train_state.json"
+SKIPPED_IMAGES_FILE = "skipped_images.jsonl"
 WEIGHTS_FILE = "unet/diffusion_pytorch_model.safetensors"
 # A pipeline for others. A `*` goes across folders: `*.py` would take those of snapshots.
 PIPELINE_FILES = ["model_index.json", "pipeline*.py", "unet/*", "scheduler/*", CONFIG_FILE]
@@ -26,6 +27,7 @@ PIPELINE_FILES = ["model_index.json", "pipeline*.py", "unet/*", "scheduler/*", C
 RUN_FILES = (
     CONFIG_FILE,
     SUMMARY_FILE,
+    SKIPPED_IMAGES_FILE,
     "model_index.json",
     "unet",
     "scheduler",
@@ -55,6 +57,7 @@ def check_output_dir(config: TrainingConfig) -> None:
     output_dir = Path(config.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise UserInputError(f"--output_dir {output_dir} is a file: name a folder")
+    check_writable("--output_dir", output_dir)
     if config.resume_from_checkpoint is not None:
         find_checkpoint(config)
     elif output_dir.is_dir() and any(output_dir.iterdir()) and not config.overwrite_output_dir:

@@ -2,7 +2,10 @@
 
 import argparse
 import difflib
+import math
 import re
+import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +13,7 @@ from typing import Any, Literal
 import yaml
 from transformers import HfArgumentParser
 
-from training.errors import ArgumentParser, UserInputError
+from training.errors import ArgumentParser, UserInputError, check_numbers
 
 PRESETS_DIR = Path(__file__).resolve().parent.parent / "configs"
 BUILT_IN_DATASET = "sprites"
@@ -180,6 +183,12 @@ class TrainingConfig:
         if self.dataset_name is None and self.train_data_dir is None:
             self.dataset_name = BUILT_IN_DATASET
         self._check_ranges()
+        parts = Path(self.logging_dir).parts
+        # Also a pattern: --overwrite_output_dir removes what it names.
+        if not parts or ".." in parts or Path(self.logging_dir).is_absolute() or {*"*?["} & {*self.logging_dir}:
+            raise UserInputError(
+                f"--logging_dir {self.logging_dir}: name a folder inside of --output_dir, such as logs"
+            )
         self.image_size  # noqa: B018 - raises if it can't be parsed
 
     @property
@@ -197,7 +206,7 @@ class TrainingConfig:
 
     def _check_ranges(self) -> None:
         at_least = {
-            0: ("lr_warmup_steps", "dataloader_num_workers", "adam_weight_decay", "seed"),
+            0: ("lr_warmup_steps", "dataloader_num_workers", "adam_weight_decay", "ema_power"),
             1: (
                 "train_batch_size eval_batch_size num_epochs max_train_steps gradient_accumulation_steps "
                 "save_images_epochs save_images_steps save_model_epochs snapshot_epochs evaluate_every "
@@ -205,6 +214,10 @@ class TrainingConfig:
                 "layers_per_block attention_head_dim max_train_samples guidance_scale"
             ).split(),
         }
+        check_numbers(self.seed, self.guidance_scale)
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserInputError(f"--{name} is {value}: it must be a finite number")
         for minimum, names in at_least.items():
             for name in names:
                 value = getattr(self, name)
@@ -226,6 +239,9 @@ class TrainingConfig:
                 raise UserInputError(f"--{name} is {getattr(self, name)}: it must be at least 0 and below 1")
         if not self.beta_start <= self.beta_end < 1:
             raise UserInputError(f"--beta_end is {self.beta_end}: it must lie between --beta_start and 1")
+        class_names = self.class_names or []
+        if len(set(class_names)) < len(class_names):
+            raise UserInputError(f"--class_names {' '.join(class_names)} has a name twice: each class needs its own")
         if min(self.block_out_channels) < 1:
             raise UserInputError(f"--block_out_channels holds {min(self.block_out_channels)}: channels are above 0")
         if self.ddpm_num_inference_steps > self.ddpm_num_steps:
@@ -257,10 +273,15 @@ def parse_config(argv: list[str], default_preset: str) -> TrainingConfig:
     parser = _Parser(TrainingConfig, allow_abbrev=False)  # type: ignore[arg-type]
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
-        raise UserInputError(_unknown_name(f"unknown flag '{unknown[0]}'", unknown[0].lstrip("-"), prefix="--"))
+        name = unknown[0].split("=")[0]  # without the value, which may be a token
+        raise UserInputError(_unknown_name(f"unknown flag '{name}'", name.lstrip("-"), prefix="--"))
     path = flags.config
     if path is None and flags.train_data_dir is None and flags.dataset_name in (None, BUILT_IN_DATASET):
         path = PRESETS_DIR / default_preset
+    if flags.hub_token is not None:
+        # W&B records the command line.
+        hidden = {flags.hub_token: "***", f"--hub_token={flags.hub_token}": "--hub_token=***"}
+        sys.argv[:] = [hidden.get(argument, argument) for argument in sys.argv]
     if path is None:
         return TrainingConfig(**vars(flags))
     # A file's values take the way of the flags, so both are read, checked and refused alike.
@@ -276,7 +297,7 @@ def parse_data_flags(argv: list[str], run_config: Path | None) -> TrainingConfig
     names = [flag.removeprefix("--").split("=")[0] for flag in argv if flag.startswith("--")]
     for name in names:
         if name not in DATA_FLAGS:
-            raise UserInputError(_unknown_name(f"unknown flag '--{name}'", name, prefix="--"))
+            raise UserInputError(_unknown_name(f"unknown flag '--{name}'", name, "--", DATA_FLAGS))
     run_argv: list[str] = []
     if not {"dataset_name", "train_data_dir"}.intersection(names):
         if run_config is None:
@@ -305,13 +326,15 @@ def _read_yaml_as_flags(path: Path, parser: argparse.ArgumentParser) -> list[str
         # `--name=value` for a single value, so that a negative number is not taken for a flag.
         flag = [f"--{name}={items[0]}"] if len(items) == 1 else [f"--{name}", *map(str, items)]
         try:
-            parser.parse_args(flag)
+            _, rest = parser.parse_known_args(flag)
         except UserInputError as error:
             raise UserInputError(f"--config {path}: {error}") from None
+        if rest:
+            raise UserInputError(f"--config {path}: '{name}' takes one value, not {len(items)}")
         argv += flag
     return argv
 
 
-def _unknown_name(message: str, name: str, prefix: str = "") -> str:
-    nearest = difflib.get_close_matches(name.split("=")[0], [f.name for f in fields(TrainingConfig)], n=1)
+def _unknown_name(message: str, name: str, prefix: str = "", known: Iterable[str] | None = None) -> str:
+    nearest = difflib.get_close_matches(name, known or [f.name for f in fields(TrainingConfig)], n=1)
     return message + (f"; did you mean '{prefix}{nearest[0]}'?" if nearest else "; --help lists the known ones")

@@ -1,6 +1,5 @@
 """A checkpoint of the sprite course as a pipeline folder: `python -m training.convert_course_checkpoint PTH OUT`."""
 
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -88,11 +87,19 @@ def convert(checkpoint: Path, output_dir: Path) -> None:
         course = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserInputError(f"{checkpoint}: no such file") from None
-    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # pickles and archives raise whatever a broken file leads them to
         raise UserInputError(f"{checkpoint} is not a state dict of weights ({first_line(error)})") from None
     try:
         model = build_model(convert_weights(course))
-    except (UserInputError, KeyError, AttributeError, ValueError, RuntimeError) as error:
+    except (
+        UserInputError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
         raise UserInputError(
             f"{checkpoint} is not a checkpoint of the course's ContextUnet: {first_line(error)}"
         ) from None

@@ -4,7 +4,9 @@ import glob
 import hashlib
 import json
 import os
+import stat
 import sys
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -22,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from training.config import BUILT_IN_DATASET, TrainingConfig
-from training.errors import UserInputError, first_line
+from training.errors import UserInputError, first_line, printable
 from training.image_store import ImageStore, decode_once
 from training.sprites import CLASS_NAMES, draw_sprites
 
@@ -44,7 +46,7 @@ class ImageData:
     num_channels: int
     id2label: dict[int, str] | None  # None where labels were not asked for
     num_images: int | None  # None for a stream
-    skipped_images: list[tuple[str, str]]  # name and reason
+    skipped_images: list[tuple[str, str]]  # (name, reason); of a stream, only what shows before it is read
     source: str
     license: str | None = None  # where the data says it
 
@@ -193,7 +195,7 @@ def load_image_data(config: TrainingConfig, with_labels: bool | None) -> ImageDa
             raise UserInputError(f"--streaming can't be used with {name}, which fits into memory: leave it out")
         return _decode_all(_open_arrays(config, with_labels) if is_array else _draw(config, with_labels), config)
 
-    dataset, source_name = _load_dataset(config)
+    dataset, source_name, skipped_images = _load_dataset(config)
     image_column = _find_column(dataset, datasets.Image, "image_column", config.image_column, source_name)
     if image_column is None:
         raise UserInputError(
@@ -211,8 +213,10 @@ def load_image_data(config: TrainingConfig, with_labels: bool | None) -> ImageDa
         # Decoded here instead, where an image that can't be decoded can be named.
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
     if isinstance(dataset, datasets.IterableDataset):
-        return _open_stream(dataset, source_name, image_column, label_column, config)
-    return _decode_all(_open_table(dataset, source_name, image_column, label_column, config), config)
+        data = _open_stream(dataset, source_name, image_column, label_column, config)
+    else:
+        data = _decode_all(_open_table(dataset, source_name, image_column, label_column, config), config)
+    return replace(data, skipped_images=skipped_images + data.skipped_images)
 
 
 def load_image_file(path: str, config: TrainingConfig) -> torch.Tensor:
@@ -314,13 +318,18 @@ def _load_array(path: str, flag: str) -> np.ndarray:
     return array
 
 
-def _load_dataset(config: TrainingConfig) -> tuple[datasets.Dataset | datasets.IterableDataset, str]:
+def _load_dataset(
+    config: TrainingConfig,
+) -> tuple[datasets.Dataset | datasets.IterableDataset, str, list[tuple[str, str]]]:
+    """The dataset, its name, and what can't be used of a folder of images."""
     name, split = config.dataset_name, config.dataset_split
     is_local = True
+    skipped_images: list[tuple[str, str]] = []
     files: dict[str, str] | None = None
     if name is None:
         assert config.train_data_dir is not None
         folder, split = _find_image_folder(Path(config.train_data_dir), split), "train"
+        skipped_images = _check_image_files(folder, config)
         builder, flag, source_name = "imagefolder", "train_data_dir", str(folder)
         # A pattern, as `data_dir` drops the files whose names don't hold "train" where some names do.
         files = {"train": glob.escape(str(folder)) + "/**"}
@@ -346,13 +355,13 @@ def _load_dataset(config: TrainingConfig) -> tuple[datasets.Dataset | datasets.I
             cache_dir=config.cache_dir,
             streaming=config.streaming,
         )
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # builders raise whatever broken data, archives and the network lead them to
         where = f"--{flag} {source_name}" + ("" if split == "train" else f", --dataset_split {split}")
         reason = "" if is_local else "no such folder, and on the Hub: "
         raise UserInputError(f"{where}: {reason}{first_line(error.__cause__ or error)}") from None
     if dataset.features is None:
         raise UserInputError(f"--streaming: the columns of {source_name} are not known in advance: leave it out")
-    return dataset, source_name
+    return dataset, source_name, skipped_images
 
 
 def _find_image_folder(folder: Path, split: str) -> Path:
@@ -362,10 +371,39 @@ def _find_image_folder(folder: Path, split: str) -> Path:
         folder = folder / split
     elif split != "train":
         raise UserInputError(f"--dataset_split {split}: {folder} has no subfolder of this name")
-    endings = Image.registered_extensions()
-    if not any(path.suffix.lower() in endings for path in folder.rglob("*")):
-        raise UserInputError(f"--train_data_dir {folder}: no image in this folder or below (such as .png or .jpg)")
     return folder
+
+
+def _check_image_files(folder: Path, config: TrainingConfig) -> list[tuple[str, str]]:
+    """Finds what `datasets` would pass over in silence: broken links, linked folders, folders that can't be read."""
+    endings = Image.registered_extensions()
+    errors: list[OSError] = []
+    skipped_images = []
+    has_images = False
+    for parent, folders, names in os.walk(folder, onerror=errors.append):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))  # as `datasets` does
+        for path in (Path(parent, name) for name in folders):
+            if path.is_symlink():
+                skipped_images.append(_skip(str(path), "is a link to a folder, which is not followed", config))
+        for path in (Path(parent, name) for name in sorted(names) if not name.startswith(".")):
+            try:
+                str(path).encode()
+            except UnicodeEncodeError:  # one such name, of whatever file, and `datasets` refuses the folder
+                raise UserInputError(f"{path}: the name is not UTF-8, rename this file") from None
+            if path.suffix.lower() not in endings:
+                continue
+            try:
+                if stat.S_ISREG(path.stat().st_mode):
+                    has_images = True
+                else:
+                    skipped_images.append(_skip(str(path), "is not a file", config))
+            except OSError as error:
+                skipped_images.append(_skip(str(path), f"can't be read ({error.strerror})", config))
+    for unreadable in errors:
+        skipped_images.append(_skip(str(unreadable.filename), f"can't be read ({unreadable.strerror})", config))
+    if not has_images:
+        raise UserInputError(f"--train_data_dir {folder}: no image in this folder or below (such as .png or .jpg)")
+    return skipped_images
 
 
 def _find_column(dataset: Any, feature_type: type, flag: str, given: str | None, source_name: str) -> str | None:
@@ -381,7 +419,11 @@ def _find_column(dataset: Any, feature_type: type, flag: str, given: str | None,
 
 
 def _open_table(
-    dataset: datasets.Dataset, source_name: str, image_column: str, label_column: str | None, config: TrainingConfig
+    dataset: datasets.Dataset,
+    source_name: str,
+    image_column: str,
+    label_column: str | None,
+    config: TrainingConfig,
 ) -> _Source:
     class_labels = class_names = None
     if label_column is not None:
@@ -425,7 +467,8 @@ def _open_stream(
     if dataset.num_channels == 0:
         raise UserInputError(f"{source_name} holds no image that can be decoded")
     id2label = None if class_names is None else dict(enumerate(class_names))
-    return ImageData(dataset, dataset.num_channels, id2label, None, [], source_name, stream.info.license or None)
+    license = stream.info.license or None
+    return ImageData(dataset, dataset.num_channels, id2label, None, [], source_name, license)
 
 
 # Labels
@@ -512,10 +555,15 @@ def _prepare_or_skip(value: Any, name: str, config: TrainingConfig) -> np.ndarra
     try:
         return prepare_image(open_image(value), name, config)
     except _BadImageError as error:
-        if config.on_bad_image == "error":
-            raise UserInputError(f"{name} {error}: replace it, or give --on_bad_image skip") from None
-        tqdm.write(f"skipped: {name} {error}", file=sys.stderr)
-        return name, str(error)
+        return _skip(name, str(error), config)
+
+
+def _skip(name: str, reason: str, config: TrainingConfig) -> tuple[str, str]:
+    """An image that can't be used, as it is listed; raises where that is to stop the run."""
+    if config.on_bad_image == "error":
+        raise UserInputError(f"{name} {reason}: replace it, or give --on_bad_image skip")
+    tqdm.write(printable(f"skipped: {name} {reason}"), file=sys.stderr)
+    return name, reason
 
 
 def _name_image(value: Any, where: str) -> str:
@@ -536,10 +584,15 @@ def open_image(value: Any) -> Image.Image:
     if not isinstance(value, dict):
         raise _BadImageError(f"is not an image but {type(value).__name__}")
     try:
-        return datasets.Image().decode_example(value)  # applies the EXIF orientation
+        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+            return datasets.Image().decode_example(value)  # applies the EXIF orientation
     except UnidentifiedImageError:
         raise _BadImageError("is not an image that Pillow can read") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise _BadImageError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
     except Exception as error:  # decoders raise whatever a broken file leads them to
+        if isinstance(error, OSError) and error.strerror:
+            raise _BadImageError(f"can't be read ({error.strerror})") from None
         raise _BadImageError(f"can't be decoded ({first_line(error)})") from None
 
 
@@ -549,6 +602,8 @@ def prepare_image(image: Image.Image, name: str, config: TrainingConfig) -> np.n
     H and W are `config.image_size`, or one of them is larger where a random place is to be cropped.
     """
     height, width = config.image_size
+    if 0 in image.size:
+        raise _BadImageError("has no pixels")
     if config.resize_mode == "none" and image.size != (width, height):
         raise UserInputError(
             f"{name} is {image.width}x{image.height}, --resolution {width}x{height}: give --resize_mode crop or pad"
@@ -558,6 +613,8 @@ def prepare_image(image: Image.Image, name: str, config: TrainingConfig) -> np.n
     image = _flatten(image, mode, config.background)
     scale = (max if config.resize_mode == "crop" else min)(width / image.width, height / image.height)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    if Image.MAX_IMAGE_PIXELS is not None and size[0] * size[1] > Image.MAX_IMAGE_PIXELS:
+        raise _BadImageError(f"is {image.width}x{image.height}, too thin to be resized to {size[0]}x{size[1]}")
     pixels = np.asarray(image.resize(size, Image.Resampling[config.interpolation.upper()]))
     if pixels.dtype == np.float32:
         pixels = pixels.clip(0, 65535).round().astype(np.uint16)  # a resize may overshoot the range
@@ -589,10 +646,13 @@ def _flatten(image: Image.Image, mode: str, background: str) -> Image.Image:
                 f"has values of {values.min():g} to {values.max():g}, mode {image.mode} should hold 0 to {white}"
             )
         return Image.fromarray(values * (65535 / white))
-    if image.has_transparency_data:
-        canvas = Image.new("RGBA", image.size, ImageColor.getrgb(background)[:3])
-        image = Image.alpha_composite(canvas, image.convert("RGBA"))
-    return image.convert(mode)
+    try:
+        if image.has_transparency_data:
+            canvas = Image.new("RGBA", image.size, ImageColor.getrgb(background)[:3])
+            image = Image.alpha_composite(canvas, image.convert("RGBA"))
+        return image.convert(mode)
+    except ValueError as error:  # such as LAB
+        raise _BadImageError(f"can't be used ({first_line(error)})") from None
 
 
 def _pad(pixels: np.ndarray, image_size: tuple[int, int], colour: int | tuple[int, ...]) -> np.ndarray:

@@ -1,10 +1,15 @@
 """Errors that a user can cause, and how the command-line programs report them."""
 
 import argparse
+import math
+import os
 import sys
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import NoReturn
+
+MAX_SEED = 2**32 - 1  # NumPy's
 
 
 class UserInputError(Exception):
@@ -17,6 +22,26 @@ class UserInputError(Exception):
 def first_line(error: BaseException) -> str:
     """What another library's error says, to be part of a line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def printable(text: str) -> str:
+    """`text` in one line: a file's name may hold line breaks, or bytes that are no character."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def check_numbers(seed: int, guidance_scale: float | None) -> None:
+    """Raises for a seed or a guidance scale that nothing can be drawn with."""
+    if not 0 <= seed <= MAX_SEED:
+        raise UserInputError(f"--seed is {seed}: it must be at least 0 and at most {MAX_SEED}")
+    if guidance_scale is not None and not math.isfinite(guidance_scale):
+        raise UserInputError(f"--guidance_scale is {guidance_scale}: it must be a finite number")
+
+
+def check_writable(flag: str, path: Path | None) -> None:
+    """Raises if `path` can't be made. Makes nothing."""
+    existing = next(folder for folder in (path or Path()).absolute().parents if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserInputError(f"{flag} {path}: {existing} is not a folder that can be written to")
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -37,9 +62,9 @@ def exits_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
         try:
             main()
         except UserInputError as error:
-            # From a DataLoader's worker the message comes as the last line of a traceback.
-            message = str(error).strip().splitlines()[-1].removeprefix(f"{__name__}.{type(error).__name__}: ")
-            print(f"error: {message}", file=sys.stderr)
+            # From a DataLoader's worker the message comes at the end of a traceback.
+            message = str(error).strip().rpartition(f"\n{__name__}.{type(error).__name__}: ")[2]
+            print(f"error: {printable(message)}", file=sys.stderr)
             sys.exit(2)
 
     return wrapper

@@ -21,7 +21,7 @@ from metrics.extractors import CLIP_MODEL, make_extractor
 from metrics.real_images import RealImages
 from metrics.report import append_history, write_report
 from pipelines import ConditionalDDPMPipeline
-from training.checkpoint import SUMMARY_FILE, TrainState, prepare_output_dir
+from training.checkpoint import SKIPPED_IMAGES_FILE, SUMMARY_FILE, TrainState, prepare_output_dir
 from training.config import TrainingConfig
 from training.dataset import ImageData
 from training.ema import ema_weights
@@ -79,6 +79,7 @@ class RunOutputs:
             prepare_output_dir(config)
             start = f"from {checkpoint}" if checkpoint else "from the start"
             print_summary(self.accelerator, config, self.data, self.model, self.total_steps, start)
+            self._write_skipped_images()
         self.trackers = Trackers(
             logger,
             self.output_dir / config.logging_dir,
@@ -90,6 +91,15 @@ class RunOutputs:
             with self.accelerator.local_main_process_first():
                 self.extractor = make_extractor("classifier", CLIP_MODEL, self.real, self.accelerator.device)
         self.accelerator.wait_for_everyone()
+
+    def _write_skipped_images(self) -> None:
+        path = self.output_dir / SKIPPED_IMAGES_FILE
+        if not self.data.skipped_images:
+            path.unlink(missing_ok=True)  # of the run that is resumed
+            return
+        lines = [json.dumps({"image": name, "reason": reason}) for name, reason in self.data.skipped_images]
+        path.write_text("\n".join(lines) + "\n")
+        tqdm.write(f"wrote {path}")
 
     def log(self, metrics: dict[str, float], state: TrainState) -> None:
         """Numbers for the trackers."""
@@ -223,7 +233,7 @@ def print_summary(
     """What is about to be trained, on what and for how long."""
     height, width = config.image_size
     images = "a stream of images" if data.num_images is None else f"{data.num_images:,} images"
-    skipped = f", {len(data.skipped_images)} skipped as undecodable" if data.skipped_images else ""
+    skipped = f", {len(data.skipped_images)} skipped" if data.skipped_images else ""
     classes = "" if data.id2label is None else f", {len(data.id2label)} classes"
     total_batch_size = config.total_batch_size(accelerator.num_processes)
     num_params = sum(p.numel() for p in model.parameters())

@@ -1,0 +1,291 @@
+"""Nobody's code runs but ours, tokens stay secret, and names from elsewhere never become paths."""
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, TINY
+from hub_server import TOKEN, HubServer
+from PIL import Image
+
+EVIL_NAMES = ["../../evil", "/tmp/evil/abs", "..", "a/b/c", "~/evil", "evil\n../evil", "$(touch evil)", "evil.png"]
+
+
+class Evil:
+    """A pickle of this makes a file when it is loaded."""
+
+    def __init__(self, victim: Path) -> None:
+        self.victim = victim
+
+    def __reduce__(self):
+        return Path.touch, (self.victim,)
+
+
+@pytest.fixture
+def victim(tmp_path):
+    """The file that must not come to be."""
+    return tmp_path / "victim"
+
+
+def test_the_pickle_would_do_harm(victim):
+    pickle.loads(pickle.dumps(Evil(victim)))
+    assert victim.exists()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run, to be copied."""
+    output_dir = tmp_path_factory.mktemp("trained") / "run"
+    command = [sys.executable, "train_unconditional.py", *TINY.split(), "--output_dir", str(output_dir)]
+    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+    return output_dir
+
+
+@pytest.fixture
+def run_dir(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def with_index(run_dir, **changes):
+    index = run_dir / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), **changes}))
+
+
+def with_pickled_weights(tmp_path, victim):
+    (tmp_path / "run/unet/diffusion_pytorch_model.safetensors").unlink()
+    torch.save(Evil(victim), tmp_path / "run/unet/diffusion_pytorch_model.bin")
+
+
+def with_own_code(tmp_path, victim, **index):
+    code = f"from pathlib import Path\nPath({str(victim)!r}).touch()\nclass Evil: pass\n"
+    for folder in ("", "unet", "scheduler"):
+        (tmp_path / "run" / folder / "evil.py").write_text(code)
+    with_index(tmp_path / "run", **index)
+
+
+def with_dataset_script(tmp_path, victim):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/data.py").write_text(f"open({str(victim)!r}, 'w')\n")
+
+
+def with_pickled_array(name):
+    def make(tmp_path, victim):
+        np.save(tmp_path / "images.npy", np.zeros((4, 16, 16, 3), np.uint8))
+        np.save(tmp_path / name, np.array([Evil(victim)], object), allow_pickle=True)
+
+    return make
+
+
+YAML = "seed: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{}]]\n"
+TRAP = {  # how it is set, script, flags, part of the line
+    "pickled course checkpoint": (
+        lambda tmp_path, victim: (tmp_path / "a.pth").write_bytes(pickle.dumps(Evil(victim))),
+        "training.convert_course_checkpoint",
+        "{0}/a.pth {0}/out",
+        "a.pth is not a state dict",
+    ),
+    "course checkpoint of torch.save": (
+        lambda tmp_path, victim: torch.save({"init_conv.weight": Evil(victim)}, tmp_path / "a.pth"),
+        "training.convert_course_checkpoint",
+        "{0}/a.pth {0}/out",
+        "a.pth is not a state dict",
+    ),
+    "images": (
+        with_pickled_array("images.npy"),
+        "train_unconditional",
+        TINY + " --dataset_name {0}/images.npy",
+        "--dataset_name",
+    ),
+    "labels": (
+        with_pickled_array("labels.npy"),
+        "train_conditional",
+        TINY + " --dataset_name {0}/images.npy --labels_file {0}/labels.npy",
+        "--labels_file",
+    ),
+    "a pickle for an array": (
+        lambda tmp_path, victim: (tmp_path / "images.npy").write_bytes(pickle.dumps(Evil(victim))),
+        "train_unconditional",
+        TINY + " --dataset_name {0}/images.npy",
+        "--dataset_name",
+    ),
+    "config": (
+        lambda tmp_path, victim: (tmp_path / "a.yaml").write_text(YAML.format(victim)),
+        "train_unconditional",
+        "--config {0}/a.yaml",
+        "a.yaml is not YAML",
+    ),
+    "dataset script": (
+        with_dataset_script,
+        "train_unconditional",
+        TINY + " --dataset_name {0}/data",
+        "--dataset_name",
+    ),
+    "weights": (with_pickled_weights, "sample", "{0}/run", "that can be loaded"),
+    "pipeline's code": (
+        lambda *args: with_own_code(*args, _class_name=["evil", "Evil"]),
+        "sample",
+        "{0}/run",
+        "holds a Evil",
+    ),
+    "network's code": (
+        lambda *args: with_own_code(*args, unet=["evil", "Evil"]),
+        "calculate_metrics",
+        "{0}/run",
+        "holds a Evil",
+    ),
+    "another class of diffusers": (
+        lambda *args: with_own_code(*args, unet=["diffusers", "DiffusionPipeline"]),
+        "sample",
+        "{0}/run",
+        "holds a DiffusionPipeline",
+    ),
+    "a module of diffusers": (
+        lambda *args: with_own_code(*args, scheduler=["diffusers", "utils"]),
+        "sample",
+        "{0}/run",
+        "holds a utils",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRAP)
+def test_foreign_code_does_not_run(name, run_script, run_dir, tmp_path, victim, capsys):
+    set_trap, script, flags, fragment = TRAP[name]
+    set_trap(tmp_path, victim)
+    with pytest.raises(SystemExit) as exit:
+        run_script(script, flags.format(tmp_path), tmp_path / "new" if script.startswith("train_") else None)
+    assert not victim.exists()
+    assert exit.value.code == 2
+    error = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert fragment in error
+
+
+@pytest.mark.parametrize("file", ["random_states_0.pkl", "optimizer.bin", "pytorch_model.bin"])
+def test_pickles_of_a_checkpoint_do_not_run(file, run_script, run_dir, victim):
+    checkpoint = run_dir / "checkpoint-3"
+    torch.save(Evil(victim), checkpoint / file)
+    if file == "pytorch_model.bin":
+        (checkpoint / "model.safetensors").unlink()
+    with contextlib.suppress(SystemExit, Exception):
+        run_script("train_unconditional", f"{TINY} --resume_from_checkpoint checkpoint-3", run_dir)
+    assert not victim.exists()
+
+
+# Tokens
+
+
+@pytest.mark.parametrize(
+    "given_by",
+    [
+        "--hub_token",
+        "HF_TOKEN",
+        pytest.param("--hub_token=", marks=pytest.mark.slow),
+        pytest.param("config", marks=pytest.mark.slow),
+    ],
+)
+def test_token_is_written_nowhere(given_by, tmp_path):
+    flags = [*TINY.split(), "--num_epochs", "1", "--push_to_hub", "--hub_model_id", "me/sprites", "--logger", "all"]
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    environment |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*", "no_proxy": "*", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment |= {"WANDB_MODE": "offline", "HF_HOME": str(outside), "TRACKIO_DIR": str(outside / "trackio")}
+    environment |= {"HOME": str(outside), "TMPDIR": str(outside)}
+    match given_by:
+        case "--hub_token":
+            flags += ["--hub_token", TOKEN]
+        case "--hub_token=":
+            flags += [f"--hub_token={TOKEN}"]
+        case "HF_TOKEN":
+            environment["HF_TOKEN"] = TOKEN
+        case "config":
+            preset = (REPOSITORY / "configs/smoke_cpu.yaml").read_text()
+            (tmp_path / "own.yaml").write_text(f"{preset}hub_token: {TOKEN}\n")
+            flags[flags.index("--config") + 1] = str(tmp_path / "own.yaml")
+    with HubServer().running() as server:
+        result = subprocess.run(
+            [sys.executable, "train_unconditional.py", *flags, "--output_dir", str(tmp_path / "run")],
+            cwd=REPOSITORY,
+            env={**environment, "HF_ENDPOINT": server.url},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        uploaded = server.repos["me/sprites"].files
+    assert result.returncode == 0, result.stderr
+    assert "warning" not in result.stderr
+    assert TOKEN not in result.stdout + result.stderr
+    assert "model_index.json" in uploaded
+    assert not [name for name, content in uploaded.items() if TOKEN.encode() in content]
+    written = [path for folder in (tmp_path / "run", outside) for path in folder.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in written)
+    assert any("tfevents" in path.name for path in written)
+    assert not [path for path in written if TOKEN.encode() in path.read_bytes()]
+
+
+def test_misspelt_flag_does_not_show_the_token(run_script, capsys):
+    with pytest.raises(SystemExit):
+        run_script("train_unconditional", f"--hub_tokn={TOKEN}")
+    error = capsys.readouterr().err
+    assert TOKEN not in error
+    assert "did you mean '--hub_token'?" in error
+
+
+# Names
+
+
+def files_in(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if path.is_file()}
+
+
+def test_class_names_never_become_paths(run_script, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    work = tmp_path / "one" / "two" / "work"
+    work.mkdir(parents=True)
+    monkeypatch.chdir(work)
+    monkeypatch.setattr("metrics.classifier.TRAINING_STEPS", 5)
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=EVIL_NAMES))
+    buffers = [io.BytesIO() for _ in range(5 * len(EVIL_NAMES))]
+    for number, buffer in enumerate(buffers):
+        Image.new("RGB", (16, 16), (6 * number, 0, 0)).save(buffer, "PNG")
+    images = [{"bytes": buffer.getvalue(), "path": f"../{n}.png"} for n, buffer in enumerate(buffers)]
+    labels = [number % len(EVIL_NAMES) for number in range(len(images))]
+    table = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+    table.to_parquet(tmp_path / "data.parquet")
+    data = TINY.replace("--max_train_samples 20", f"--dataset_name {tmp_path}/data.parquet")
+
+    before = files_in(tmp_path)
+    flags = f"{data} --snapshot_epochs 1 --max_train_steps 2 --cache_dir {tmp_path}/cache"
+    run_script("train_conditional", flags, work / "run")
+    run_script("sample", f"{work}/run --num_images 1 --num_inference_steps 2 --output {work}/files")
+    run_script(
+        "sample", f"{work}/run --num_images 1 --num_inference_steps 2 --class {EVIL_NAMES[0]} --output {work}/a.png"
+    )
+    run_script(
+        "sample", f"{work}/run --num_images 1 --mix {EVIL_NAMES[1]}=1 --num_inference_steps 2 --output {work}/b.png"
+    )
+    run_script("sample", f"--snapshots {work}/run --num_images 1 --num_inference_steps 2 --output {work}/c.png")
+    run_script("calculate_metrics", f"{work}/run --num_images 10 --num_inference_steps 2 --scheduler ddim")
+    run_script("training.hub", f"card {work}/run")
+    written = files_in(tmp_path) - before
+    assert {work / "a.png", work / "c.json", work / "run" / "metrics.json", work / "run" / "README.md"} <= written
+    assert not [
+        path for path in written if not path.is_relative_to(work) and not path.is_relative_to(tmp_path / "cache")
+    ]
+    assert not [path for path in written if "evil" in str(path.relative_to(tmp_path))]
+    assert sorted(path.name for path in (work / "files").iterdir()) == [
+        *(f"{number:05d}.png" for number in range(len(EVIL_NAMES))),
+        "samples.json",
+    ]
+    assert not Path("/tmp/evil").exists()
