@@ -23,7 +23,7 @@ from training.training_loop import draw_randomness
 NUM_IMAGES = 37  # in steps of 16: the last of an epoch has 5, of which the second of two processes has none
 STEPS_PER_EPOCH, NUM_STEPS = 3, 27
 # float32 rounds to 6e-8, and sums over the images differ in their order alone. 27 steps hand that on and add to it:
-# measured 2e-7 in the loss and 2e-6 in the weights, whereas an image lost or repeated in an epoch changes 1e-2.
+# measured 2e-7 in the loss and 2e-6 in the weights, whereas one image of a stream repeated changed 4e-2.
 TOLERANCE = 1e-5
 FLAGS = (
     f"--config {REPOSITORY / 'configs' / 'smoke_cpu.yaml'} --lr_warmup_steps 2 --ddpm_num_inference_steps 2 "
