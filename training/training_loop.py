@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,14 @@ from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
-from training.checkpoint import (
-    TrainState,
-    find_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from training.bad_steps import BadSteps
+from training.checkpoint import Checkpoints, TrainState
 from training.config import TrainingConfig
 from training.dataset import ImageData, make_dataloader
 from training.ema import ema_tensors, make_ema
 from training.errors import UserInputError
 from training.outputs import RunOutputs, SampleGrid
+from training.shutdown import EXIT_STATUS, Signals
 
 Batch = dict[str, torch.Tensor]  # "images" (B, C, H, W) float32 in [-1, 1], "class_labels" (B,) int64
 
@@ -55,6 +53,7 @@ def training_loop(
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
+        fused=True,  # it can be told on the device to leave out a step, see BadSteps
     )
     train_dataloader = make_dataloader(data, config)
     model, optimizer, train_dataloader = accelerator.prepare(model, optimizer, train_dataloader)
@@ -68,29 +67,57 @@ def training_loop(
     )
     ema = make_ema(accelerator.unwrap_model(model), config) if config.use_ema else None
 
-    checkpoint = find_checkpoint(config)
-    state = TrainState() if checkpoint is None else load_checkpoint(accelerator, checkpoint, model, lr_scheduler, ema)
-    outputs = RunOutputs(accelerator, config, data, model, ema, make_pipeline, grid, total_steps)
-    outputs.begin(state, checkpoint)
+    checkpoints = Checkpoints(accelerator, config, model, lr_scheduler, ema)
+    state = checkpoints.load()
+    bad_steps = BadSteps(accelerator, optimizer, accelerator.unwrap_model(model), config.max_skipped_steps)
+    signals = Signals(accelerator, config.shutdown_grace, checkpoints.describe_newest)
+    outputs = RunOutputs(accelerator, config, data, model, ema, make_pipeline, grid, total_steps, checkpoints, signals)
+    outputs.begin(state)
 
     losses: list[torch.Tensor] = []  # of the micro-batches since the last log, on the device
     grad_norm: Any = None
     images_logged, log_time = state.images_seen, time.perf_counter()
     micro_batch = 0  # since the last optimizer step
-    with tqdm(
-        total=total_steps,
-        initial=state.global_step,
-        desc="training",
-        unit="step",
-        dynamic_ncols=True,
-        disable=not accelerator.is_local_main_process,
-    ) as progress_bar:
-        while state.global_step < total_steps:
+
+    def checkpoint_if_asked(place: TrainState) -> int:
+        """Asks for signals after outputs, and returns that to stop for or 0. Those are done again from `place`."""
+        is_asked_for, stop = signals.poll()
+        if stop or is_asked_for:
+            checkpoints.save(place, outputs.save_pipeline)
+        return stop
+
+    def write_step_outputs() -> int:
+        samples = config.save_images_steps is not None and state.global_step % config.save_images_steps == 0
+        is_due = state.global_step % config.checkpointing_steps == 0
+        pipeline = is_due and config.push_to_hub and config.hub_strategy == "checkpoint"
+        if not (samples or pipeline):
+            return 0
+        outputs.write(state, samples=samples, pipeline=pipeline)
+        return checkpoint_if_asked(state)
+
+    with (
+        signals,
+        tqdm(
+            total=total_steps,
+            initial=state.global_step,
+            desc="training",
+            unit="step",
+            dynamic_ncols=True,
+            disable=not accelerator.is_local_main_process,
+        ) as progress_bar,
+    ):
+        # What follows a checkpoint may be missing where a run is resumed from it, also at the last step.
+        resumed = checkpoints.newest is not None
+        stop = write_step_outputs() if resumed and state.global_step < total_steps else 0
+        while not stop and (resumed or state.global_step < total_steps):
+            resumed = False
             train_dataloader.set_epoch(state.epoch)
             data.dataset.set_epoch(state.epoch)
             model.train()
             epoch_start = state.batches_done
             for batch in accelerator.skip_first_batches(train_dataloader, epoch_start):
+                if state.global_step >= total_steps:
+                    break
                 with accelerator.accumulate(model):
                     clean_images = batch["images"]
                     noise, timesteps, uniform = draw_randomness(
@@ -98,9 +125,10 @@ def training_loop(
                     )
                     model_kwargs = get_model_kwargs(batch, uniform)
                     loss = loss_fn(model, noise_scheduler, clean_images, noise, timesteps, model_kwargs)
-                    accelerator.backward(loss)
+                    accelerator.backward(bad_steps.watch(loss))
                     if accelerator.sync_gradients:
                         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                        bad_steps.mark(grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
                 losses.append(loss.detach())
@@ -112,35 +140,39 @@ def training_loop(
 
                 micro_batch = 0
                 state.global_step += 1
-                if not accelerator.optimizer_step_was_skipped:  # fp16 overflow: the weights did not move
-                    lr_scheduler.step()
-                    if ema is not None:
-                        ema.step(ema_tensors(accelerator.unwrap_model(model)))
+                lr_scheduler.step()
+                if ema is not None:
+                    ema.step(ema_tensors(accelerator.unwrap_model(model)))
                 progress_bar.update(1)
-                last = state.global_step == total_steps
+                last = state.global_step >= total_steps
                 if last or state.global_step % config.logging_steps == 0:
                     seconds = time.perf_counter() - log_time
                     rate = (state.images_seen - images_logged) / seconds
                     state.seconds += seconds
                     metrics = measure(accelerator, state, losses, grad_norm, lr_scheduler, ema, rate)
+                    metrics |= bad_steps.read(state, checkpoints.describe_newest())
                     progress_bar.set_postfix_str(
                         "loss={loss:.4f}, lr={lr:.1e}, {images_per_second:.0f} images/s".format(**metrics)
                     )
                     outputs.log(metrics, state)
                     losses, images_logged, log_time = [], state.images_seen, log_time + seconds
-                if last or state.global_step % config.checkpointing_steps == 0:
-                    save_checkpoint(accelerator, config, state, lr_scheduler, ema, outputs.save_pipeline)
-                    if not last and config.push_to_hub and config.hub_strategy == "checkpoint":
-                        outputs.write(state, pipeline=True)
-                if last:
+                is_asked_for, stop = signals.poll()
+                if last or stop or is_asked_for or state.global_step % config.checkpointing_steps == 0:
+                    bad_steps.read(state, checkpoints.describe_newest())
+                    checkpoints.save(state, outputs.save_pipeline)
+                if not (last or stop):
+                    stop = write_step_outputs()
+                if last or stop:
                     break
-                if config.save_images_steps and state.global_step % config.save_images_steps == 0:
-                    outputs.write(state, samples=True)
+            if stop:
+                break
             if state.batches_done == 0:
                 raise UserInputError(f"{data.source} gave no batch: there is no image to train on")
 
+            # The outputs of an epoch are done again by a run that is resumed from a checkpoint at its end.
+            end_of_epoch = replace(state)
             state.epoch, state.batches_done = state.epoch + 1, 0
-            last = state.global_step == total_steps
+            last = state.global_step >= total_steps
             outputs.write(
                 state,
                 metrics=config.evaluate_every is not None and (last or state.epoch % config.evaluate_every == 0),
@@ -148,8 +180,13 @@ def training_loop(
                 pipeline=last or state.epoch % config.save_model_epochs == 0,
                 snapshot=config.snapshot_epochs is not None and (last or state.epoch % config.snapshot_epochs == 0),
             )
-    outputs.finish()
+            if config.keep_best_checkpoint and outputs.is_best:
+                checkpoints.save(end_of_epoch, outputs.save_pipeline, is_best=True)
+            stop = checkpoint_if_asked(end_of_epoch)
+    outputs.finish(stop)
     accelerator.end_training()
+    if stop:
+        sys.exit(EXIT_STATUS[stop])
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -220,11 +257,9 @@ def measure(
     images_per_second: float,
 ) -> dict[str, float]:
     """What is logged, with the mean loss since the last log; the only place that waits for the device."""
-    loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
-    if not math.isfinite(loss):
-        raise UserInputError(
-            f"the loss is {loss} at step {state.global_step}: lower --learning_rate, or give --mixed_precision no"
-        )
+    all_losses = torch.stack(losses)
+    finite = all_losses.where(all_losses.isfinite(), torch.nan)
+    loss = accelerator.reduce(finite.nanmean(), reduction="mean").item()  # NaN if there was no other
     metrics = {
         "loss": loss,
         "lr": lr_scheduler.get_last_lr()[0],
