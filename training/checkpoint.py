@@ -276,7 +276,7 @@ class Checkpoints:
             return
         self.check_weights(state.global_step)
         written = False
-        with self.disk.instead_of_error():
+        with self.disk.instead_of_error("checkpoint"):
             self._write(path, state, save_pipeline)
             written = True
         written = self._all_have(written)

@@ -80,18 +80,18 @@ def _sync(path: Path) -> None:
 
 
 class FullDiskWarning:
-    """Lets a run go on without what there is no room for: a warning when the disk is found full, none while it is."""
+    """Lets a run go on without what there is no room for: a warning for each kind of output, until it is written."""
 
     def __init__(self) -> None:
-        self.is_full = False
+        self.unwritten: set[str] = set()
 
     @contextmanager
-    def instead_of_error(self) -> Iterator[None]:
+    def instead_of_error(self, kind: str) -> Iterator[None]:
         try:
             yield
-            self.is_full = False
+            self.unwritten.discard(kind)
         except DiskFullError as error:
-            if not self.is_full and os.environ.get("LOCAL_RANK", "0") == "0":
+            if kind not in self.unwritten and os.environ.get("LOCAL_RANK", "0") == "0":
                 message = f"warning: {error}; the run goes on without, and writes again when there is room"
                 tqdm.write(message, file=sys.stderr)
-            self.is_full = True
+            self.unwritten.add(kind)

@@ -129,13 +129,13 @@ class RunOutputs:
             if self.accelerator.is_main_process and (samples or pipeline or snapshot):
                 with self._averaged_pipeline() as averaged:
                     if samples:
-                        with self.disk.instead_of_error():
+                        with self.disk.instead_of_error("samples"):
                             self._write_samples(averaged, state)
                     if snapshot:
-                        with self.disk.instead_of_error():
+                        with self.disk.instead_of_error("snapshot"):
                             self._write_snapshot(averaged, state)
                     if pipeline:  # last, as its summary says that a run is finished
-                        with self.disk.instead_of_error():
+                        with self.disk.instead_of_error("pipeline"):
                             self._write_pipeline(averaged, state)
         self.accelerator.wait_for_everyone()
 
@@ -144,17 +144,16 @@ class RunOutputs:
         with self._averaged_pipeline() as averaged:
             averaged.save_pretrained(str(folder))
 
-    def finish(self, stopped: int) -> None:
-        """Closes the trackers and, of a run that was not stopped by a signal, waits for what is still to be sent.
-
-        Raises if the disk had no room for the pipeline.
-        """
-        if self.uploader is not None and not stopped:
-            self.uploader.finish()
+    def close(self) -> None:
+        """Closes the trackers."""
         self.trackers.finish()
-        if stopped:
-            return
-        if self.disk.is_full:
+
+    def finish(self) -> None:
+        """Waits for what is still to be sent, and closes. Raises if the disk had no room for the pipeline."""
+        if self.uploader is not None:
+            self.uploader.finish()
+        self.close()
+        if "pipeline" in self.disk.unwritten:
             raise UserInputError(
                 f"--output_dir {self.output_dir}: the disk is full, the pipeline was not written; free some and give "
                 "the same command again"
@@ -193,7 +192,7 @@ class RunOutputs:
             **sampling_facts(pipeline, sampler, config.guidance_scale, config.seed),
         }
         self.is_best = is_lowest(report, self.output_dir, state.global_step)
-        with self.disk.instead_of_error():
+        with self.disk.instead_of_error("metrics"):
             append_history(report, self.output_dir, facts)
             for path in write_report(report, closest_pairs, self.output_dir, facts):
                 tqdm.write(f"wrote {path}")

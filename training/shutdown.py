@@ -1,9 +1,11 @@
 """What SIGTERM, SIGINT and SIGUSR1 do to a run: a checkpoint at the end of the step, and the end of the run or not."""
 
 import os
+import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -36,25 +38,22 @@ class Signals:
         self._stop = 0  # the signal
         self._checkpoint = False
         self._interruptible = False
-        self._reading, self._writing = -1, -1
 
     def __enter__(self) -> "Signals":
-        self._reading, self._writing = os.pipe()
+        reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         self._former_fd = signal.set_wakeup_fd(self._writing)
         self._former = {number: signal.signal(number, self._handle) for number in (*_STOPPING, signal.SIGUSR1)}
-        threading.Thread(target=self._watch, args=(self._reading,), daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, args=(reading,), daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        """A stopping run keeps the handlers: its time is still counted while it closes its trackers."""
-        if self._stop:
-            return
         for number, handler in self._former.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._former_fd)
         os.close(self._writing)  # ends the thread
-        self._writing = -1
+        self._thread.join()  # one that is left at the interpreter's end may abort it
 
     def poll(self) -> tuple[bool, int]:
         """Whether a checkpoint is asked for, and the signal to stop for or 0: on every process the same."""
@@ -82,18 +81,22 @@ class Signals:
                 raise SamplingInterrupted
 
     def _watch(self, reading: int) -> None:
-        timer: threading.Timer | None = None
-        while number := os.read(reading, 1):
-            if number[0] == signal.SIGUSR1:
+        deadline: float | None = None
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not select.select([reading], [], [], left)[0]:
+                self._exit(self._stop, f"not done in --shutdown_grace {self._grace:g} s")
+            received = os.read(reading, 1)
+            if not received:
+                break
+            number = received[0]
+            if number == signal.SIGUSR1:
                 self._checkpoint = True
-            elif number[0] in _STOPPING and timer is None:
-                self._stop = number[0]
-                why = f"not done in --shutdown_grace {self._grace:g} s"
-                timer = threading.Timer(self._grace, self._exit, (number[0], why))
-                timer.daemon = True
-                timer.start()
-            elif number[0] == signal.SIGINT:
-                self._exit(signal.SIGINT, "stopped at once")
+            elif number in _STOPPING and deadline is None:
+                self._stop = number
+                deadline = time.monotonic() + self._grace
+            elif number == signal.SIGINT:
+                self._exit(number, "stopped at once")
         os.close(reading)
 
     def _exit(self, number: int, why: str) -> None:
@@ -105,7 +108,7 @@ class Signals:
 def _ignore_in_child() -> None:
     """Workers get a terminal's Ctrl-C too: it must neither end them nor count in their parent's pipe."""
     if isinstance(getattr(signal.getsignal(signal.SIGINT), "__self__", None), Signals):
-        signal.set_wakeup_fd(-1)
+        os.close(signal.set_wakeup_fd(-1))
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         for number in (signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)

@@ -183,7 +183,10 @@ def training_loop(
             if config.keep_best_checkpoint and outputs.is_best:
                 checkpoints.save(end_of_epoch, outputs.save_pipeline, is_best=True)
             stop = checkpoint_if_asked(end_of_epoch)
-    outputs.finish(stop)
+        if stop:
+            outputs.close()  # within the time that is left
+    if not stop:
+        outputs.finish()
     accelerator.end_training()
     if stop:
         sys.exit(EXIT_STATUS[stop])
