@@ -10,13 +10,21 @@ from pathlib import Path
 
 from conftest import REPOSITORY, TINY
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "ACCELERATE_USE_CPU": "true"}
 TIMES = {"seconds"}  # what differs from run to run
 
 
-def start(script: str, flags: str, output_dir: Path, prefix: tuple[str, ...] = (), **options) -> subprocess.Popen:
+def start(script: str, flags: str, output_dir: Path, launcher: tuple[str, ...] = (), **options) -> subprocess.Popen:
     """A process of its own, on the CPU."""
-    command = [sys.executable, *prefix, f"{script}.py", *TINY.split(), *flags.split(), "--output_dir", str(output_dir)]
+    command = [
+        sys.executable,
+        *launcher,
+        f"{script}.py",
+        *TINY.split(),
+        *flags.split(),
+        "--output_dir",
+        str(output_dir),
+    ]
     return subprocess.Popen(
         command, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )

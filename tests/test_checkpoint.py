@@ -81,7 +81,7 @@ def test_a_run_survives_many_kills(tmp_path, pictures, source):
     flags += " --checkpoints_total_limit 3"
     finish(start(script, flags, tmp_path / "whole"))
     rng = random.Random(0)
-    patterns = ["checkpoint-*.partial", "samples/*.partial", "pipeline.partial*", "snapshots/*.partial", "*.partial"]
+    patterns = ["checkpoint-*.partial", "samples/*.partial", "staged.partial*", "snapshots/*.partial", "*.partial"]
     moments = [f"{rng.uniform(0, 2):.3f}" if i % 2 else patterns[i // 2 % len(patterns)] for i in range(26)]
     survived = run_with_kills(script, flags, tmp_path / "killed", moments)
     print(f"{len(survived)} kills: {survived}")
@@ -161,6 +161,23 @@ def test_every_damage_is_found(stopped, damage):
     DAMAGES[damage](stopped / "checkpoint-6")
     assert find_damage(stopped / "checkpoint-6")
     assert find_damage(stopped / "checkpoint-3") == ""
+
+
+def test_every_flipped_bit_is_found(stopped):
+    """300 of them, each in a random place of a random file; the manifest is one of these."""
+    rng = random.Random(0)
+    checkpoint = stopped / "checkpoint-6"
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    for _ in range(300):
+        path = rng.choice(files)
+        content = path.read_bytes()
+        damaged = bytearray(content)
+        place = rng.randrange(len(content))
+        damaged[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        assert find_damage(checkpoint), (path, place)
+        path.write_bytes(content)
+    assert find_damage(checkpoint) == ""
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(run_script, stopped, capsys):

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -124,4 +125,19 @@ def test_a_terminals_interrupt_under_accelerate_launch(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     process.communicate(timeout=60)
     [checkpoint] = list_checkpoints(tmp_path / "run")
+    assert find_damage(checkpoint) == ""
+
+
+def test_processes_stop_at_the_same_step(tmp_path):
+    """One of two gets the signal: the other writes its part of the checkpoint at that step, and both end."""
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
+    process = start("train_unconditional", f"{FLAGS} --save_images_steps 2", tmp_path / "run", launcher)
+    assert wait_for(process, tmp_path / "run", "samples/step-000002.png")  # by then both listen
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == 2
+    os.kill(int(children[1]), signal.SIGTERM)
+    finish(process)
+    [checkpoint] = list_checkpoints(tmp_path / "run")
+    assert checkpoint.name not in ("checkpoint-20", "checkpoint-40")
+    assert len(list(checkpoint.glob("random_states_*.pkl"))) == 2
     assert find_damage(checkpoint) == ""

@@ -120,7 +120,7 @@ def _is_finished(output_dir: Path) -> bool:
 def prepare_output_dir(config: TrainingConfig) -> None:
     """Makes the folder, without the earlier run if it is to be overwritten, and saves the configuration."""
     output_dir = Path(config.output_dir)
-    leftovers = [name + PARTIAL for name in (*RUN_FILES, "samples/*", "snapshots/*")]
+    leftovers = [name + PARTIAL for name in (*RUN_FILES, "samples/*", "snapshots/*", "staged*")]
     overwritten = []
     if config.overwrite_output_dir and config.resume_from_checkpoint is None:
         overwritten = [*RUN_FILES, config.logging_dir]

@@ -22,8 +22,8 @@ class DiskFullError(Exception):
 def written_beside(path: Path) -> Iterator[Path]:
     """A name to write a file or a folder under, which then takes the place of `path`.
 
-    A process that is killed leaves the earlier `path` as it was, and at most something with `PARTIAL` at the end of
-    its name. Raises `DiskFullError` where there is no room.
+    A process that is killed leaves the earlier `path` as it was, or a folder under another name, and at most something
+    with `PARTIAL` at the end of its name. Raises `DiskFullError` where there is no room.
     """
     partial = path.with_name(path.name + PARTIAL)
     path.parent.mkdir(parents=True, exist_ok=True)

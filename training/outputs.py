@@ -226,7 +226,7 @@ class RunOutputs:
 
     def _write_pipeline(self, pipeline: DiffusionPipeline, state: TrainState) -> None:
         """The pipeline in the output folder, its summary, and both to the Hub and as an artifact."""
-        staged = self.output_dir / f"pipeline{PARTIAL}"
+        staged = self.output_dir / f"staged{PARTIAL}"
         with written_beside(staged) as partial:
             pipeline.save_pretrained(str(partial))
         # File by file: but for the weights, which are one file, they are the same at every step.
