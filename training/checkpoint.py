@@ -59,6 +59,7 @@ class TrainState:
     images_seen: int = 0  # by all processes
     skipped_steps: int = 0  # of global_step: their loss or gradient was not finite
     overflowed_steps: int = 0  # of global_step: GradScaler lowered its scale instead
+    loss: float | None = None  # the mean that was logged last
     seconds: float = 0.0  # of training, with its samples and checkpoints
 
 

@@ -75,7 +75,6 @@ class RunOutputs:
         self.signals = signals
         self.disk = FullDiskWarning()
         self.uploader: HubUploader | None = None
-        self.loss: float | None = None  # the last that was logged
         self.is_best = False  # what was evaluated last
 
     def begin(self, state: TrainState) -> None:
@@ -104,7 +103,8 @@ class RunOutputs:
 
     def log(self, metrics: dict[str, float], state: TrainState) -> None:
         """Numbers for the trackers."""
-        self.loss = metrics["loss"] if math.isfinite(metrics["loss"]) else self.loss
+        if math.isfinite(metrics["loss"]):
+            state.loss = metrics["loss"]
         self.trackers.log(metrics, state.global_step)
 
     def write(
@@ -238,7 +238,6 @@ class RunOutputs:
         summary = {
             **asdict(state),
             "total_steps": self.total_steps,
-            "loss": self.loss,
             "script": Path(sys.argv[0]).name,
             "num_parameters": sum(p.numel() for p in self.model.parameters()),
             "num_images": self.data.num_images,
