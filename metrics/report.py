@@ -7,6 +7,7 @@ from typing import Any
 from PIL import Image
 
 from metrics.evaluation import Figure, Report
+from training.files import write_text, written_beside
 
 METRICS_FILE = "metrics.json"
 HISTORY_FILE = "metrics.jsonl"  # a line for each evaluation of a run
@@ -42,18 +43,29 @@ def format_table(report: Report) -> str:
 
 def write_report(report: Report, picture: Image.Image, folder: Path, facts: dict[str, Any]) -> list[Path]:
     """Writes the figures, with `facts` on what was measured, and the closest pairs; returns the files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / METRICS_FILE).write_text(json.dumps({**facts, **report.to_dict()}, indent=2) + "\n")
-    picture.save(folder / PAIRS_FILE)
+    write_text(folder / METRICS_FILE, json.dumps({**facts, **report.to_dict()}, indent=2) + "\n")
+    with written_beside(folder / PAIRS_FILE) as partial:
+        picture.save(partial, format="PNG")
     return [folder / METRICS_FILE, folder / PAIRS_FILE]
 
 
 def append_history(report: Report, folder: Path, facts: dict[str, Any]) -> None:
     """Adds a line to the history of a run; what a resumed run had written after its checkpoint is dropped."""
+    earlier = [json.dumps(line) for line in _earlier_lines(folder, facts["global_step"])]
+    write_text(folder / HISTORY_FILE, "\n".join([*earlier, json.dumps({**facts, **report.to_dict()})]) + "\n")
+
+
+def is_lowest(report: Report, folder: Path, global_step: int) -> bool:
+    """Whether the first distance is below that of every earlier evaluation of a run."""
+    name, figure = next(iter(report.figures.items()))
+    earlier = [line["figures"][name]["value"] for line in _earlier_lines(folder, global_step)]
+    return figure.value < min(earlier, default=float("inf"))
+
+
+def _earlier_lines(folder: Path, global_step: int) -> list[dict[str, Any]]:
     path = folder / HISTORY_FILE
-    lines = path.read_text().splitlines() if path.exists() else []
-    earlier = [line for line in lines if json.loads(line)["global_step"] < facts["global_step"]]
-    path.write_text("\n".join([*earlier, json.dumps({**facts, **report.to_dict()})]) + "\n")
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line for line in lines if line["global_step"] < global_step]
 
 
 def _format_row(title: str, figure: Figure) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import math
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from training.errors import ArgumentParser, UserInputError, check_numbers
+from training.files import write_text
 
 PRESETS_DIR = Path(__file__).resolve().parent.parent / "configs"
 BUILT_IN_DATASET = "sprites"
@@ -23,11 +24,26 @@ DATA_FLAGS = (  # what says which images there are and how they are read
     *("interpolation", "image_mode", "background", "on_bad_image"),
 )
 
+# What changes no number of a run: its weights, its samples, its figures.
+WITHOUT_EFFECT = (
+    *("config", "cache_dir", "local_rank", "preserve_input_precision", "max_skipped_steps", "shutdown_grace"),
+    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logger", "logging_dir", "logging_steps"),
+    *("save_images_epochs", "save_images_steps", "save_model_epochs", "snapshot_epochs", "evaluate_every"),
+    *("checkpointing_steps", "checkpoints_total_limit", "keep_best_checkpoint"),
+    *("push_to_hub", "hub_strategy", "hub_token", "hub_model_id", "hub_private_repo"),
+)
+# What `save` leaves out, as it says how to start: no run is to be removed by its own configuration.
+NOT_SAVED = ("config", "hub_token", "overwrite_output_dir", "resume_from_checkpoint")
+
 
 def _field(default: Any, help: str) -> Any:
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
+
+
+def _default(field: Any) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 @dataclass
@@ -145,6 +161,9 @@ class TrainingConfig:
     ema_power: float = _field(0.75, "EMA warm-up, see `ema_inv_gamma`.")
     ema_max_decay: float = _field(0.9999, "Largest EMA decay.")
     seed: int = _field(0, "Seed of the weights, the data order, the noise and the samples.")
+    max_skipped_steps: int = _field(
+        10, "Stop after N steps in a row whose loss or gradient is not finite; fewer are skipped."
+    )
     local_rank: int = _field(-1, "Accepted for old launchers; accelerate finds the rank itself.")
 
     # Output
@@ -163,7 +182,13 @@ class TrainingConfig:
     snapshot_epochs: int | None = _field(None, "Keep a pipeline under `snapshots/` every N epochs.")
     checkpointing_steps: int = _field(500, "Write a checkpoint to resume from every N optimizer steps.")
     checkpoints_total_limit: int | None = _field(None, "Keep the newest N checkpoints.")
-    resume_from_checkpoint: str | None = _field(None, "'latest', or a checkpoint folder inside `output_dir`.")
+    keep_best_checkpoint: bool = _field(
+        False, "Keep the checkpoint of the lowest Frechet distance besides. Needs `evaluate_every`."
+    )
+    resume_from_checkpoint: str | None = _field(
+        None, "'latest', or a checkpoint folder inside `output_dir`; an unfinished run of the same flags needs none."
+    )
+    shutdown_grace: float = _field(30.0, "Seconds from SIGTERM or SIGINT to the end, with a checkpoint or without.")
     logger: Literal["tensorboard", "wandb", "trackio", "all", "none"] = _field(
         "tensorboard", "Experiment tracker; 'all': each of the three that is installed."
     )
@@ -211,7 +236,7 @@ class TrainingConfig:
                 "train_batch_size eval_batch_size num_epochs max_train_steps gradient_accumulation_steps "
                 "save_images_epochs save_images_steps save_model_epochs snapshot_epochs evaluate_every "
                 "checkpointing_steps checkpoints_total_limit logging_steps ddpm_num_steps ddpm_num_inference_steps "
-                "layers_per_block attention_head_dim max_train_samples guidance_scale"
+                "layers_per_block attention_head_dim max_train_samples guidance_scale max_skipped_steps"
             ).split(),
         }
         check_numbers(self.seed, self.guidance_scale)
@@ -230,6 +255,7 @@ class TrainingConfig:
             "ema_inv_gamma",
             "beta_start",
             "adam_epsilon",
+            "shutdown_grace",
         ):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -253,11 +279,22 @@ class TrainingConfig:
             raise UserInputError("--streaming needs --max_train_steps: the length of a stream is not known")
         if self.streaming and self.evaluate_every is not None:
             raise UserInputError("--evaluate_every does not go with --streaming: metrics need all images at hand")
+        if self.keep_best_checkpoint and self.evaluate_every is None:
+            raise UserInputError("--keep_best_checkpoint needs --evaluate_every: only then is there a best one")
 
     def save(self, path: Path) -> None:
         """Writes what repeats this run with `--config PATH`; never the token."""
-        values = {name: value for name, value in asdict(self).items() if name not in ("config", "hub_token")}
-        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        values = {name: value for name, value in asdict(self).items() if name not in NOT_SAVED}
+        write_text(path, yaml.safe_dump(values, sort_keys=False))
+
+    def differences(self, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """The flags that change the numbers of a run, with their values in a saved configuration and here."""
+        pairs = {
+            f.name: (saved.get(f.name, _default(f)), getattr(self, f.name))
+            for f in fields(self)
+            if f.name not in WITHOUT_EFFECT
+        }
+        return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
 
 
 class _Parser(ArgumentParser, HfArgumentParser):

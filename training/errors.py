@@ -54,7 +54,7 @@ class ArgumentParser(argparse.ArgumentParser):
 def exits_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
     """Decorates a `main`: a `UserInputError` becomes one line on standard error and exit status 2.
 
-    Any other exception is a fault of ours and keeps its traceback.
+    Ctrl-C ends it with status 130 and no traceback. Any other exception is a fault of ours and keeps its traceback.
     """
 
     @wraps(main)
@@ -66,5 +66,7 @@ def exits_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
             message = str(error).strip().rpartition(f"\n{__name__}.{type(error).__name__}: ")[2]
             print(f"error: {printable(message)}", file=sys.stderr)
             sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit(130)
 
     return wrapper

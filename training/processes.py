@@ -4,8 +4,10 @@ import os
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 
+from training.config import TrainingConfig
 from training.errors import UserInputError
 
 
@@ -32,6 +34,34 @@ class Share:
     num_images: int  # of this process; fewer than it was given where accelerate filled up an epoch's last batch
     num_images_of_all: int  # of all processes
     loss_weight: float  # of the mean over `num_images`, so that each image of the step counts the same
+
+
+def take_share(
+    batch: dict[str, torch.Tensor],
+    accelerator: Accelerator,
+    config: TrainingConfig,
+    micro_batch: int,
+    images_left: int | None,
+) -> tuple[dict[str, torch.Tensor], Share]:
+    """This process's own of the rows that it was given, and their place in the step; see `find_share`.
+
+    At least one row, if of weight 0: the processes average their gradients together.
+    """
+    batch_size = len(batch["images"])
+    images_given = batch_size * accelerator.num_processes
+    if accelerator.gradient_state.end_of_dataloader and accelerator.gradient_state.remainder > 0:
+        images_given = accelerator.gradient_state.remainder
+    share = find_share(
+        batch_size,
+        config.train_batch_size,
+        config.gradient_accumulation_steps,
+        micro_batch,
+        accelerator.process_index,
+        accelerator.num_processes,
+        images_given,
+        images_left,
+    )
+    return {name: rows[: max(1, share.num_images)] for name, rows in batch.items()}, share
 
 
 def find_share(

@@ -4,30 +4,26 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sized
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
-from training.checkpoint import (
-    TrainState,
-    find_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from training.bad_steps import BadSteps
+from training.checkpoint import Checkpoints, TrainState
 from training.config import TrainingConfig
 from training.dataset import ImageData, make_dataloader, to_model_range
 from training.ema import ema_tensors, make_ema
 from training.errors import UserInputError
 from training.outputs import RunOutputs, SampleGrid
 from training.performance import compile_model, make_accelerator, prepare_attention
-from training.processes import find_share
+from training.processes import take_share
+from training.shutdown import EXIT_STATUS, Signals
 
 Batch = dict[str, torch.Tensor]  # "images" (B, C, H, W) uint8, uint16 or float32 in [-1, 1], "class_labels" (B,) int64
 
@@ -56,7 +52,7 @@ def training_loop(
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
-        fused=accelerator.device.type in ("cpu", "cuda"),
+        fused=True,  # it can be told on the device to leave out a step, see BadSteps
     )
     train_dataloader = make_dataloader(data, config)
     model, optimizer, train_dataloader = accelerator.prepare(model, optimizer, train_dataloader)
@@ -71,50 +67,61 @@ def training_loop(
     train_model = compile_model(model, config, accelerator, total_steps)
     ema = make_ema(accelerator.unwrap_model(model), config) if config.use_ema else None
 
-    checkpoint = find_checkpoint(config)
-    check_same_on_all(checkpoint)
-    state = TrainState()
-    if checkpoint is not None:
-        state = load_checkpoint(accelerator, config, checkpoint, model, lr_scheduler, ema)
-    outputs = RunOutputs(accelerator, config, data, model, ema, make_pipeline, grid, total_steps)
-    outputs.begin(state, checkpoint)
+    checkpoints = Checkpoints(accelerator, config, model, lr_scheduler, ema)
+    state = checkpoints.load()
+    bad_steps = BadSteps(accelerator, optimizer, accelerator.unwrap_model(model), config.max_skipped_steps)
+    signals = Signals(accelerator, config.shutdown_grace, checkpoints.describe_newest)
+    outputs = RunOutputs(accelerator, config, data, model, ema, make_pipeline, grid, total_steps, checkpoints, signals)
+    outputs.begin(state)
 
     total_batch_size = config.total_batch_size(accelerator.num_processes)
     num_images = len(data.dataset) if isinstance(data.dataset, Sized) else None
-    losses: list[torch.Tensor] = []  # sums over the images since the last log, on the device
+    losses: list[tuple[torch.Tensor, int]] = []  # since the last log, on the device, and of how many images
     grad_norm: Any = None
     images_logged, log_time = state.images_seen, time.perf_counter()
     micro_batch = 0  # since the last optimizer step
-    with tqdm(
-        total=total_steps,
-        initial=state.global_step,
-        desc="training",
-        unit="step",
-        dynamic_ncols=True,
-        disable=not accelerator.is_local_main_process,
-    ) as progress_bar:
-        while state.global_step < total_steps:
+
+    def checkpoint_if_asked(place: TrainState) -> int:
+        """Asks for signals after outputs, and returns that to stop for or 0. Those are done again from `place`."""
+        is_asked_for, stop = signals.poll()
+        if stop or is_asked_for:
+            checkpoints.save(place, outputs.save_pipeline)
+        return stop
+
+    def write_step_outputs() -> int:
+        samples = config.save_images_steps is not None and state.global_step % config.save_images_steps == 0
+        is_due = state.global_step % config.checkpointing_steps == 0
+        pipeline = is_due and config.push_to_hub and config.hub_strategy == "checkpoint"
+        if not (samples or pipeline):
+            return 0
+        outputs.write(state, samples=samples, pipeline=pipeline)
+        return checkpoint_if_asked(state)
+
+    with (
+        signals,
+        tqdm(
+            total=total_steps,
+            initial=state.global_step,
+            desc="training",
+            unit="step",
+            dynamic_ncols=True,
+            disable=not accelerator.is_local_main_process,
+        ) as progress_bar,
+    ):
+        # What follows a checkpoint may be missing where a run is resumed from it, also at the last step.
+        resumed = checkpoints.newest is not None
+        stop = write_step_outputs() if resumed and state.global_step < total_steps else 0
+        while not stop and (resumed or state.global_step < total_steps):
+            resumed = False
             train_dataloader.set_epoch(state.epoch)
             data.dataset.set_epoch(state.epoch)
             model.train()
             batches_done = state.steps_done * config.gradient_accumulation_steps
             for batch in accelerator.skip_first_batches(train_dataloader, batches_done):
-                batch_size = len(batch["images"])
-                images_given = batch_size * accelerator.num_processes
-                if accelerator.gradient_state.end_of_dataloader and accelerator.gradient_state.remainder > 0:
-                    images_given = accelerator.gradient_state.remainder
-                share = find_share(
-                    batch_size,
-                    config.train_batch_size,
-                    config.gradient_accumulation_steps,
-                    micro_batch,
-                    accelerator.process_index,
-                    accelerator.num_processes,
-                    images_given,
-                    None if num_images is None else num_images - state.steps_done * total_batch_size,
-                )
-                # At least one image, if of weight 0: the processes average their gradients together.
-                batch = {name: tensor[: max(1, share.num_images)] for name, tensor in batch.items()}
+                if state.global_step >= total_steps:
+                    break
+                images_left = None if num_images is None else num_images - state.steps_done * total_batch_size
+                batch, share = take_share(batch, accelerator, config, micro_batch, images_left)
                 with accelerator.accumulate(model):
                     clean_images = to_model_range(batch["images"])
                     noise, timesteps, uniform = draw_randomness(
@@ -126,12 +133,13 @@ def training_loop(
                     )
                     model_kwargs = get_model_kwargs(batch, uniform)
                     loss = loss_fn(train_model, noise_scheduler, clean_images, noise, timesteps, model_kwargs)
-                    accelerator.backward(share.loss_weight * loss)
+                    accelerator.backward(bad_steps.watch(share.loss_weight * loss))
                     if accelerator.sync_gradients:
                         grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                        bad_steps.mark(grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
-                losses.append(share.num_images * loss.detach())
+                losses.append((loss.detach(), share.num_images))
                 state.images_seen += share.num_images_of_all
                 micro_batch += 1
                 if not accelerator.sync_gradients:
@@ -140,35 +148,39 @@ def training_loop(
                 micro_batch = 0
                 state.global_step += 1
                 state.steps_done += 1
-                if not accelerator.optimizer_step_was_skipped:  # fp16 overflow: the weights did not move
-                    lr_scheduler.step()
-                    if ema is not None:
-                        ema.step(ema_tensors(accelerator.unwrap_model(model)))
+                lr_scheduler.step()
+                if ema is not None:
+                    ema.step(ema_tensors(accelerator.unwrap_model(model)))
                 progress_bar.update(1)
-                last = state.global_step == total_steps
+                last = state.global_step >= total_steps
                 if last or state.global_step % config.logging_steps == 0:
                     seconds = time.perf_counter() - log_time
                     state.seconds += seconds
                     images = state.images_seen - images_logged
-                    metrics = measure(accelerator, state, losses, images, seconds, grad_norm, lr_scheduler, ema)
+                    metrics = measure(accelerator, state, losses, images / seconds, grad_norm, lr_scheduler, ema)
+                    metrics |= bad_steps.read(state, checkpoints.describe_newest())
                     progress_bar.set_postfix_str(
                         "loss={loss:.4f}, lr={lr:.1e}, {images_per_second:.0f} images/s".format(**metrics)
                     )
                     outputs.log(metrics, state)
                     losses, images_logged, log_time = [], state.images_seen, log_time + seconds
-                if last or state.global_step % config.checkpointing_steps == 0:
-                    save_checkpoint(accelerator, config, state, lr_scheduler, ema, outputs.save_pipeline)
-                    if not last and config.push_to_hub and config.hub_strategy == "checkpoint":
-                        outputs.write(state, pipeline=True)
-                if last:
+                is_asked_for, stop = signals.poll()
+                if last or stop or is_asked_for or state.global_step % config.checkpointing_steps == 0:
+                    bad_steps.read(state, checkpoints.describe_newest())
+                    checkpoints.save(state, outputs.save_pipeline)
+                if not (last or stop):
+                    stop = write_step_outputs()
+                if last or stop:
                     break
-                if config.save_images_steps and state.global_step % config.save_images_steps == 0:
-                    outputs.write(state, samples=True)
+            if stop:
+                break
             if state.steps_done == 0:
                 raise UserInputError(f"{data.source} gave no batch: there is no image to train on")
 
+            # The outputs of an epoch are done again by a run that is resumed from a checkpoint at its end.
+            end_of_epoch = replace(state)
             state.epoch, state.steps_done = state.epoch + 1, 0
-            last = state.global_step == total_steps
+            last = state.global_step >= total_steps
             outputs.write(
                 state,
                 metrics=config.evaluate_every is not None and (last or state.epoch % config.evaluate_every == 0),
@@ -176,8 +188,16 @@ def training_loop(
                 pipeline=last or state.epoch % config.save_model_epochs == 0,
                 snapshot=config.snapshot_epochs is not None and (last or state.epoch % config.snapshot_epochs == 0),
             )
-    outputs.finish()
+            if config.keep_best_checkpoint and outputs.is_best:
+                checkpoints.save(end_of_epoch, outputs.save_pipeline, is_best=True)
+            stop = checkpoint_if_asked(end_of_epoch)
+        if stop:
+            outputs.close()  # within the time that is left
+    if not stop:
+        outputs.finish()
     accelerator.end_training()
+    if stop:
+        sys.exit(EXIT_STATUS[stop])
 
 
 def count_steps(config: TrainingConfig, train_dataloader: Any) -> int:
@@ -186,16 +206,6 @@ def count_steps(config: TrainingConfig, train_dataloader: Any) -> int:
         return config.max_train_steps or 0
     steps_per_epoch = math.ceil(len(train_dataloader) / config.gradient_accumulation_steps)
     return min(config.num_epochs * steps_per_epoch, config.max_train_steps or sys.maxsize)
-
-
-def check_same_on_all(checkpoint: Path | None) -> None:
-    """Raises, on every process, if they see different folders: then machines don't share `--output_dir`."""
-    names = gather_object([None if checkpoint is None else checkpoint.name])
-    if len(set(names)) > 1:
-        raise UserInputError(
-            f"--output_dir does not hold the same checkpoints on every machine ({', '.join(map(str, names))}): share "
-            "the folder, or copy the checkpoint to each"
-        )
 
 
 def draw_randomness(
@@ -225,25 +235,27 @@ def draw_randomness(
 def measure(
     accelerator: Accelerator,
     state: TrainState,
-    losses: list[torch.Tensor],
-    num_images: int,
-    seconds: float,
+    losses: list[tuple[torch.Tensor, int]],
+    images_per_second: float,
     grad_norm: torch.Tensor,
     lr_scheduler: Any,
     ema: Any,
 ) -> dict[str, float]:
-    """What is logged, with the mean loss of the images since the last log; waits for the device, as nothing else."""
-    loss = accelerator.reduce(torch.stack(losses).sum(), reduction="sum").item() / num_images
-    if not math.isfinite(loss):
-        raise UserInputError(
-            f"the loss is {loss} at step {state.global_step}: lower --learning_rate, or give --mixed_precision no"
-        )
+    """What is logged, with the mean loss of the images since the last log; waits for the device, as nothing else.
+
+    Losses that are not finite are left out; the mean is NaN if there was no other.
+    """
+    means = torch.stack([loss for loss, _ in losses])
+    num_images = torch.tensor([images for _, images in losses], device=means.device)
+    finite = means.isfinite()
+    sums = torch.stack([(means * num_images).where(finite, 0.0).sum(), (num_images * finite).sum()])
+    loss_sum, num_finite = accelerator.reduce(sums, reduction="sum").tolist()
     metrics = {
-        "loss": loss,
+        "loss": loss_sum / num_finite if num_finite else math.nan,
         "lr": lr_scheduler.get_last_lr()[0],
         "epoch": state.epoch,
         "grad_norm": float(grad_norm),
-        "images_per_second": num_images / seconds,
+        "images_per_second": images_per_second,
     }
     if ema is not None:
         metrics["ema_decay"] = ema.cur_decay_value

@@ -1,0 +1,143 @@
+"""SIGTERM, SIGINT and SIGUSR1 at processes of the training scripts."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from reliability import assert_same_runs, finish, start, wait_for
+
+from training.checkpoint import find_damage, list_checkpoints
+
+FLAGS = "--num_epochs 20 --checkpoints_total_limit 2 --gradient_accumulation_steps 2 --checkpointing_steps 20"
+# A step of seconds, so that a signal finds the main thread in the middle of one.
+SLOW_STEP = "--resolution 64 --train_batch_size 20 --block_out_channels 64 64 --layers_per_block 2 --num_epochs 9"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("whole") / "run"
+    finish(start("train_unconditional", FLAGS, output_dir))
+    return output_dir
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGUSR1, 0)])
+def test_a_signal_writes_a_checkpoint_and_changes_no_number(whole, tmp_path, number, status):
+    process = start("train_unconditional", FLAGS, tmp_path / "run")
+    assert wait_for(process, tmp_path / "run", "logs/*/events*")
+    time.sleep(0.3)
+    process.send_signal(number)
+    printed, errors = finish(process, status)
+    assert errors == ""
+    steps = {int(line.rpartition("-")[2]) for line in printed.splitlines() if "checkpoint-" in line}
+    assert len(steps - {20, 40}) == 1  # not where one was due
+    assert all(find_damage(checkpoint) == "" for checkpoint in list_checkpoints(tmp_path / "run"))
+    if number != signal.SIGUSR1:
+        assert "training_summary.json" not in os.listdir(tmp_path / "run")
+        printed, _ = finish(start("train_unconditional", FLAGS, tmp_path / "run"))
+        assert f"from {tmp_path / 'run' / 'checkpoint-'}{max(steps)}" in printed
+    assert_same_runs(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["--save_images_epochs 1", pytest.param("--save_images_steps 2 --num_epochs 1", marks=pytest.mark.slow)],
+)
+def test_sampling_is_interrupted_and_done_again(tmp_path, place):
+    flags = f"{place} --ddpm_num_inference_steps 300 --checkpoints_total_limit 1"
+    finish(start("train_unconditional", flags, tmp_path / "whole"))
+    process = start("train_unconditional", flags, tmp_path / "run")
+    while "sampling" not in process.stderr.readline(300):
+        pass
+    process.send_signal(signal.SIGINT)
+    finish(process, 130)
+    assert not (tmp_path / "run" / "samples").exists()
+    finish(start("train_unconditional", flags, tmp_path / "run"))
+    assert_same_runs(tmp_path / "whole", tmp_path / "run")
+
+
+def test_past_the_time_limit_it_ends_at_once(tmp_path):
+    process = start("train_unconditional", f"{SLOW_STEP} --shutdown_grace 0.5", tmp_path / "run")
+    assert wait_for(process, tmp_path / "run", "logs/*/events*")
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - began < 1.5
+    assert process.returncode == 143
+    assert err.strip().splitlines()[-1] == "not done in --shutdown_grace 0.5 s; last checkpoint: none"
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path):
+    process = start("train_unconditional", SLOW_STEP, tmp_path / "run")
+    assert wait_for(process, tmp_path / "run", "logs/*/events*")
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - began < 1
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert err.strip().splitlines()[-1] == "stopped at once; last checkpoint: none"
+
+
+def test_interrupt_while_the_data_is_read(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for i in range(2000):
+        Image.new("RGB", (64, 64), (i % 256, 0, 0)).save(tmp_path / "pictures" / f"{i}.png")
+    flags = f"--train_data_dir {tmp_path / 'pictures'} --max_train_samples 2000"
+    process = start("train_unconditional", flags, tmp_path / "run")
+    while "reading images" not in process.stderr.readline(300):
+        pass
+    process.send_signal(signal.SIGINT)
+    finish(process, 130)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_terminals_interrupt_does_not_break_workers(tmp_path):
+    """It is sent to the whole group, the workers that read a stream among them."""
+    for i in range(8):
+        Image.new("RGB", (16, 16), (30 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    flags = f"--train_data_dir {tmp_path} --max_train_samples 8 --streaming --dataloader_num_workers 2"
+    flags += " --max_train_steps 5000 --num_epochs 5000 --checkpointing_steps 1000"
+    process = start("train_unconditional", flags, tmp_path / "run", start_new_session=True)
+    assert wait_for(process, tmp_path / "run", "logs/*/events*")
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = finish(process, 130)
+    assert errors == ""
+    assert len(list_checkpoints(tmp_path / "run")) == 1
+
+
+LAUNCH = ("-m", "accelerate.commands.accelerate_cli", "launch", "--cpu")
+
+
+def test_a_terminals_interrupt_under_accelerate_launch(tmp_path):
+    """The launcher goes with it, and its program writes its checkpoint beside."""
+    process = start("train_unconditional", FLAGS, tmp_path / "run", LAUNCH, start_new_session=True)
+    assert wait_for(process, tmp_path / "run", "logs/*/events*")
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    [checkpoint] = list_checkpoints(tmp_path / "run")
+    assert find_damage(checkpoint) == ""
+
+
+def test_processes_stop_at_the_same_step(tmp_path):
+    """One of two gets the signal: the other writes its part of the checkpoint at that step, and both end."""
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
+    process = start("train_unconditional", f"{FLAGS} --save_images_steps 2", tmp_path / "run", launcher)
+    assert wait_for(process, tmp_path / "run", "samples/step-000002.png")  # by then both listen
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == 2
+    os.kill(int(children[1]), signal.SIGTERM)
+    finish(process)
+    [checkpoint] = list_checkpoints(tmp_path / "run")
+    assert checkpoint.name not in ("checkpoint-20", "checkpoint-40")
+    assert len(list(checkpoint.glob("random_states_*.pkl"))) == 2
+    assert find_damage(checkpoint) == ""
