@@ -86,7 +86,7 @@ def with_pickled_array(name):
     return make
 
 
-YAML = "seed: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path [{}]]\n"
+YAML = "no_such_key: !!python/object/apply:os.mkdir [{}]\n"
 TRAP = {  # how it is set, script, flags, part of the line
     "pickled course checkpoint": (
         lambda tmp_path, victim: (tmp_path / "a.pth").write_bytes(pickle.dumps(Evil(victim))),
