@@ -124,10 +124,10 @@ def poisoned(monkeypatch):
     def poison(steps: range) -> None:
         draw = training.training_loop.draw_randomness
 
-        def draw_and_poison(accelerator, entropy, clean_images, num_train_timesteps):
+        def draw_and_poison(entropy, clean_images, *args):
             if entropy[1] in steps:
                 clean_images[0, 0, 0, 0] = torch.nan
-            return draw(accelerator, entropy, clean_images, num_train_timesteps)
+            return draw(entropy, clean_images, *args)
 
         monkeypatch.setattr(training.training_loop, "draw_randomness", draw_and_poison)
 
