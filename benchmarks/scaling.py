@@ -1,4 +1,4 @@
-"""How the cost of a training step grows with resolution and batch, and that of the data with the number of images.
+"""Where the time of a training step goes, how it grows with resolution and batch, and the data with its images.
 
 Run from the root of the repository: python -m benchmarks.scaling
 """
@@ -9,7 +9,9 @@ import re
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,27 +28,45 @@ PRESET = "sprites_unconditional.yaml"
 BATCHES = 100  # read from each set of images
 
 
+def make_step(resolution: int) -> Callable[[int], None]:
+    """Forward, backward and optimizer for a batch of so many images, without the data."""
+    config = replace(parse_config([], PRESET), resolution=str(resolution))
+    accelerator = make_accelerator(config)
+    model = build_model(config, num_channels=3)
+    prepare_attention(model, accelerator)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    noise_scheduler = build_noise_scheduler(config)
+
+    def step(batch_size: int) -> None:
+        images, noise = torch.randn(2, batch_size, 3, resolution, resolution, device=DEVICE).unbind()
+        timesteps = torch.randint(config.ddpm_num_steps, (batch_size,), device=DEVICE)
+        accelerator.backward(ddpm_loss(model, noise_scheduler, images, noise, timesteps, {}))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def profile_step(batch_size: int, num_rows: int = 12) -> list[dict[str, object]]:
+    """The operations that take longest, of five steps."""
+    step = make_step(resolution=16)
+    step(batch_size)
+    with torch.profiler.profile() as profile:
+        for _ in range(5):
+            step(batch_size)
+    times = {event.key: event.self_cpu_time_total + event.self_device_time_total for event in profile.key_averages()}
+    total = sum(times.values())
+    rows = [(name, times[name]) for name in sorted(times, key=times.__getitem__, reverse=True)[:num_rows]]
+    rows.append(("all others", total - sum(time for _, time in rows)))
+    return [{"operation": name, "ms a step": time / 5e3, "share, %": 100 * time / total} for name, time in rows]
+
+
 def measure_steps(resolutions: list[int], batch_sizes: list[int], rounds: int) -> list[dict[str, object]]:
-    """Forward, backward and optimizer, without the data."""
     rows: list[dict[str, object]] = []
     for resolution in resolutions:
-        config = replace(parse_config([], PRESET), resolution=str(resolution))
-        accelerator = make_accelerator(config)
-        model = build_model(config, num_channels=3)
-        prepare_attention(model, accelerator)
-        optimizer = torch.optim.AdamW(model.parameters(), fused=DEVICE.type in ("cpu", "cuda"))
-        model, optimizer = accelerator.prepare(model, optimizer)
-        noise_scheduler = build_noise_scheduler(config)
-
-        def step(batch_size: int) -> None:
-            shape = (batch_size, 3, resolution, resolution)  # noqa: B023
-            images, noise = torch.randn(2, *shape, device=DEVICE).unbind()
-            timesteps = torch.randint(config.ddpm_num_steps, (batch_size,), device=DEVICE)  # noqa: B023
-            accelerator.backward(ddpm_loss(model, noise_scheduler, images, noise, timesteps, {}))  # noqa: B023
-            optimizer.step()  # noqa: B023
-            optimizer.zero_grad()  # noqa: B023
-
-        times = interleaved_times({str(size): lambda size=size: step(size) for size in batch_sizes}, rounds)
+        step = make_step(resolution)
+        times = interleaved_times({str(size): partial(step, size) for size in batch_sizes}, rounds)
         for batch_size in batch_sizes:
             seconds = statistics.median(times[str(batch_size)])
             rows.append(
@@ -109,15 +129,21 @@ def main() -> None:
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--num_images", type=int, nargs="+", default=[1000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="Also write JSON here: the table of steps; that of data beside.")
+    parser.add_argument("--output", type=Path, help="Also write JSON here: the table of steps; the others beside.")
     args = parser.parse_args()
+
+    def beside(suffix: str) -> Path | None:
+        return None if args.output is None else args.output.with_stem(args.output.stem + suffix)
+
+    title = f"a training step of {PRESET}, 64 images of 16x16, by operation"
+    report(title, profile_step(batch_size=64), beside("_profile"))
     steps = measure_steps(args.resolutions, args.batch_sizes, args.rounds)
     report(f"a training step of {PRESET}, medians of {args.rounds} rounds", steps, args.output)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder
         data = measure_data(args.num_images, Path(folder))
-    output = None if args.output is None else args.output.with_stem(args.output.stem + "_data")
-    report("data: images of 16x16 from an array; memory is what the process holds besides mapped files", data, output)
+    title = "data: images of 16x16 from an array; memory is what the process holds besides mapped files"
+    report(title, data, beside("_data"))
 
 
 if __name__ == "__main__":

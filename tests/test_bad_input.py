@@ -302,7 +302,7 @@ TRAIN_UNCONDITIONAL = [
     ("--guidance_scale inf", "--guidance_scale is inf"),
     ("--guidance_scale 0.5", "--guidance_scale is 0.5"),
     # folders
-    ("--output_dir {0}/run", "--output_dir {0}/run is not empty", "--overwrite_output_dir"),
+    ("--output_dir {0}/run", "--output_dir {0}/run holds a finished run", "--overwrite_output_dir"),
     ("--output_dir {0}/file", "--output_dir {0}/file is a file"),
     ("--output_dir {0}/file/below", "--output_dir {0}/file/below", "{0}/file is"),
     (

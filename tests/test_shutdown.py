@@ -58,6 +58,20 @@ def test_sampling_is_interrupted_and_done_again(tmp_path, place):
     assert_same_runs(tmp_path / "whole", tmp_path / "run")
 
 
+def test_the_end_of_the_launcher_ends_the_run_with_a_checkpoint(tmp_path):
+    launcher = ("-m", "accelerate.commands.accelerate_cli", "launch", "--cpu")
+    process = start("train_unconditional", FLAGS, tmp_path / "run", launcher)
+    assert wait_for(process, tmp_path / "run", "logs/*/events*")
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)  # until the program has closed the pipes too
+    (checkpoint,) = list_checkpoints(tmp_path / "run")
+    assert f"wrote {checkpoint}" in printed
+    assert find_damage(checkpoint) == ""
+    assert checkpoint.name not in ("checkpoint-20", "checkpoint-40")  # not where one was due
+    assert not (tmp_path / "run" / "training_summary.json").exists()
+
+
 def test_past_the_time_limit_it_ends_at_once(tmp_path):
     process = start("train_unconditional", f"{SLOW_STEP} --shutdown_grace 0.5", tmp_path / "run")
     assert wait_for(process, tmp_path / "run", "logs/*/events*")

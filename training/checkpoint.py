@@ -269,9 +269,7 @@ class Checkpoints:
         if self.ema is not None:
             if ema_optimization_step is None:
                 raise UserInputError(f"{path} was written without --use_ema: resume without it as well")
-            shadow = load_file(
-                path / WEIGHTS_FILE
-            )  # not to the device: "cpu:0" is unknown to it
+            shadow = load_file(path / WEIGHTS_FILE)  # not to the device: "cpu:0" is unknown to it
             names = self.accelerator.unwrap_model(self.model).state_dict()
             self.ema.shadow_params = [shadow[name].to(self.accelerator.device) for name in names]
             self.ema.optimization_step = ema_optimization_step

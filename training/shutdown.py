@@ -38,6 +38,7 @@ class Signals:
         self._stop = 0  # the signal
         self._checkpoint = False
         self._interruptible = False
+        self._launcher = os.getppid() if "ACCELERATE_DYNAMO_BACKEND" in os.environ else None
 
     def __enter__(self) -> "Signals":
         reading, self._writing = os.pipe()
@@ -57,6 +58,9 @@ class Signals:
 
     def poll(self) -> tuple[bool, int]:
         """Whether a checkpoint is asked for, and the signal to stop for or 0: on every process the same."""
+        if self._launcher not in (None, os.getppid()):
+            # `accelerate launch` ends on SIGTERM without a word to the program that it launched.
+            self._stop = self._stop or signal.SIGTERM
         wanted = torch.tensor([int(self._checkpoint), self._stop])
         if self._group is not None:
             torch.distributed.all_reduce(wanted, torch.distributed.ReduceOp.MAX, group=self._group)
