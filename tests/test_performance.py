@@ -13,6 +13,7 @@ from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 from PIL import Image
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
 
 from sampling.pipeline_loading import load_pipeline
 from training.build import build_model
@@ -35,18 +36,34 @@ def tiny_unet(**options) -> UNet2DModel:
     )
 
 
+class AttentionTypes(TorchFunctionMode):
+    """Notes the types that attention is called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            self.seen.append({tensor.dtype for tensor in args})
+        return function(*args, **(kwargs or {}))
+
+
 def test_attention_is_float32_under_bf16_on_a_cpu():
     unet = tiny_unet()
-    attention = next(module for module in unet.modules() if isinstance(module, Attention))
-    hidden = torch.randn(2, 16, 4, 4)
-    exact = attention(hidden)
-    with torch.autocast("cpu", torch.bfloat16):
-        rounded = attention(hidden)
-    prepare_attention(unet, CPU_BF16)
-    with torch.autocast("cpu", torch.bfloat16):
-        ours = attention(hidden)
-    assert torch.equal(ours, exact)
-    assert not torch.equal(rounded.float(), exact)
+    images = torch.randn(2, 3, 8, 8)
+    outputs, seen = [], []
+    for prepare in (False, True):
+        if prepare:
+            prepare_attention(unet, CPU_BF16)
+        with AttentionTypes() as types, torch.autocast("cpu", torch.bfloat16):
+            outputs.append(unet(images, 0).sample)
+        seen.append(types.seen)
+    assert seen[0] == [{torch.bfloat16}] * len(seen[0])
+    assert seen[1] == [{torch.float32}] * len(seen[0])
+    assert len(seen[0]) > 1
+    # The same but for rounding: bf16 keeps 8 bits, of values of about 1.
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=16 * 2**-8)
 
 
 @pytest.mark.parametrize(("device", "precision"), [("cpu", "no"), ("cuda", "bf16")])

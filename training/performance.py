@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import DataLoaderConfiguration
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch.overrides import TorchFunctionMode
 
 from training.config import TrainingConfig
 from training.processes import use_cpu
@@ -77,11 +79,19 @@ def prepare_attention(model: torch.nn.Module, accelerator: Accelerator) -> None:
 
 
 class Float32AttnProcessor(AttnProcessor2_0):
-    """diffusers' attention, in float32 whatever autocast says."""
+    """diffusers' attention with the attention itself in float32; its projections are left to autocast."""
 
-    def __call__(self, attn: Attention, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            return super().__call__(attn, hidden_states.float(), *args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with _Float32Attention():
+            return super().__call__(*args, **kwargs)
+
+
+class _Float32Attention(TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **(kwargs or {}))
+        with torch.autocast("cpu", enabled=False):
+            return function(*(tensor.float() for tensor in args), **(kwargs or {}))
 
 
 def compile_model(model: Any, config: TrainingConfig, accelerator: Accelerator, total_steps: int) -> Any:
