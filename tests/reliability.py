@@ -62,7 +62,7 @@ def assert_same_runs(first: Path, second: Path, logging_dir: str = "logs") -> No
         {name for path in run.rglob("*") if path.is_file() and (name := path.relative_to(run)).parts[0] != logging_dir}
         for run in (first, second)
     ]
-    assert files[0] == files[1]
+    assert not files[0] ^ files[1], str(files[0] ^ files[1])
     for name in sorted(files[0]):
         one, other = (first / name).read_bytes(), (second / name).read_bytes()
         if name.name == "manifest.json":  # it lists the times' file

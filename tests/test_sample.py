@@ -147,6 +147,7 @@ def test_files_say_how_they_were_made(sample, folders):
     text = Image.open("out/00001.png").text
     assert text == {
         "model": str(folders / "conditional"),
+        "dtype": "float32",
         "scheduler": "ddim",
         "num_inference_steps": "4",
         "guidance_scale": "1.0",

@@ -273,6 +273,9 @@ class Checkpoints:
             names = self.accelerator.unwrap_model(self.model).state_dict()
             self.ema.shadow_params = [shadow[name].to(self.accelerator.device) for name in names]
             self.ema.optimization_step = ema_optimization_step
+        if self.accelerator.is_main_process:  # a kill may have come between the newest checkpoint and this
+            for old in self._beyond_limit(path):
+                remove_whole(old)
         return TrainState(**values)
 
     def save(self, state: TrainState, save_pipeline: Callable[[Path], None], is_best: bool = False) -> None:
@@ -337,9 +340,12 @@ class Checkpoints:
         if path.name.startswith(f"checkpoint-{BEST}"):
             return [other for other in self.output_dir.glob(f"checkpoint-{BEST}*[0-9]") if other != path]
         checkpoints = list_checkpoints(self.output_dir)
-        place = checkpoints.index(path) + 1
-        oldest_kept = 0 if self.limit is None else max(0, place - self.limit)
-        return checkpoints[:oldest_kept] + checkpoints[place:]
+        return self._beyond_limit(path) + checkpoints[checkpoints.index(path) + 1 :]
+
+    def _beyond_limit(self, newest: Path) -> list[Path]:
+        checkpoints = list_checkpoints(self.output_dir)
+        place = checkpoints.index(newest) + 1 if newest in checkpoints else 0
+        return [] if self.limit is None else checkpoints[: max(0, place - self.limit)]
 
 
 def check_same_on_all(checkpoint: Path | None) -> None:
