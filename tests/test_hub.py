@@ -385,6 +385,7 @@ def test_snippet_of_the_card_works_as_it_stands(pushed, tmp_path, name):
     assert pictures == (["image.png"] if name == "sprites" else ["image.png", "mix.png"])
 
 
+@pytest.mark.slow
 def test_hand_written_parts_of_a_card_are_kept(author, pipeline_folder):
     author.log_in()
     push = ["-m", "training.hub", "push", str(pipeline_folder), "me/sprites"]
@@ -410,6 +411,7 @@ def test_hand_written_parts_of_a_card_are_kept(author, pipeline_folder):
     assert repository.files["README.md"].decode().count("Only my own words.") == 1
 
 
+@pytest.mark.slow
 def test_card_is_not_overwritten_when_the_hub_does_not_tell_it(author, pipeline_folder):
     author.log_in()
     push = ["-m", "training.hub", "push", str(pipeline_folder), "me/sprites"]
@@ -561,6 +563,7 @@ def test_upload_that_fails_is_tried_again(author, pipeline_folder, route, status
     assert author.server.repos["me/sprites"].commits[-1].title == "Step 0"
 
 
+@pytest.mark.slow
 def test_hub_that_stays_down_is_told_of_with_the_command_that_sends_it(author, pipeline_folder, tmp_path):
     author.server.failures["commit"] = [503] * 3
     *_, last, unsent = author.run("-c", UPLOAD, str(pipeline_folder), TOKEN, "").stdout.splitlines()
@@ -654,6 +657,7 @@ def test_push_command(author, pipeline_folder):
     assert repository.files["samples/step-000008.png"] != b"another"
 
 
+@pytest.mark.slow
 def test_push_command_that_fails_is_one_line(author, pipeline_folder, tmp_path):
     (tmp_path / "empty").mkdir()
     author.server.failures["commit"] = [503]
