@@ -74,7 +74,9 @@ class TrainingConfig:
     max_train_samples: int | None = _field(
         None, "Use the first N images; for 'sprites', how many are drawn (8,000 if not given)."
     )
-    streaming: bool = _field(False, "Read while training: for sets that do not fit. Needs `max_train_steps`.")
+    streaming: bool = _field(
+        False, "Read while training: for sets that do not fit on the disk. Needs `max_train_steps`."
+    )
     resolution: str = _field("64", "Side of the images, or WIDTHxHEIGHT.")
     resize_mode: Literal["crop", "pad", "none"] = _field(
         "crop",

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 
 EXIT_STATUS: dict[int, int] = {signal.SIGTERM: 0, signal.SIGINT: 130}  # of a run that has written its checkpoint
 _STOPPING = tuple(EXIT_STATUS)
+ONE_PRESS = 0.5  # seconds in which a second SIGINT is the first again: programs that start others hand it on
 
 
 class SamplingInterrupted(BaseException):
@@ -86,6 +87,7 @@ class Signals:
 
     def _watch(self, reading: int) -> None:
         deadline: float | None = None
+        second_from = 0.0
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not select.select([reading], [], [], left)[0]:
@@ -99,7 +101,8 @@ class Signals:
             elif number in _STOPPING and deadline is None:
                 self._stop = number
                 deadline = time.monotonic() + self._grace
-            elif number == signal.SIGINT:
+                second_from = time.monotonic() + ONE_PRESS
+            elif number == signal.SIGINT and time.monotonic() > second_from:
                 self._exit(number, "stopped at once")
         os.close(reading)
 
