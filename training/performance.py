@@ -4,6 +4,7 @@ import ctypes
 import os
 import sys
 from datetime import timedelta
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ def prepare_attention(model: torch.nn.Module, accelerator: Accelerator) -> None:
 class Float32AttnProcessor(AttnProcessor2_0):
     """diffusers' attention with the attention itself in float32; its projections are left to autocast."""
 
+    @wraps(AttnProcessor2_0.__call__)  # `Attention` passes what the signature names
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with _Float32Attention():
             return super().__call__(*args, **kwargs)
