@@ -331,6 +331,7 @@ def test_a_full_disk_costs_what_there_is_no_room_for_and_no_more(small_disk, lea
     assert all(find_damage(checkpoint) == "" for checkpoint in list_checkpoints(output_dir))
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_the_end_is_said(small_disk):
     flags = "--num_epochs 12 --logger none --checkpoints_total_limit 1"
     output_dir = small_disk / "run"

@@ -577,6 +577,7 @@ def test_hub_that_stays_down_is_told_of_with_the_command_that_sends_it(author, p
     assert author.server.repos["me/sprites"].commits[-1].title == "Upload run"
 
 
+@pytest.mark.slow
 def test_run_survives_a_hub_that_fails(author, tmp_path):
     author.server.failures["commit"] = [503] * 10
     flags = f"{PRIVATE_FLAGS} --hub_strategy end --output_dir {tmp_path}/run"
