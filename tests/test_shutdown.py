@@ -16,7 +16,7 @@ from training.shutdown import ONE_PRESS
 
 FLAGS = "--num_epochs 20 --checkpoints_total_limit 2 --gradient_accumulation_steps 2 --checkpointing_steps 20"
 # A step of seconds, so that a signal finds the main thread in the middle of one.
-SLOW_STEP = "--resolution 64 --train_batch_size 20 --block_out_channels 64 64 --layers_per_block 2 --num_epochs 9"
+SLOW_STEP = "--resolution 128 --train_batch_size 20 --block_out_channels 64 64 --layers_per_block 2 --num_epochs 9"
 
 
 @pytest.fixture(scope="module")

@@ -38,9 +38,7 @@ def read_scalars(folder) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-@pytest.mark.parametrize(
-    "script", [pytest.param("train_unconditional", marks=pytest.mark.slow), "train_conditional"]
-)
+@pytest.mark.parametrize("script", [pytest.param("train_unconditional", marks=pytest.mark.slow), "train_conditional"])
 def test_launched_run_leaves_its_files_and_resumes(script, tmp_path):
     output_dir = tmp_path / "run"
 
