@@ -11,10 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from PIL import Image
 
-from metrics.evaluation import (
+from pipelines import ConditionalDDPMPipeline
+from sprite_diffusion.common.errors import UserInputError, exits_on_user_error, first_line
+from sprite_diffusion.common.files import check_writable
+from sprite_diffusion.common.flags import SEED_RANGE, ArgumentParser, Range
+from sprite_diffusion.common.machine import join_processes
+from sprite_diffusion.common.run_files import CARD_FILE, CONFIG_FILE, SUMMARY_FILE
+from sprite_diffusion.data.config import DataConfig, parse_data_flags
+from sprite_diffusion.data.dataset import load_image_data
+from sprite_diffusion.metrics.evaluation import (
     Report,
     choose_num_images,
     evaluate,
@@ -23,25 +30,12 @@ from metrics.evaluation import (
     read_in_order,
     sampling_facts,
 )
-from metrics.extractors import CLIP_MODEL, EXTRACTORS, make_extractor
-from metrics.real_images import RealImages
-from metrics.report import format_table, write_report
-from pipelines import ConditionalDDPMPipeline
-from sampling.pipeline_loading import add_speed_flags, load_pipeline, speed_up
-from sampling.samplers import SAMPLERS
-from training.card import CARD_FILE, make_card
-from training.checkpoint import CONFIG_FILE, SUMMARY_FILE
-from training.config import TrainingConfig, parse_data_flags
-from training.dataset import load_image_data
-from training.errors import (
-    ArgumentParser,
-    UserInputError,
-    check_numbers,
-    check_writable,
-    exits_on_user_error,
-    first_line,
-)
-from training.processes import use_cpu
+from sprite_diffusion.metrics.extractors import CLIP_MODEL, EXTRACTORS, make_extractor
+from sprite_diffusion.metrics.real_images import RealImages
+from sprite_diffusion.metrics.report import format_table, write_report
+from sprite_diffusion.sampling.pipeline_loading import add_speed_flags, load_pipeline, speed_up
+from sprite_diffusion.sampling.samplers import SAMPLERS
+from sprite_diffusion.sharing.card import make_card
 
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
@@ -60,10 +54,9 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--output_dir", type=Path, help="Default: the folder of the model, else the current one.")
     args, data_flags = parser.parse_known_args()
     for name, minimum in (("num_images", 10), ("num_inference_steps", 1), ("batch_size", 1)):
-        value = getattr(args, name)
-        if value is not None and value < minimum:
-            raise UserInputError(f"--{name} is {value}: it must be at least {minimum}")
-    check_numbers(args.seed, args.guidance_scale)
+        Range(at_least=minimum).check(name, getattr(args, name))
+    SEED_RANGE.check("seed", args.seed)
+    Range().check("guidance_scale", args.guidance_scale)
     check_writable("--output_dir", args.output_dir)
     if args.output_dir is not None and args.output_dir.exists() and not args.output_dir.is_dir():
         raise UserInputError(f"--output_dir {args.output_dir} is a file: name a folder")
@@ -80,7 +73,7 @@ def is_image_folder(model: str) -> bool:
     return Path(model).is_dir() and not (Path(model) / "model_index.json").is_file()
 
 
-def choose_image_size(pipeline: Any, model: str, config: TrainingConfig, data_flags: list[str]) -> str:
+def choose_image_size(pipeline: Any, model: str, config: DataConfig, data_flags: list[str]) -> str:
     """The resolution to measure at: the model's; of a folder of images the one asked for, else that of the first."""
     if pipeline is not None:
         side = pipeline.unet.config.sample_size
@@ -130,7 +123,7 @@ def write_outputs(args: argparse.Namespace, report: Report, picture: Image.Image
 @exits_on_user_error
 def main() -> None:
     args, data_flags = parse_args()
-    state = PartialState(cpu=use_cpu())
+    state = join_processes()
     run_facts = read_run_facts(Path(args.model) / SUMMARY_FILE)
     run_dir = find_run(args.model)
     config = parse_data_flags(data_flags, None if run_dir is None else run_dir / CONFIG_FILE)
@@ -139,7 +132,7 @@ def main() -> None:
         pipeline = load_pipeline(args.model, getattr(torch, args.dtype)).to(state.device)
         speed_up(pipeline, args.compile)
     resolution = choose_image_size(pipeline, args.model, config, data_flags)
-    config = replace(config, resolution=resolution, streaming=False)
+    config = replace(config, resolution=resolution)
     if pipeline is not None:
         if args.guidance_scale != 1 and not isinstance(pipeline, ConditionalDDPMPipeline):
             raise UserInputError(f"--guidance_scale: {args.model} is unconditional, it has no classes")
@@ -155,7 +148,7 @@ def main() -> None:
     }
     if pipeline is None:
         mode: Any = "L" if real.num_channels == 1 else "RGB"
-        folder = TrainingConfig(train_data_dir=args.model, resolution=resolution, image_mode=mode, center_crop=True)
+        folder = DataConfig(train_data_dir=args.model, resolution=resolution, image_mode=mode, center_crop=True)
         generated = RealImages(load_image_data(folder, with_labels=False))
         num_images = min(num_images, len(generated))
         images = read_in_order(generated, num_images, args.batch_size)

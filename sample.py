@@ -9,9 +9,12 @@ import torch
 from PIL import Image
 
 from pipelines import ConditionalDDPMPipeline
-from sampling.conditions import choose_conditions
-from sampling.drawing import Request, Trajectory, draw_images
-from sampling.figures import (
+from sprite_diffusion.common.errors import UserInputError, exits_on_user_error
+from sprite_diffusion.common.files import check_writable
+from sprite_diffusion.common.flags import FROM_ONE, MAX_SEED, SEED_RANGE, ArgumentParser, Range, check_tracker
+from sprite_diffusion.common.run_files import find_run, read_saved_config
+from sprite_diffusion.sampling.conditions import choose_conditions
+from sprite_diffusion.sampling.figures import (
     Figure,
     compare_samplers,
     comparison_table,
@@ -22,21 +25,11 @@ from sampling.figures import (
     show_forward_process,
     show_learning,
 )
-from sampling.pictures import labelled_grid, save_animation, save_json, save_png
-from sampling.pipeline_loading import add_speed_flags, load_pipeline, speed_up
-from sampling.samplers import SAMPLERS, Sampler, make_sampler, parse_samplers
-from training.checkpoint import CONFIG_FILE
-from training.config import parse_config
-from training.errors import (
-    MAX_SEED,
-    ArgumentParser,
-    UserInputError,
-    check_numbers,
-    check_writable,
-    exits_on_user_error,
-)
-from training.grid import make_picture
-from training.tracking import Trackers, check_tracker
+from sprite_diffusion.sampling.generation import Request, Trajectory, sample_images
+from sprite_diffusion.sampling.pictures import labelled_grid, make_picture, save_animation, save_json, save_png
+from sprite_diffusion.sampling.pipeline_loading import add_speed_flags, load_pipeline, speed_up
+from sprite_diffusion.sampling.samplers import SAMPLERS, Sampler, make_sampler, parse_samplers
+from sprite_diffusion.sharing.trackers import Trackers
 
 NUM_SAMPLES = 16  # for each class, where there are any
 MAX_FRAMES = 60
@@ -93,11 +86,10 @@ def check_args(args: argparse.Namespace) -> None:
     """Raises for values out of range, and for flags that don't go together."""
     if (args.model is None) != (args.snapshots is not None):
         raise UserInputError("name a model (a run's folder or a Hub id), or a run by --snapshots RUN_DIR; one of them")
-    for name, minimum in (("num_images", 1), ("num_inference_steps", 1), ("batch_size", 1)):
-        value = getattr(args, name)
-        if value is not None and value < minimum:
-            raise UserInputError(f"--{name} is {value}: it must be at least {minimum}")
-    check_numbers(args.seed, args.guidance_scale)
+    for name in ("num_images", "num_inference_steps", "batch_size"):
+        FROM_ONE.check(name, getattr(args, name))
+    SEED_RANGE.check("seed", args.seed)
+    Range().check("guidance_scale", args.guidance_scale)
     if args.scale != "auto" and not (args.scale.isdecimal() and int(args.scale) > 0):
         raise UserInputError(f"--scale {args.scale}: give 'auto' or a whole number from 1 on")
     if args.output is not None and args.output.suffix.lower() not in ("", ".png"):
@@ -152,7 +144,7 @@ def draw_samples(args: argparse.Namespace, pipeline: Any) -> None:
     request = make_request(args, pipeline)
     sampler = make_sampler("--scheduler", pipeline, args.scheduler, args.num_inference_steps)
     trajectory = None if args.animate is None else Trajectory(MAX_FRAMES, args.animate_prediction)
-    images = draw_images(pipeline, sampler, request, trajectory=trajectory)
+    images = sample_images(pipeline, sampler, request, trajectory=trajectory)
     has_classes = request.conditions[0].name is not None
     columns = (args.num_images or NUM_SAMPLES) if has_classes else math.ceil(math.sqrt(len(images)))
     record = {"model": args.model, "dtype": args.dtype, **sampler.record, **request.record}
@@ -200,11 +192,10 @@ def log_comparison(args: argparse.Namespace, figure: Figure, samplers: list[Samp
     """Gives the comparison to the trackers: of the run that the model is from, if it is in its folder."""
     if args.logger == "none":
         return
-    folders = [folder for folder in (Path(args.model), *Path(args.model).parents) if (folder / CONFIG_FILE).is_file()]
+    run_dir = find_run(Path(args.model))
     logging_dir = Path("logs")
-    if folders:
-        config = parse_config(["--config", str(folders[0] / CONFIG_FILE)], default_preset="")
-        logging_dir = folders[0] / config.logging_dir
+    if run_dir is not None:
+        logging_dir = run_dir / (read_saved_config(run_dir) or {}).get("logging_dir", "logs")
     trackers = Trackers(args.logger, logging_dir, {"compare": args.compare})
     trackers.log_image("comparison", figure.render(args.scale), caption=args.compare)
     trackers.log_table("comparison_table", *comparison_table(figure, samplers))

@@ -12,7 +12,7 @@ import diffusers
 import torch
 import torch.nn.functional as F
 
-from training.outputs import describe_device
+from sprite_diffusion.common.machine import describe_device
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

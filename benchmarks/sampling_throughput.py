@@ -16,10 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measuring import DEVICE, arithmetic_rate, interleaved_times, median_ratio, report
 from pipelines import UnconditionalDDPMPipeline
-from sampling.pipeline_loading import speed_up
 from schedulers import ClosedFormDDPMScheduler
-from training.build import build_model
-from training.config import parse_config
+from sprite_diffusion.runs.config import parse_config
+from sprite_diffusion.sampling.pipeline_loading import speed_up
+from sprite_diffusion.training.build import build_model
 
 PRESET = "sprites_unconditional.yaml"
 NAMES = ("peer", "ours", "ours, bf16", "ours, bf16, compiled")

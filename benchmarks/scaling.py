@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from benchmarks.measuring import DEVICE, interleaved_times, report
-from training.build import build_model, build_noise_scheduler
-from training.config import TrainingConfig, parse_config
-from training.dataset import load_image_data, make_dataloader
-from training.loss import ddpm_loss
-from training.performance import make_accelerator, prepare_attention
+from sprite_diffusion.data.dataset import load_image_data, make_dataloader
+from sprite_diffusion.runs.config import TrainingConfig, parse_config
+from sprite_diffusion.training.build import build_model, build_noise_scheduler
+from sprite_diffusion.training.loss import ddpm_loss
+from sprite_diffusion.training.performance import make_accelerator, prepare_attention
 
 PRESET = "sprites_unconditional.yaml"
 BATCHES = 100  # read from each set of images
@@ -41,7 +41,7 @@ def make_step(resolution: int) -> Callable[[int], None]:
     def step(batch_size: int) -> None:
         images, noise = torch.randn(2, batch_size, 3, resolution, resolution, device=DEVICE).unbind()
         timesteps = torch.randint(config.ddpm_num_steps, (batch_size,), device=DEVICE)
-        accelerator.backward(ddpm_loss(model, noise_scheduler, images, noise, timesteps, {}))
+        accelerator.backward(ddpm_loss(model, noise_scheduler, images, noise, timesteps))
         optimizer.step()
         optimizer.zero_grad()
 
@@ -104,7 +104,7 @@ def measure_data(counts: list[int], folder: Path) -> list[dict[str, object]]:
         before, start_time = private_memory(), time.perf_counter()
         data = load_image_data(config, with_labels=False)
         opening = time.perf_counter() - start_time
-        batches = iter(make_dataloader(data, config))
+        batches = iter(make_dataloader(data, config.train_batch_size))
         next(batches)  # draws the order
         start_time = time.perf_counter()
         num_read = sum(1 for _, _ in zip(range(BATCHES), batches, strict=False))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from schedulers.scheduling_closed_form_ddpm import ClosedFormDDPMScheduler
-from training.sprites import draw_sprite, draw_sprites
+from sprite_diffusion.data.sprites import draw_sprite, draw_sprites
 
 IMAGES = Path(__file__).parent / "images"
 SCHEDULES: dict[str, dict[str, Any]] = {

@@ -58,6 +58,7 @@ class UnconditionalDDPMPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ("latents", "pred_original_sample")
+    num_classes = 0
 
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
         super().__init__()

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import train_conditional
-from training.loss import ddpm_loss
+from sprite_diffusion.training.loss import ddpm_loss
 
 
 def main() -> None:

@@ -8,9 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-from conftest import REPOSITORY, TINY
+from conftest import ENVIRONMENT, REPOSITORY, TINY
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "ACCELERATE_USE_CPU": "true"}
+CPU_ENVIRONMENT = {**os.environ, **ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
 TIMES = {"seconds"}  # what differs from run to run
 
 
@@ -25,8 +25,13 @@ def start(script: str, flags: str, output_dir: Path, launcher: tuple[str, ...] =
         "--output_dir",
         str(output_dir),
     ]
+    return open_process(command, env=CPU_ENVIRONMENT, **options)
+
+
+def open_process(command: list[str], **options) -> subprocess.Popen:
+    """In the repository, what it prints kept as text."""
     return subprocess.Popen(
-        command, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )
 
 

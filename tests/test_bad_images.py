@@ -14,9 +14,10 @@ import pytest
 from conftest import REPOSITORY, TINY
 from PIL import Image
 
-from training.config import TrainingConfig
-from training.dataset import load_image_data, to_model_range
-from training.errors import UserInputError
+from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.data.dataset import load_image_data
+from sprite_diffusion.data.decoding import to_model_range
+from sprite_diffusion.runs.config import TrainingConfig
 
 # Root may read every file, but not without these capabilities.
 AS_USER = [] if os.geteuid() else ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]
@@ -188,7 +189,7 @@ def test_odd_files_are_used(streaming, pictures, tmp_path):
         streaming=streaming,
         max_train_steps=1,
     )
-    data = load_image_data(config, with_labels=False)
+    data = load_image_data(config, with_labels=False, streaming=config.streaming)
     items = list(data.dataset) if streaming else [data.dataset.__getitems__([i]) for i in range(data.num_images)]
     assert len(items) == len(ODD)
     assert data.skipped_images == []
@@ -223,7 +224,7 @@ def test_streams_name_links_before_and_images_while_reading(pictures, tmp_path, 
         on_bad_image="skip",
         cache_dir=str(tmp_path / "cache"),
     )
-    data = load_image_data(config, with_labels=False)
+    data = load_image_data(config, with_labels=False, streaming=config.streaming)
     assert [name for name, _ in data.skipped_images] == [str(link)]
     capsys.readouterr()
     assert len(list(data.dataset)) == 20

@@ -565,7 +565,7 @@ CASES = [
     *(("train_conditional", f"{TINY} {flags}", *rest) for flags, *rest in TRAIN_CONDITIONAL),
     *(("sample", *case) for case in SAMPLE),
     *(("calculate_metrics", *case) for case in CALCULATE_METRICS),
-    *(("training.hub", *case) for case in HUB),
+    *(("sprite_diffusion.sharing.hub", *case) for case in HUB),
     *(("training.convert_course_checkpoint", *case) for case in CONVERT),
 ]
 

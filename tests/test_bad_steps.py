@@ -8,10 +8,10 @@ import torch
 from conftest import TINY
 from safetensors.torch import load_file
 
-import training.training_loop
-from training.bad_steps import OVERFLOWS_IN_A_ROW, BadSteps
-from training.checkpoint import TrainState
-from training.errors import UserInputError
+from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.runs.state import TrainState
+from sprite_diffusion.training import training_loop
+from sprite_diffusion.training.bad_steps import OVERFLOWS_IN_A_ROW, BadSteps
 
 
 def make_bad_steps(model, limit=10, scaler=None):
@@ -122,14 +122,14 @@ def poisoned(monkeypatch):
     """Makes the images of given steps NaN, before they reach the loss."""
 
     def poison(steps: range) -> None:
-        draw = training.training_loop.draw_randomness
+        draw = training_loop.draw_randomness
 
         def draw_and_poison(entropy, clean_images, *args):
             if entropy[1] in steps:
                 clean_images[0, 0, 0, 0] = torch.nan
             return draw(entropy, clean_images, *args)
 
-        monkeypatch.setattr(training.training_loop, "draw_randomness", draw_and_poison)
+        monkeypatch.setattr(training_loop, "draw_randomness", draw_and_poison)
 
     return poison
 

@@ -17,8 +17,9 @@ from PIL import Image
 from reliability import assert_same_runs, finish, kill, start, wait_for
 from safetensors.torch import save_file
 
-from training.checkpoint import find_damage, list_checkpoints
-from training.files import DiskFullError, written_beside
+from sprite_diffusion.common.files import DiskFullError, written_beside
+from sprite_diffusion.runs.folder import list_checkpoints
+from sprite_diffusion.runs.manifest import find_damage
 
 EVERYTHING = "--num_epochs 6 --save_images_steps 5 --save_images_epochs 1 --save_model_epochs 1 --snapshot_epochs 2"
 
@@ -266,8 +267,8 @@ def test_resuming_from_an_earlier_checkpoint_ends_the_later_ones(run_script, sto
 
 
 def test_the_best_checkpoint_is_that_of_the_lowest_distance(run_script, tmp_path, monkeypatch):
-    monkeypatch.setattr("training.outputs.IMAGES_PER_EVALUATION", 10)
-    monkeypatch.setattr("sampling.samplers.FEW_STEPS", 2)
+    monkeypatch.setattr("sprite_diffusion.runs.outputs.IMAGES_PER_EVALUATION", 10)
+    monkeypatch.setattr("sprite_diffusion.sampling.samplers.FEW_STEPS", 2)
     flags = f"{TINY} --max_train_samples 40 --num_epochs 6 --evaluate_every 1 --keep_best_checkpoint"
     flags += " --checkpoints_total_limit 2 --checkpointing_steps 20 --learning_rate 1e-2"
     run_script("train_unconditional", flags, tmp_path)

@@ -9,9 +9,9 @@ import torch
 import yaml
 from conftest import REPOSITORY
 
-from training.build import build_model, build_noise_scheduler
-from training.config import TrainingConfig, parse_config
-from training.errors import UserInputError
+from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.runs.config import TrainingConfig, parse_config
+from sprite_diffusion.training.build import build_model, build_noise_scheduler
 
 PRESETS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 

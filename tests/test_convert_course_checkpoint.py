@@ -8,7 +8,7 @@ import torch
 from course_network import make_course_network
 from diffusers import DiffusionPipeline
 
-from training.convert_course_checkpoint import course_scheduler, main
+from sprite_diffusion.sampling.convert_course_checkpoint import course_scheduler, main
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from training.config import TrainingConfig
-from training.dataset import load_image_data, make_dataloader, prepare_image, to_model_range
-from training.errors import UserInputError
-from training.sprites import CLASS_NAMES, draw_sprites
+from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.data.dataset import load_image_data, make_dataloader
+from sprite_diffusion.data.decoding import prepare_image, to_model_range
+from sprite_diffusion.data.sprites import CLASS_NAMES, draw_sprites
+from sprite_diffusion.runs.config import TrainingConfig
 
 # Two float32 operations on numbers of at most 2 in size, each rounded by at most 2 * 2**-24.
 ATOL = 2**-22
@@ -35,7 +36,9 @@ def load(tmp_path):
         if flags.get("streaming"):
             flags.setdefault("max_train_steps", 1)
         config = TrainingConfig(cache_dir=str(tmp_path / "cache"), **flags)
-        return load_image_data(config, with_labels)
+        data = load_image_data(config, with_labels, config.streaming)
+        data.dataset.begin_epoch(0, config.seed, config.random_flip)
+        return data
 
     return load_from_flags
 
@@ -345,8 +348,8 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(load, tmp_path, heig
     def read(seed, epoch):
         data = load(dataset_name=path, resolution="4", random_flip=True, seed=seed)
         for passed_epoch in range(epoch % 3):  # whatever came before
-            data.dataset.set_epoch(passed_epoch)
-        data.dataset.set_epoch(epoch)
+            data.dataset.begin_epoch(passed_epoch, seed, random_flip=True)
+        data.dataset.begin_epoch(epoch, seed, random_flip=True)
         return data.dataset, read_all(data)
 
     dataset, images = read(seed=1, epoch=5)
@@ -364,7 +367,7 @@ def test_dataloader_gives_each_image_once_with_its_label(tmp_path, load):
     np.save(tmp_path / "labels.npy", np.arange(50) % 7)
     flags = {"dataset_name": path, "labels_file": str(tmp_path / "labels.npy"), "resolution": "4"}
     data = load(with_labels=True, **flags)
-    batches = list(make_dataloader(data, TrainingConfig(train_batch_size=16, **flags)))
+    batches = list(make_dataloader(data, 16))
     assert [len(batch["images"]) for batch in batches] == [16, 16, 16, 2]
     assert all(batch["images"].dtype == torch.uint8 for batch in batches)
     assert all(batch["class_labels"].dtype == torch.int64 for batch in batches)
@@ -518,7 +521,7 @@ def decoded(monkeypatch, tmp_path):
         names.append(name)
         return prepare_image(image, name, config)
 
-    monkeypatch.setattr("training.dataset.prepare_image", prepare)
+    monkeypatch.setattr("sprite_diffusion.data.decoding.prepare_image", prepare)
     return names
 
 
@@ -636,9 +639,9 @@ def test_stream_gives_the_same_images(load, coloured_tree):
 
 
 def test_stream_depends_on_seed_and_epoch(load, coloured_tree):
-    def read(epoch, **flags):
+    def read(epoch, seed=0, random_flip=False, **flags):
         data = load(train_data_dir=coloured_tree, resolution="6", streaming=True, **flags)
-        data.dataset.set_epoch(epoch)
+        data.dataset.begin_epoch(epoch, seed, random_flip)
         return [tuple(item["images"].flatten().tolist()) for item in data.dataset]
 
     whole = read(0, center_crop=True)  # nothing but the order is random
@@ -672,7 +675,7 @@ def test_stream_in_a_dataloader(tmp_path, load, num_workers):
     flags = {"dataset_name": path, "resolution": "8", "streaming": True, "max_train_steps": 1}
     data = load(with_labels=True, **flags)
     config = TrainingConfig(train_batch_size=8, dataloader_num_workers=num_workers, **flags)
-    batches = list(make_dataloader(data, config))
+    batches = list(make_dataloader(data, config.train_batch_size))
     assert batches[0]["images"].shape == (8, 1, 8, 8)
     pairs = [
         (level, label)

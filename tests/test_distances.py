@@ -6,8 +6,8 @@ import scipy.linalg
 import torch
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from metrics import distances
-from metrics.distances import (
+from sprite_diffusion.metrics import distances
+from sprite_diffusion.metrics.distances import (
     cmmd,
     frechet_distance,
     interval_of_distance,

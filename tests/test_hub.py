@@ -388,7 +388,7 @@ def test_snippet_of_the_card_works_as_it_stands(pushed, tmp_path, name):
 @pytest.mark.slow
 def test_hand_written_parts_of_a_card_are_kept(author, pipeline_folder):
     author.log_in()
-    push = ["-m", "training.hub", "push", str(pipeline_folder), "me/sprites"]
+    push = ["-m", "sprite_diffusion.sharing.hub", "push", str(pipeline_folder), "me/sprites"]
     author.run(*push)
     repository = author.server.repos["me/sprites"]
     card = repository.files["README.md"].decode()
@@ -414,7 +414,7 @@ def test_hand_written_parts_of_a_card_are_kept(author, pipeline_folder):
 @pytest.mark.slow
 def test_card_is_not_overwritten_when_the_hub_does_not_tell_it(author, pipeline_folder):
     author.log_in()
-    push = ["-m", "training.hub", "push", str(pipeline_folder), "me/sprites"]
+    push = ["-m", "sprite_diffusion.sharing.hub", "push", str(pipeline_folder), "me/sprites"]
     author.run(*push)
     author.run(*push)  # now the card is in this user's cache
     repository = author.server.repos["me/sprites"]
@@ -431,7 +431,8 @@ def test_card_command(author, pipeline_folder):
     summary["data_source"] = "/home/me/secrets/pictures"
     (pipeline_folder / "training_summary.json").write_text(json.dumps(summary))
     assert (
-        author.run("-m", "training.hub", "card", str(pipeline_folder)).stdout == f"wrote {pipeline_folder}/README.md\n"
+        author.run("-m", "sprite_diffusion.sharing.hub", "card", str(pipeline_folder)).stdout
+        == f"wrote {pipeline_folder}/README.md\n"
     )
     card = (pipeline_folder / "README.md").read_text()
     assert card.count("My notes.") == 1
@@ -439,14 +440,14 @@ def test_card_command(author, pipeline_folder):
     assert "secrets" not in card
     summary["loss"] = None  # of a pipeline that was written before the first log
     (pipeline_folder / "training_summary.json").write_text(json.dumps(summary))
-    author.run("-m", "training.hub", "card", str(pipeline_folder))
+    author.run("-m", "sprite_diffusion.sharing.hub", "card", str(pipeline_folder))
     card = (pipeline_folder / "README.md").read_text()
     assert "None were computed." in card
     assert ModelCard(card).data.eval_results is None
     assert 'from_pretrained("me/sprites")' in card
     assert not author.server.requests
     author.log_in()
-    author.run("-m", "training.hub", "push", str(pipeline_folder), "me/new")
+    author.run("-m", "sprite_diffusion.sharing.hub", "push", str(pipeline_folder), "me/new")
     assert b"My notes." in author.server.repos["me/new"].files["README.md"]
 
 
@@ -472,9 +473,9 @@ def test_wrong_token_stops_the_run_before_it_starts(author, tmp_path):
 
 CREATE = """
 import sys
-from training.config import TrainingConfig
-from training.errors import UserInputError
-from training.hub import create_repository
+from sprite_diffusion.runs.config import TrainingConfig
+from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.sharing.hub import create_repository
 for token, name in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
     name, _, private = name.partition(":")
     config = dict(push_to_hub=True, hub_model_id=name, hub_token=token or None, hub_private_repo=bool(private))
@@ -519,8 +520,8 @@ def test_token_that_may_only_read_is_refused_before_training(author):
 UPLOAD = """
 import sys
 from pathlib import Path
-from training import hub
-from training.config import TrainingConfig
+from sprite_diffusion.sharing import hub
+from sprite_diffusion.runs.config import TrainingConfig
 hub.RETRY_DELAYS = (0.01, 0.02)
 output_dir, token, *changes = sys.argv[1:]
 config = TrainingConfig(output_dir=output_dir, push_to_hub=True, hub_model_id="me/sprites", hub_token=token)
@@ -591,8 +592,8 @@ def test_run_survives_a_hub_that_fails(author, tmp_path):
 SLOW = """
 import sys, time
 from pathlib import Path
-from training import hub
-from training.config import TrainingConfig
+from sprite_diffusion.sharing import hub
+from sprite_diffusion.runs.config import TrainingConfig
 output_dir, token = sys.argv[1:]
 config = TrainingConfig(output_dir=output_dir, push_to_hub=True, hub_model_id="me/sprites", hub_token=token)
 uploader = hub.HubUploader(hub.create_repository(config), config)
@@ -633,7 +634,7 @@ def test_strategies(author, tmp_path):
 
 def test_push_command(author, pipeline_folder):
     author.log_in()
-    push = ["-m", "training.hub", "push", str(pipeline_folder)]
+    push = ["-m", "sprite_diffusion.sharing.hub", "push", str(pipeline_folder)]
     before = sorted(path.name for path in pipeline_folder.iterdir())
     assert author.run(*push, "me/later", "--private").stdout.startswith("uploaded http")
     repository = author.server.repos["me/later"]
@@ -672,7 +673,7 @@ def test_push_command_that_fails_is_one_line(author, pipeline_folder, tmp_path):
     ]:
         if login:
             author.log_in()
-        result = author.run("-m", "training.hub", *arguments, status=2)
+        result = author.run("-m", "sprite_diffusion.sharing.hub", *arguments, status=2)
         lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1
         assert fragment in lines[0].replace("You", "you"), lines

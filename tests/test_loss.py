@@ -8,9 +8,9 @@ import torch
 
 from models import ContextUNet2DModel
 from schedulers import ClosedFormDDPMScheduler, LinearCorruptionScheduler
-from training.config import TrainingConfig
-from training.ema import ema_tensors, ema_weights, make_ema
-from training.loss import corruption_loss, ddpm_loss, loss_weights
+from sprite_diffusion.runs.config import TrainingConfig
+from sprite_diffusion.runs.weights import ema_tensors, ema_weights, make_ema
+from sprite_diffusion.training.loss import corruption_loss, ddpm_loss, loss_weights
 
 
 class Guess(torch.nn.Module):
@@ -76,7 +76,7 @@ def test_min_snr_caps_the_weight_of_nearly_clean_images(batch):
 def test_corruption_loss_is_the_formula(batch):
     clean, noise, answer, timesteps = batch
     model = Guess(answer)
-    loss = corruption_loss(model, LinearCorruptionScheduler(), clean, noise, timesteps, {})
+    loss = corruption_loss(model, LinearCorruptionScheduler(), clean, noise, timesteps)
     amount = ((timesteps + 1) / 1000).double()[:, None, None, None]
     torch.testing.assert_close(model.shown.double(), (1 - amount) * clean + amount * noise, atol=1e-6, rtol=0)
     assert loss.item() == pytest.approx(((answer - clean).double() ** 2).mean().item(), rel=1e-5)

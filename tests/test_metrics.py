@@ -20,17 +20,23 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from metrics import classifier, evaluation
-from metrics.classifier import Classifier, is_weak, load_classifier
-from metrics.distances import frechet_distance
-from metrics.evaluation import NEAR_COPY, choose_num_images, evaluate, generate, make_evaluation_sampler
-from metrics.extractors import Extractor, make_extractor, real_features
-from metrics.real_images import RealImages
-from sampling.pipeline_loading import load_pipeline
-from training.card import make_card
-from training.config import TrainingConfig
-from training.dataset import load_image_data
-from training.errors import UserInputError
+from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.data.dataset import load_image_data
+from sprite_diffusion.metrics import classifier, evaluation
+from sprite_diffusion.metrics.classifier import Classifier, is_weak, load_classifier
+from sprite_diffusion.metrics.distances import frechet_distance
+from sprite_diffusion.metrics.evaluation import (
+    NEAR_COPY,
+    choose_num_images,
+    evaluate,
+    generate,
+    make_evaluation_sampler,
+)
+from sprite_diffusion.metrics.extractors import Extractor, make_extractor, real_features
+from sprite_diffusion.metrics.real_images import RealImages
+from sprite_diffusion.runs.config import TrainingConfig
+from sprite_diffusion.sampling.pipeline_loading import load_pipeline
+from sprite_diffusion.sharing.card import make_card
 
 CPU = torch.device("cpu")
 
@@ -96,7 +102,7 @@ class TestRealImages:
 
     @pytest.mark.parametrize("searched_at_once", [4096, 17])
     def test_nearest(self, monkeypatch, searched_at_once):
-        monkeypatch.setattr("metrics.real_images.SEARCHED_AT_ONCE", searched_at_once)
+        monkeypatch.setattr("sprite_diffusion.metrics.real_images.SEARCHED_AT_ONCE", searched_at_once)
         real = sprites(60)
         everything = real[np.arange(60)].double() / 255
         images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -512,8 +518,8 @@ class TestEvaluateEvery:
 
     @pytest.fixture(autouse=True)
     def quick(self, monkeypatch):
-        monkeypatch.setattr("training.outputs.IMAGES_PER_EVALUATION", 10)
-        monkeypatch.setattr("sampling.samplers.FEW_STEPS", 2)
+        monkeypatch.setattr("sprite_diffusion.runs.outputs.IMAGES_PER_EVALUATION", 10)
+        monkeypatch.setattr("sprite_diffusion.sampling.samplers.FEW_STEPS", 2)
 
     @pytest.mark.parametrize("script", ["train_unconditional", "train_conditional"])
     def test_history_last_figures_trackers_and_card(self, run_script, tmp_path, script):

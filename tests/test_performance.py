@@ -15,10 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 
-from sampling.pipeline_loading import load_pipeline
-from training.build import build_model
-from training.config import TrainingConfig
-from training.performance import Float32AttnProcessor, compile_model, prepare_attention
+from sprite_diffusion.runs.config import TrainingConfig
+from sprite_diffusion.sampling.pipeline_loading import load_pipeline
+from sprite_diffusion.training.build import build_model
+from sprite_diffusion.training.performance import Float32AttnProcessor, compile_model, prepare_attention
 
 CPU_BF16 = SimpleNamespace(device=torch.device("cpu"), mixed_precision="bf16")
 
@@ -82,9 +82,9 @@ def test_freed_memory_is_kept():
     """Page faults of eight tensors of 8 MB, 2,048 pages each, that come and go like a step's activations."""
     code = """
 import resource, torch
-from training.build import build_model
-from training.config import TrainingConfig
-from training.performance import prepare_cpu
+from sprite_diffusion.training.build import build_model
+from sprite_diffusion.runs.config import TrainingConfig
+from sprite_diffusion.common.machine import prepare_cpu
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
@@ -188,7 +188,7 @@ def test_loss_of_the_fast_path_stays_within_the_spread_of_seeds(run_script, tmp_
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(REPOSITORY)
-        monkeypatch.setattr("training.tracking.Trackers.log", log)
+        monkeypatch.setattr("sprite_diffusion.sharing.trackers.Trackers.log", log)
         for precision, seed in (("no", 0), ("no", 1), ("no", 2), ("bf16", 0), ("bf16", 1), ("bf16", 2)):
             monitor.clear()
             flags = f"{preset} --mixed_precision {precision} --seed {seed}"

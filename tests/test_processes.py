@@ -15,10 +15,11 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, LAUNCH, LAUNCH_TWO, REPOSITORY
 from PIL import Image
+from reliability import open_process
 from test_training import assert_same_weights, read_scalars, weights
 
-from training.processes import find_share
-from training.training_loop import draw_randomness
+from sprite_diffusion.training.steps import Step, take_share
+from sprite_diffusion.training.training_loop import draw_randomness
 
 NUM_IMAGES = 37  # in steps of 16: the last of an epoch has 5, of which the second of two processes has none
 STEPS_PER_EPOCH, NUM_STEPS = 3, 27
@@ -33,6 +34,9 @@ FLAGS = (
 )
 
 
+GIVEN = {"images": torch.zeros(4, 1, 2, 2)}  # to a process in a micro-batch
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
     """The flags of images whose red is their index."""
@@ -45,14 +49,8 @@ def data(tmp_path_factory) -> str:
 
 
 def start(launcher: list[str], script: str, flags: str, output_dir: Path, prefix: str = "") -> subprocess.Popen:
-    return subprocess.Popen(
-        [*prefix.split(), *launcher, script, *flags.split(), "--output_dir", str(output_dir)],
-        cwd=REPOSITORY,
-        env={**os.environ, **ENVIRONMENT},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = [*prefix.split(), *launcher, script, *flags.split(), "--output_dir", str(output_dir)]
+    return open_process(command, env={**os.environ, **ENVIRONMENT})
 
 
 def finish(*processes: subprocess.Popen) -> str:
@@ -175,19 +173,20 @@ def test_one_process_where_several_were_asked_for_is_an_error(data, tmp_path):
 @pytest.mark.parametrize(("num_processes", "accumulation"), [(1, 1), (1, 3), (2, 1), (3, 2), (4, 1)])
 @pytest.mark.parametrize("images_left", [1, 7, 8, 11, 23, 24, 50])
 def test_shares_divide_a_step(num_processes, accumulation, images_left):
+    shares = {rank: [] for rank in range(num_processes)}
+    for first_row in range(0, min(images_left, 4 * num_processes * accumulation), 4 * num_processes):
+        of_all = min(4 * num_processes, images_left - first_row)
+        for rank in shares:
+            shares[rank].append(take_share(GIVEN, first_row, rank, of_all))
+        assert sum(batches[-1].num_images for batches in shares.values()) == of_all
     rows, weight_of_image = [], []
-    for micro_batch in range(accumulation):
-        of_all = 0
-        for rank in range(num_processes):
-            share = find_share(4, 4, accumulation, micro_batch, rank, num_processes, 0, images_left)
-            own = range(share.first_row, share.first_row + share.num_images)
-            rows += own
-            of_all += share.num_images
-            # What becomes of the mean over the process's images: divided by the processes and the micro-batches.
-            weight_of_image += [share.loss_weight / len(own) / num_processes / accumulation for _ in own]
-        if of_all == 0:  # the epoch is at its end
-            break
-        assert share.num_images_of_all == of_all
+    for micro_batch in range(len(shares[0])):
+        for batches in shares.values():
+            step, batch = Step(batches, epoch=0, index=0, ends_epoch=False), batches[micro_batch]
+            counted = range(batch.first_row, batch.first_row + batch.num_images)
+            rows += counted
+            # What becomes of the mean over the process's images: divided by the processes.
+            weight_of_image += [step.loss_weight(batch, num_processes) / len(counted) / num_processes for _ in counted]
     total = min(images_left, 4 * num_processes * accumulation)
     assert rows == list(range(total))
     assert weight_of_image == pytest.approx([1 / total] * total)
@@ -195,11 +194,15 @@ def test_shares_divide_a_step(num_processes, accumulation, images_left):
 
 def test_shares_of_a_stream_are_what_it_gives():
     """Its length is not known: the last batch, here of 5 images, is divided among the processes."""
-    first, second = (find_share(3, 4, 2, 1, rank, 2, 5, None) for rank in (0, 1))
+    given = {"images": torch.zeros(3, 1, 2, 2)}
+    first, second = (take_share(given, 8, rank, 5) for rank in (0, 1))
     assert (first.first_row, second.first_row) == (8, 11)
     assert (first.num_images, second.num_images) == (3, 2)
-    assert first.num_images_of_all == second.num_images_of_all == 5
-    assert (first.loss_weight, second.loss_weight) == pytest.approx((3 / 2.5, 2 / 2.5))
+    assert first.num_images_of_all_processes == second.num_images_of_all_processes == 5
+    for rank, last in enumerate((first, second)):
+        step = Step([take_share(GIVEN, 0, rank, 8), last], epoch=0, index=0, ends_epoch=True)
+        assert step.num_images == 13
+        assert step.loss_weight(last, 2) / last.num_images / 2 == pytest.approx(1 / 13)
 
 
 def test_processes_and_micro_batches_draw_what_one_batch_draws():

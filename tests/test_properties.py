@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from schedulers import ClosedFormDDPMScheduler
-from training.config import TrainingConfig, parse_config
-from training.dataset import _BadImageError, open_image, prepare_image
-from training.errors import UserInputError
+from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.data.decoding import BadImageError, open_image, prepare_image
+from sprite_diffusion.runs.config import TrainingConfig, parse_config
 
 settings.register_profile(
     "quick", max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
@@ -122,7 +122,7 @@ def test_prepared_image_keeps_its_promise(image, resolution, **flags):
     config = TrainingConfig(resolution=f"{width}x{height}", **flags)
     try:
         pixels = prepare_image(image, "it", config)
-    except _BadImageError:
+    except BadImageError:
         assert image.mode in ("La", "LAB")  # which Pillow does not convert to every mode
         return
     channels, rows, columns = pixels.shape
@@ -143,7 +143,7 @@ def test_prepared_image_keeps_its_promise(image, resolution, **flags):
 
 @given(st.binary(max_size=200))
 def test_random_bytes_are_a_bad_image_or_a_good_one(content):
-    with contextlib.suppress(_BadImageError):
+    with contextlib.suppress(BadImageError):
         open_image(content)
 
 

@@ -13,12 +13,12 @@ from diffusers.models.modeling_utils import ModelMixin
 from PIL import Image
 
 from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline
-from sampling.conditions import Condition, choose_conditions
-from sampling.drawing import Request, draw_images, frame_indices
-from sampling.figures import compare_samplers, find_snapshots, interpolate, show_collapse, slerp
-from sampling.samplers import SAMPLERS, make_sampler
 from schedulers import ClosedFormDDPMScheduler, LinearCorruptionScheduler
-from training.grid import to_pixels
+from sprite_diffusion.sampling.conditions import Condition, choose_conditions
+from sprite_diffusion.sampling.figures import compare_samplers, find_snapshots, interpolate, show_collapse, slerp
+from sprite_diffusion.sampling.generation import Request, frame_indices, sample_images
+from sprite_diffusion.sampling.pictures import to_pixels
+from sprite_diffusion.sampling.samplers import SAMPLERS, make_sampler
 
 NAMES = ("hero", "non-hero", "food")
 ALPHAS_CUMPROD = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
@@ -106,7 +106,7 @@ def test_every_sampler_finds_the_image_that_the_model_knows(name):
     """With the exact predictor of a single image, each goes there, if it runs the model's own process."""
     pipeline = gaussian_pipeline(mean=0.4)
     sampler = make_sampler("--scheduler", pipeline, name, 20)
-    images = draw_images(pipeline, sampler, Request([0, 1], [Condition()] * 2))
+    images = sample_images(pipeline, sampler, Request([0, 1], [Condition()] * 2))
     # diffusers' tables hold alpha_bar in float32: sqrt(1 - alpha_bar_0) = 0.01 is off by 2^-24 / 1e-4 / 2 = 3e-4 of
     # itself, times noise of up to 5, halved with the range. Two samplers end with the noise of timestep 0 itself.
     tolerance = 0.01 * 5 / 2 * (1 if name in ("deis", "pndm") else 3e-4)
@@ -175,7 +175,7 @@ def test_scale(sample):
 def test_eta_is_that_of_diffusers(folders):
     pipeline = UnconditionalDDPMPipeline(unet(0), random_process())
     sampler = make_sampler("--scheduler", pipeline, "ddim", 5)
-    draws = {eta: draw_images(pipeline, sampler, Request([7], [Condition()], eta=eta)) for eta in (0.0, 1.0)}
+    draws = {eta: sample_images(pipeline, sampler, Request([7], [Condition()], eta=eta)) for eta in (0.0, 1.0)}
     for eta, images in draws.items():
         scheduler = DDIMScheduler.from_config(random_process().config)
         stock = DDIMPipeline(unet(0), scheduler)
@@ -196,7 +196,7 @@ def test_classes_and_mixes():
     assert [c.name for c in choose_conditions(pipeline, None, None)] == list(NAMES)
 
     sampler = make_sampler("--scheduler", pipeline, "ddim", 3)
-    images = draw_images(pipeline, sampler, Request([5] * 4, conditions, guidance_scale=1.5))
+    images = sample_images(pipeline, sampler, Request([5] * 4, conditions, guidance_scale=1.5))
     pipeline.scheduler = sampler.scheduler
     expected = pipeline(
         context=weights,
@@ -207,7 +207,7 @@ def test_classes_and_mixes():
     ).images
     assert torch.equal(images, expected)
     assert torch.equal(images[0], images[3])
-    in_two = draw_images(pipeline, sampler, Request([5] * 4, conditions, batch_size=2, guidance_scale=1.5))
+    in_two = sample_images(pipeline, sampler, Request([5] * 4, conditions, batch_size=2, guidance_scale=1.5))
     torch.testing.assert_close(in_two, images, rtol=0, atol=1 / 255)  # other sums, roundings of a level's size at most
     for i, j in [(0, 1), (0, 2), (1, 2)]:
         assert (images[i] - images[j]).abs().max() > 0.01
@@ -268,7 +268,7 @@ def test_comparison_draws_what_each_sampler_draws_alone():
     noise = [torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (3, 4, 5)]
     assert torch.equal(figure.rows[0], (torch.stack(noise) / 2 + 0.5).clamp(0, 1))
     for row, sampler in zip(figure.rows[1:], samplers, strict=True):
-        assert torch.equal(row, draw_images(conditional_pipeline(), sampler, request))
+        assert torch.equal(row, sample_images(conditional_pipeline(), sampler, request))
     ddpm, heun = figure.record["samplers"]
     assert (ddpm["scheduler"], ddpm["num_inference_steps"], ddpm["network_calls"]) == ("ddpm", 6, 6)
     assert heun["network_calls"] == 5  # two a step, but for the last
@@ -363,12 +363,12 @@ def test_interpolation_goes_from_one_sample_to_the_other():
     assert figure.row_labels == ["hero", "50%", "food"]
     assert figure.column_labels == ["seed 1", "50%", "seed 2"]
     for row, condition in [(0, hero), (2, food)]:
-        ends = draw_images(pipeline, sampler, Request([1, 2], [condition] * 2))
+        ends = sample_images(pipeline, sampler, Request([1, 2], [condition] * 2))
         # another batch size: roundings of the 256 levels' size at most
         torch.testing.assert_close(figure.rows[row][[0, 2]], ends, rtol=0, atol=1 / 255)
     middle = Condition("middle", (hero.weights + food.weights) / 2)
     noise = [torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
-    centre = draw_images(pipeline, sampler, Request([0], [middle]), slerp(*noise, 0.5)[None])
+    centre = sample_images(pipeline, sampler, Request([0], [middle]), slerp(*noise, 0.5)[None])
     torch.testing.assert_close(figure.rows[1][1], centre[0], rtol=0, atol=1 / 255)
 
 

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 from reliability import assert_same_runs, finish, start, wait_for
 
-from training.checkpoint import find_damage, list_checkpoints
-from training.shutdown import ONE_PRESS
+from sprite_diffusion.runs.folder import list_checkpoints
+from sprite_diffusion.runs.manifest import find_damage
+from sprite_diffusion.runs.signals import SAME_KEYPRESS_SECONDS
 
 FLAGS = "--num_epochs 20 --checkpoints_total_limit 2 --gradient_accumulation_steps 2 --checkpointing_steps 20"
 # A step of seconds, so that a signal finds the main thread in the middle of one.
@@ -94,7 +95,7 @@ def test_a_second_interrupt_ends_at_once(tmp_path):
     for _ in range(2):  # the same press, handed on by a program in between
         process.send_signal(signal.SIGINT)
         time.sleep(0.1)
-    time.sleep(ONE_PRESS)
+    time.sleep(SAME_KEYPRESS_SECONDS)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     began = time.monotonic()

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from training.sprites import CLASS_NAMES, draw_sprite, draw_sprites
+from sprite_diffusion.data.sprites import CLASS_NAMES, draw_sprite, draw_sprites
 
 # Hues in degrees on the colour wheel, neighbours sharing a margin for the tints. Brown, black, grey and white are
 # left out: skin, outline, metal and background would satisfy them in any sprite.

@@ -16,8 +16,8 @@ from conftest import REPOSITORY, TINY
 from PIL import Image
 from wandb.proto import wandb_internal_pb2 as pb
 
-from training.sprites import CLASS_NAMES
-from training.tracking import Trackers
+from sprite_diffusion.data.sprites import CLASS_NAMES
+from sprite_diffusion.sharing.trackers import Trackers
 
 
 def read_wandb_file(path: Path) -> list:

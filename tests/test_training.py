@@ -14,9 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sampling.pipeline_loading import load_pipeline
-from training.performance import choose_precision
-from training.training_loop import draw_randomness
+from sprite_diffusion.common.machine import choose_precision
+from sprite_diffusion.sampling.pipeline_loading import load_pipeline
+from sprite_diffusion.training.training_loop import draw_randomness
 
 
 def weights(folder, name="unet/diffusion_pytorch_model.safetensors"):

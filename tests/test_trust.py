@@ -66,6 +66,10 @@ def with_pickled_weights(tmp_path, victim):
     torch.save(Evil(victim), tmp_path / "run/unet/diffusion_pytorch_model.bin")
 
 
+def own_code(script, part, **index):
+    return lambda *args: with_own_code(*args, **index), script, "{0}/run", part
+
+
 def with_own_code(tmp_path, victim, **index):
     code = f"from pathlib import Path\nPath({str(victim)!r}).touch()\nclass Evil: pass\n"
     for folder in ("", "unet", "scheduler"):
@@ -131,30 +135,12 @@ TRAP = {  # how it is set, script, flags, part of the line
         "--dataset_name",
     ),
     "weights": (with_pickled_weights, "sample", "{0}/run", "that can be loaded"),
-    "pipeline's code": (
-        lambda *args: with_own_code(*args, _class_name=["evil", "Evil"]),
-        "sample",
-        "{0}/run",
-        "holds a Evil",
+    "pipeline's code": own_code("sample", "holds a Evil", _class_name=["evil", "Evil"]),
+    "network's code": own_code("calculate_metrics", "holds a Evil", unet=["evil", "Evil"]),
+    "another class of diffusers": own_code(
+        "sample", "holds a DiffusionPipeline", unet=["diffusers", "DiffusionPipeline"]
     ),
-    "network's code": (
-        lambda *args: with_own_code(*args, unet=["evil", "Evil"]),
-        "calculate_metrics",
-        "{0}/run",
-        "holds a Evil",
-    ),
-    "another class of diffusers": (
-        lambda *args: with_own_code(*args, unet=["diffusers", "DiffusionPipeline"]),
-        "sample",
-        "{0}/run",
-        "holds a DiffusionPipeline",
-    ),
-    "a module of diffusers": (
-        lambda *args: with_own_code(*args, scheduler=["diffusers", "utils"]),
-        "sample",
-        "{0}/run",
-        "holds a utils",
-    ),
+    "a module of diffusers": own_code("sample", "holds a utils", scheduler=["diffusers", "utils"]),
 }
 
 
@@ -254,7 +240,7 @@ def test_class_names_never_become_paths(run_script, tmp_path, monkeypatch):
     work = tmp_path / "one" / "two" / "work"
     work.mkdir(parents=True)
     monkeypatch.chdir(work)
-    monkeypatch.setattr("metrics.classifier.TRAINING_STEPS", 5)
+    monkeypatch.setattr("sprite_diffusion.metrics.classifier.TRAINING_STEPS", 5)
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=EVIL_NAMES))
     buffers = [io.BytesIO() for _ in range(5 * len(EVIL_NAMES))]
     for number, buffer in enumerate(buffers):
@@ -277,7 +263,7 @@ def test_class_names_never_become_paths(run_script, tmp_path, monkeypatch):
     )
     run_script("sample", f"--snapshots {work}/run --num_images 1 --num_inference_steps 2 --output {work}/c.png")
     run_script("calculate_metrics", f"{work}/run --num_images 10 --num_inference_steps 2 --scheduler ddim")
-    run_script("training.hub", f"card {work}/run")
+    run_script("sprite_diffusion.sharing.hub", f"card {work}/run")
     written = files_in(tmp_path) - before
     assert {work / "a.png", work / "c.json", work / "run" / "metrics.json", work / "run" / "README.md"} <= written
     assert not [

@@ -1,0 +1,35 @@
+"""The names of the files in a run's folder, and how the folder is found from one of them."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CARD_FILE = "README.md"
+CONFIG_FILE = "training_config.yaml"
+HISTORY_FILE = "metrics.jsonl"  # a line for each evaluation of a run
+INDEX_FILE = "model_index.json"
+METRICS_FILE = "metrics.json"
+PAIRS_FILE = "closest_pairs.png"
+SKIPPED_IMAGES_FILE = "skipped_images.jsonl"
+SUMMARY_FILE = "training_summary.json"
+WEIGHTS_FILE = "unet/diffusion_pytorch_model.safetensors"
+SAMPLES_DIR = "samples"
+SNAPSHOTS_DIR = "snapshots"
+# A pipeline for others. A `*` goes across folders: `*.py` would take those of snapshots.
+PIPELINE_FILES = [INDEX_FILE, "pipeline*.py", "unet/*", "scheduler/*", CONFIG_FILE]
+
+
+def find_run(path: Path) -> Path | None:
+    """Returns the folder of the run that a model is from: `path`, or a folder above that of a checkpoint; or None."""
+    folders = (path, *path.absolute().parents[:2])
+    return next((folder for folder in folders if (folder / CONFIG_FILE).is_file()), None)
+
+
+def read_saved_config(run_dir: Path) -> dict[str, Any] | None:
+    """Returns the saved flags of a run by name; None if they are missing or can't be read."""
+    try:
+        saved = yaml.safe_load((run_dir / CONFIG_FILE).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return saved if isinstance(saved, dict) else None

@@ -1,0 +1,90 @@
+"""Which images there are, and how one of them is read: the flags of every program that reads images."""
+
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.common.flags import FROM_ONE, as_flags, check_ranges, flag, make_parser, read_yaml, suggest
+
+BUILT_IN_DATASET = "sprites"
+
+
+@dataclass
+class DataConfig:
+    """The images of a run, of a comparison or of a figure, and how they are decoded."""
+
+    dataset_name: str | None = flag(
+        None,
+        "'sprites' (built in), a dataset on the Hub, a local dataset folder, or a .parquet or .npy file.",
+    )
+    dataset_config_name: str | None = flag(None, "Configuration of the dataset, where it has several.")
+    dataset_split: str = flag("train", "Split of the dataset.")
+    train_data_dir: str | None = flag(
+        None, "Folder of images; subfolder names are the classes. Ignored if `dataset_name` is given."
+    )
+    cache_dir: str | None = flag(None, "Where `datasets` keeps what it downloads.", changes="nothing")
+    image_column: str | None = flag(None, "Column of the images; found from the features if not given.")
+    label_column: str | None = flag(None, "Column of the class labels; found if not given.")
+    labels_file: str | None = flag(None, ".npy file of the labels, (N,) or one-hot (N, K), of a .npy dataset.")
+    class_names: list[str] | None = flag(None, "Names of the classes, in order, where the data has none.")
+    max_train_samples: int | None = flag(
+        None,
+        "Use the first N images; for 'sprites', how many are drawn (8,000 if not given).",
+        range=FROM_ONE,
+        changes="pixels",
+    )
+    resolution: str = flag("64", "Side of the images, or WIDTHxHEIGHT.", changes="pixels")
+    resize_mode: Literal["crop", "pad", "none"] = flag(
+        "crop",
+        "How an image of another shape is made to fit, its aspect kept: resize to cover and crop, "
+        "resize to fit and pad with `background`, or 'none': refuse images that are not of the resolution.",
+        changes="pixels",
+    )
+    center_crop: bool = flag(False, "Crop the centre, not a random place.", changes="pixels")
+    interpolation: Literal["lanczos", "bicubic", "bilinear", "box", "nearest"] = flag(
+        "lanczos", "Resize filter; 'nearest' for pixel art.", changes="pixels"
+    )
+    image_mode: Literal["auto", "L", "RGB"] = flag(
+        "auto", "Channels to train on: grey, colour, or what the data has.", changes="pixels"
+    )
+    background: str = flag("white", "Colour under transparent pixels and around padded images.", changes="pixels")
+    on_bad_image: Literal["error", "skip"] = flag(
+        "error", "What to do about an image that can't be decoded.", changes="pixels"
+    )
+
+    def __post_init__(self) -> None:
+        if self.dataset_name is None and self.train_data_dir is None:
+            self.dataset_name = BUILT_IN_DATASET
+        check_ranges(self)
+        class_names = self.class_names or []
+        if len(set(class_names)) < len(class_names):
+            raise UserInputError(f"--class_names {' '.join(class_names)} has a name twice: each class needs its own")
+        self.image_size  # noqa: B018 - raises if it can't be parsed
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        match = re.fullmatch(r"(\d+)(?:x(\d+))?", self.resolution)
+        if match is None or min(sides := [int(side) for side in match.groups(match[1])]) < 1:
+            raise UserInputError(f"--resolution is '{self.resolution}': give a side (32) or WIDTHxHEIGHT (24x16)")
+        width, height = sides
+        return height, width
+
+
+def parse_data_flags(argv: list[str], run_config: Path | None) -> DataConfig:
+    """Returns the data that flags name or, if they name none, that of a run's saved configuration."""
+    parser = make_parser(DataConfig)
+    known = [flag.name for flag in fields(DataConfig)]
+    names = [argument.removeprefix("--").split("=")[0] for argument in argv if argument.startswith("--")]
+    for name in names:
+        if name not in known:
+            raise UserInputError(f"unknown flag '--{name}'{suggest(name, known, prefix='--')}")
+    run_argv: list[str] = []
+    if not {"dataset_name", "train_data_dir"}.intersection(names):
+        if run_config is None:
+            raise UserInputError("name the images to compare with, by --dataset_name or --train_data_dir")
+        saved = {name: value for name, value in read_yaml(run_config).items() if name in known}
+        run_argv = as_flags(saved, run_config, parser, known)
+    return DataConfig(**vars(parser.parse_args(run_argv + argv)))

@@ -1,0 +1,161 @@
+"""A small network trained on the data itself, whose features and classes the metrics use: nothing is downloaded."""
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.ops import Conv2dNormActivation
+from tqdm.auto import tqdm
+
+from sprite_diffusion.common.errors import UserInputError, first_line
+from sprite_diffusion.common.files import cache_dir
+from sprite_diffusion.metrics.real_images import RealImages
+
+VERSION = 1  # of what is below: features of another version are not comparable
+NUM_FEATURES = 128
+TRAINING_STEPS = 800
+BATCH_SIZE = 128
+VALIDATION_BATCH = 256
+LEARNING_RATE = 2e-3
+LABEL_SMOOTHING = 0.1
+TEMPERATURE = 0.2  # of the contrastive loss
+
+
+class Classifier(nn.Module):
+    """uint8 images (B, C, H, W) -> features (B, 128); `head` makes class scores of them.
+
+    Where the data has no classes, the network was trained to tell images from one another whatever their place, size
+    and brightness (SimCLR, Chen et al. 2020), and `head` is the projection that this was done with.
+    """
+
+    def __init__(self, num_channels: int, num_outputs: int, image_size: tuple[int, int]) -> None:
+        super().__init__()
+        num_halvings = min(4, max(1, round(math.log2(min(image_size) / 4))))  # to sides of about 4
+        widths = [32, 64, *[NUM_FEATURES] * num_halvings][: num_halvings + 1]
+        layers: list[nn.Module] = [Conv2dNormActivation(num_channels, widths[0])]
+        for narrow, wide in zip(widths, [*widths[1:-1], NUM_FEATURES], strict=False):
+            layers += [Conv2dNormActivation(narrow, wide, stride=2), Conv2dNormActivation(wide, wide)]
+        self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(NUM_FEATURES, num_outputs)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layers(images.float() / 127.5 - 1)
+
+
+def load_classifier(real: RealImages, device: torch.device) -> tuple[Classifier, float]:
+    """The classifier of the data and its accuracy on the held-out half, trained if that was not done before."""
+    path = cache_dir() / f"classifier-v{VERSION}-{real.key}.safetensors"
+    num_classes = None if real.class_labels is None else int(real.class_labels.max()) + 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Classifier(real.num_channels, num_classes or NUM_FEATURES, real.image_size).to(device)
+        if not path.exists():
+            _train(model, real)
+            save_tensors(model.state_dict(), path, {"accuracy": str(_validate(model, real))})
+    tensors, metadata = load_tensors(path)
+    model.load_state_dict(tensors)
+    return model.eval().requires_grad_(False), float(metadata["accuracy"])
+
+
+def is_weak(accuracy: float, real: RealImages) -> bool:
+    """Whether the classifier is nearer to guessing than to knowing."""
+    if real.class_labels is None:
+        guess = 1 / VALIDATION_BATCH
+    else:
+        guess = float(real.class_labels[real.held_out].bincount().max()) / len(real.held_out)
+    return accuracy < (1 + guess) / 2
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Writes a file of the cache, whole or not at all."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise UserInputError(f"{path.parent} can't be written to ({first_line(error)}): set XDG_CACHE_HOME") from None
+
+
+def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """What `save_tensors` wrote."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 - not a dict
+
+
+def _train(model: Classifier, real: RealImages) -> None:
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LEARNING_RATE, total_steps=TRAINING_STEPS)
+    rng = np.random.default_rng(0)
+    batch_size = min(BATCH_SIZE, len(real.reference))
+    model.train()
+    for _ in tqdm(range(TRAINING_STEPS), desc="training the classifier", unit="step", dynamic_ncols=True, leave=False):
+        indices = rng.choice(real.reference, batch_size, replace=False)
+        images = real[indices].to(device)
+        if real.class_labels is None:
+            loss = _contrastive_loss(_project(model, _augment(images)), _project(model, _augment(images)))
+        else:
+            scores = model.head(model(_shift(images)))
+            loss = F.cross_entropy(scores, real.class_labels[indices].to(device), label_smoothing=LABEL_SMOOTHING)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+@torch.no_grad()
+def _validate(model: Classifier, real: RealImages) -> float:
+    """The share of held-out images put in their class; without classes, of those found again among others."""
+    model.eval()
+    device = next(model.parameters()).device
+    right = 0
+    for start in range(0, len(real.held_out), VALIDATION_BATCH):
+        indices = real.held_out[start : start + VALIDATION_BATCH]
+        images = real[indices].to(device)
+        if real.class_labels is None:
+            similarity = _project(model, _augment(images)) @ _project(model, _augment(images)).T
+            right += int((similarity.argmax(1).cpu() == torch.arange(len(images))).sum())
+        else:
+            right += int((model.head(model(images)).argmax(1).cpu() == real.class_labels[indices]).sum())
+    return right / len(real.held_out)
+
+
+def _project(model: Classifier, images: torch.Tensor) -> torch.Tensor:
+    return F.normalize(model.head(model(images)), dim=1)
+
+
+def _contrastive_loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Each image's two views are to find each other among all; equation 1 of Chen et al. 2020, between the views."""
+    similarity = a @ b.T / TEMPERATURE
+    own = torch.arange(len(a), device=a.device)
+    return (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
+
+
+def _shift(images: torch.Tensor) -> torch.Tensor:
+    """Moves each image by up to an eighth of its sides. No flips: facing may be a class. No noise: it is judged."""
+    return _transform(images, scales=torch.ones(len(images)), max_shift=0.125)
+
+
+def _augment(images: torch.Tensor) -> torch.Tensor:
+    """Another view of each image: moved, enlarged or mirrored, darker or lighter."""
+    scales = torch.empty(len(images)).uniform_(0.6, 1)
+    mirrored = 1 - 2 * torch.randint(2, (len(images),))
+    gain = torch.empty(len(images), 1, 1, 1).uniform_(0.7, 1).to(images.device)
+    return _transform(images, scales * mirrored, max_shift=0.2, scales_y=scales) * gain
+
+
+def _transform(
+    images: torch.Tensor, scales: torch.Tensor, max_shift: float, scales_y: torch.Tensor | None = None
+) -> torch.Tensor:
+    affine = torch.zeros(len(images), 2, 3)
+    affine[:, 0, 0], affine[:, 1, 1] = scales, scales if scales_y is None else scales_y
+    affine[:, :, 2] = torch.empty(len(images), 2).uniform_(-2 * max_shift, 2 * max_shift)  # sides are 2 long
+    grid = F.affine_grid(affine, list(images.shape), align_corners=False).to(images.device)
+    return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)

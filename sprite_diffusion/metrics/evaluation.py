@@ -1,0 +1,270 @@
+"""Every figure of a set of images: how near to the real ones, how much of them, of the class asked for, and copied?"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from PIL import Image
+from tqdm.auto import tqdm
+
+from pipelines import ConditionalDDPMPipeline
+from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.metrics.distances import (
+    Interval,
+    cmmd,
+    frechet_distance,
+    interval_of_distance,
+    interval_of_mean,
+    kernel_distance,
+    manifold_values,
+)
+from sprite_diffusion.metrics.extractors import Extractor, real_features
+from sprite_diffusion.metrics.real_images import RealImages
+from sprite_diffusion.sampling.conditions import Condition
+from sprite_diffusion.sampling.generation import Request, sample_images
+from sprite_diffusion.sampling.pictures import labelled_grid, to_pixels
+from sprite_diffusion.sampling.samplers import Sampler, make_sampler
+
+DISTANCES = {  # by extractor: only with Inception's features are they called FID and KID
+    "classifier": {"frechet_distance": frechet_distance, "kernel_distance": kernel_distance},
+    "inception": {"fid": frechet_distance, "kid": kernel_distance},
+    "clip": {"frechet_distance": frechet_distance, "cmmd": cmmd},
+}
+NEAR_COPY = 0.05  # of the pixels' range, root mean square: a difference that has to be searched for
+NUM_CLOSEST_PAIRS = 10
+MIN_IMAGES_OF_A_CLASS = 2  # for a covariance
+
+Batch = tuple[torch.Tensor, torch.Tensor]  # rows of the evaluated set (B,), and their uint8 images (B, C, H, W)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A metric of the generated images, its 95% interval, and the same metric of the held-out real images."""
+
+    value: float
+    interval: Interval
+    real: float
+    num_images: int
+
+
+@dataclass
+class Report:
+    """What `metrics.json` holds."""
+
+    num_images: int
+    extractor: str
+    figures: dict[str, Figure] = field(default_factory=dict)
+    of_class: dict[str, Figure] = field(default_factory=dict)  # the first distance, for each class
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def scalars(self) -> dict[str, float]:
+        """For trackers."""
+        return {f"metrics/{name}": figure.value for name, figure in self.figures.items()}
+
+
+@dataclass
+class _Measured:
+    """What is kept of generated images: never the images themselves, but for the closest pairs."""
+
+    rows: list[torch.Tensor] = field(default_factory=list)
+    features: list[torch.Tensor] = field(default_factory=list)
+    classes: list[torch.Tensor] = field(default_factory=list)  # as the classifier sees them
+    nearest: list[torch.Tensor] = field(default_factory=list)  # distances to the nearest training image
+    pairs: list[tuple[float, torch.Tensor, int]] = field(default_factory=list)  # distance, image, its nearest
+
+
+def evaluate(
+    real: RealImages, extractor: Extractor, images: Iterator[Batch], num_images: int, has_classes: bool = False
+) -> tuple[Report, Image.Image] | None:
+    """Measures images against `num_images` of the reference half; call it in every process, each with its share.
+
+    Row i of a conditional model's images is of the class of `real.reference[i]`. Returns the report and a picture of
+    the samples that are closest to training images; None but on the main process.
+    """
+    state = PartialState()
+    measured = _measure(real, extractor, images, state.device, judge_classes=has_classes)
+    parts: list[_Measured] = gather_object([measured])
+    if not state.is_main_process:
+        state.wait_for_everyone()
+        return None
+    order = torch.cat([rows for part in parts for rows in part.rows]).argsort()
+
+    def joined(name: str) -> torch.Tensor:
+        return torch.cat([tensor for part in parts for tensor in getattr(part, name)])[order]
+
+    reference, held_out = real.reference[:num_images], real.held_out[:num_images]
+    features = joined("features")
+    real_reference = real_features(extractor, real, reference, state.device)
+    real_held_out = real_features(extractor, real, held_out, state.device)
+    report = Report(num_images=len(features), extractor=extractor.description)
+    for name, distance in DISTANCES[extractor.name].items():
+        report.figures[name] = Figure(
+            distance(real_reference, features),
+            interval_of_distance(distance, real_reference, features),
+            distance(real_reference, real_held_out),
+            len(features),
+        )
+    floors = manifold_values(real_reference, real_held_out)
+    for name, values in manifold_values(real_reference, features).items():
+        report.figures[name] = _mean_figure(values, floors[name])
+    if has_classes and extractor.classify is not None and real.class_labels is not None:
+        labels = real.class_labels[reference]
+        floor = real.class_labels[held_out] == extractor.classify(real[held_out].to(state.device)).argmax(1).cpu()
+        report.figures["class_accuracy"] = _mean_figure(joined("classes") == labels, floor)
+        report.of_class = _distances_of_classes(real, extractor, real_reference, real_held_out, features, labels)
+    floor, _ = real.find_nearest(real[held_out].to(state.device), but=torch.from_numpy(held_out))
+    nearest = joined("nearest")
+    report.figures["nearest_distance"] = _mean_figure(nearest, floor.cpu())
+    report.figures["near_copies"] = _mean_figure(nearest <= NEAR_COPY, floor.cpu() <= NEAR_COPY)
+    picture = _draw_pairs(real, [pair for part in parts for pair in part.pairs])
+    state.wait_for_everyone()
+    return report, picture
+
+
+def choose_num_images(real: RealImages, wanted: int) -> int:
+    """As many as wanted, and no more than there are in each half of the data: so that the floor has as many."""
+    return min(wanted, len(real.reference))
+
+
+def make_evaluation_sampler(pipeline: Any, name: str | None, num_inference_steps: int | None) -> Sampler:
+    """The sampler of `--scheduler`; else DDIM, or the only one that the model's process has."""
+    if name is None and pipeline.scheduler.compatibles:
+        name = "ddim"
+    return make_sampler("--scheduler", pipeline, name, num_inference_steps)
+
+
+def sampling_facts(pipeline: Any, sampler: Sampler, guidance_scale: float, seed: int) -> dict[str, Any]:
+    """How images are drawn, for the record."""
+    guidance = {"guidance_scale": guidance_scale} if isinstance(pipeline, ConditionalDDPMPipeline) else {}
+    dtype = str(pipeline.unet.dtype).removeprefix("torch.")
+    return {"sampler": sampler.label, **guidance, "seed": seed, "dtype": dtype}
+
+
+def generate(
+    pipeline: Any,
+    sampler: Sampler,
+    real: RealImages,
+    num_images: int,
+    batch_size: int,
+    guidance_scale: float,
+    seed: int,
+) -> Iterator[Batch]:
+    """This process's share of the images to be evaluated; image i is drawn from `seed` + i."""
+    state = PartialState()
+    conditions = _match_conditions(pipeline, real, num_images)
+    starts = range(0, num_images, batch_size)[state.process_index :: state.num_processes]
+    bar = tqdm(
+        total=sum(min(batch_size, num_images - start) for start in starts),
+        desc=f"generating with {sampler.label}",
+        unit="image",
+        dynamic_ncols=True,
+        leave=False,
+        disable=not state.is_main_process,
+    )
+    for start in starts:
+        rows = range(start, min(start + batch_size, num_images))
+        request = Request(
+            seeds=[seed + i for i in rows],
+            conditions=[conditions[i] for i in rows],
+            batch_size=batch_size,
+            guidance_scale=guidance_scale,
+        )
+        images = sample_images(pipeline, sampler, request, show_progress=False)
+        yield torch.tensor(rows), to_pixels(images, scale=1)
+        bar.update(len(rows))
+    bar.close()
+
+
+def read_in_order(images: RealImages, num_images: int, batch_size: int) -> Iterator[Batch]:
+    """This process's share of the first images of a folder."""
+    state = PartialState()
+    for start in range(0, num_images, batch_size)[state.process_index :: state.num_processes]:
+        rows = np.arange(start, min(start + batch_size, num_images))
+        yield torch.from_numpy(rows), images[rows]
+
+
+def _match_conditions(pipeline: Any, real: RealImages, num_images: int) -> list[Condition]:
+    """For each image the class of the real one that stands in its place: so classes are as frequent as in the data."""
+    if not isinstance(pipeline, ConditionalDDPMPipeline):
+        return [Condition()] * num_images
+    if real.class_labels is None or real.id2label is None:
+        raise UserInputError(
+            f"{real.source} has no classes, which this model draws by: name them by --label_column or --labels_file"
+        )
+    try:
+        ids = {id: pipeline.get_class_id(name) for id, name in real.id2label.items()}
+    except ValueError as error:
+        raise UserInputError(f"{real.source} has other classes than the model: {error}; see --class_names") from None
+    one_hot = torch.eye(pipeline.num_classes)
+    labels = real.class_labels[real.reference[:num_images]].tolist()
+    return [Condition(real.id2label[label], one_hot[ids[label]]) for label in labels]
+
+
+@torch.no_grad()
+def _measure(
+    real: RealImages, extractor: Extractor, images: Iterator[Batch], device: torch.device, judge_classes: bool
+) -> _Measured:
+    measured = _Measured()
+    for rows, pixels in images:
+        pixels = pixels.to(device)
+        measured.rows.append(rows)
+        measured.features.append(extractor.extract(pixels).cpu())
+        if judge_classes and extractor.classify is not None:
+            measured.classes.append(extractor.classify(pixels).argmax(1).cpu())
+        distances, indices = (values.cpu() for values in real.find_nearest(pixels))
+        measured.nearest.append(distances)
+        pairs = zip(distances.tolist(), pixels.cpu(), indices.tolist(), strict=True)
+        measured.pairs = _closest([*measured.pairs, *pairs])
+    return measured
+
+
+def _closest(pairs: list[tuple[float, torch.Tensor, int]]) -> list[tuple[float, torch.Tensor, int]]:
+    return sorted(pairs, key=lambda pair: pair[0])[:NUM_CLOSEST_PAIRS]
+
+
+def _mean_figure(values: torch.Tensor, floor: torch.Tensor) -> Figure:
+    values = values.double()
+    return Figure(float(values.mean()), interval_of_mean(values), float(floor.double().mean()), len(values))
+
+
+def _distances_of_classes(
+    real: RealImages,
+    extractor: Extractor,
+    real_reference: torch.Tensor,
+    real_held_out: torch.Tensor,
+    features: torch.Tensor,
+    labels: torch.Tensor,
+) -> dict[str, Figure]:
+    """The first distance, of each class's images to the same class's real ones."""
+    assert real.class_labels is not None
+    assert real.id2label is not None
+    distance = next(iter(DISTANCES[extractor.name].values()))
+    held_out_labels = real.class_labels[real.held_out[: len(real_held_out)]]
+    figures = {}
+    for id, name in real.id2label.items():
+        own, own_held_out = labels == id, held_out_labels == id
+        if min(own.sum(), own_held_out.sum()) < MIN_IMAGES_OF_A_CLASS:
+            continue
+        figures[name] = Figure(
+            distance(real_reference[own], features[own]),
+            interval_of_distance(distance, real_reference[own], features[own]),
+            distance(real_reference[own], real_held_out[own_held_out]),
+            int(own.sum()),
+        )
+    return figures
+
+
+def _draw_pairs(real: RealImages, pairs: list[tuple[float, torch.Tensor, int]]) -> Image.Image:
+    """The closest pairs: a sample above, and the training image that is nearest to it below."""
+    closest = _closest(pairs)
+    samples = torch.stack([pixels for _, pixels, _ in closest]) / 255
+    nearest = real[np.array([index for _, _, index in closest])] / 255
+    return labelled_grid(
+        [samples, nearest], ["sample", "nearest\ntraining image"], [f"{distance:.3f}" for distance, _, _ in closest]
+    )

@@ -1,0 +1,111 @@
+"""What turns images into the features that they are compared by."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from sprite_diffusion.common.errors import UserInputError, first_line
+from sprite_diffusion.common.files import cache_dir
+from sprite_diffusion.metrics.classifier import is_weak, load_classifier, load_tensors, save_tensors
+from sprite_diffusion.metrics.real_images import RealImages
+
+EXTRACTORS = ("classifier", "inception", "clip")
+CLIP_MODEL = "openai/clip-vit-large-patch14-336"  # that of CMMD
+BATCH_SIZE = 256
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """`extract` turns uint8 images (B, C, H, W) into features (B, D), float32, on their device."""
+
+    name: str
+    key: str  # of the features' cache
+    description: str
+    extract: Callable[[torch.Tensor], torch.Tensor]
+    # The classifier that a conditional model's samples are judged by, as class scores, and its accuracy.
+    classify: Callable[[torch.Tensor], torch.Tensor] | None = None
+    accuracy: float | None = None
+
+
+def make_extractor(name: str, clip_model: str, real: RealImages, device: torch.device) -> Extractor:
+    """The extractor of `--extractor`. The classifier of the data comes with each of them, where there are classes."""
+    if name == "classifier" or real.class_labels is not None:
+        network, accuracy = load_classifier(real, device)
+        if real.class_labels is None:
+            kind = f"{accuracy:.1%} of held-out images found again, no classes"
+        else:
+            kind = f"{accuracy:.1%} of held-out images classified rightly"
+        if is_weak(accuracy, real):
+            tqdm.write(f"warning: the classifier is too weak to judge by ({kind}): more images may help")
+        classify = None if real.class_labels is None else _in_batches(lambda x: network.head(network(x)))
+        if name == "classifier":
+            weights = b"".join(tensor.cpu().numpy().tobytes() for tensor in network.state_dict().values())
+            key = f"classifier-{hashlib.sha256(weights).hexdigest()[:8]}"  # one trained elsewhere differs
+            return Extractor(name, key, f"classifier ({kind})", _in_batches(network), classify, accuracy)
+    else:
+        classify = accuracy = None
+    if name == "inception":
+        return Extractor(name, name, "Inception v3", _in_batches(_load_inception(device)), classify, accuracy)
+    key = "clip-" + "".join(c if c.isalnum() else "-" for c in clip_model)
+    return Extractor(name, key, f"CLIP, {clip_model}", _in_batches(_load_clip(clip_model, device)), classify, accuracy)
+
+
+def real_features(extractor: Extractor, real: RealImages, indices: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Features (N, D) of some of the real images on the CPU, kept for the next time."""
+    digest = f"{real.key}-{indices[0]}-{len(indices)}"  # which half, and how much of it
+    path = cache_dir() / f"features-{extractor.key}-{digest}.safetensors"
+    if not path.exists():
+        batches = [indices[start : start + BATCH_SIZE] for start in range(0, len(indices), BATCH_SIZE)]
+        bar = tqdm(batches, desc="features of real images", unit="batch", dynamic_ncols=True, leave=False)
+        features = torch.cat([extractor.extract(real[batch].to(device)).cpu() for batch in bar])
+        save_tensors({"features": features}, path, {})
+    return load_tensors(path)[0]["features"]
+
+
+def _in_batches(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    @torch.no_grad()
+    def apply(images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([function(batch).float() for batch in images.split(BATCH_SIZE)])
+
+    return apply
+
+
+def _load_inception(device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    if find_spec("torch_fidelity") is None:
+        raise UserInputError("--extractor inception: run 'pip install torch-fidelity' first")
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    try:
+        # Without antialiasing, as FID is defined: the resize of TensorFlow 1.
+        network = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"], antialias=False).to(device)
+    except (OSError, RuntimeError) as error:  # no network, no disk, or a damaged download
+        raise UserInputError(f"--extractor inception: its weights can't be had ({first_line(error)})") from None
+    return lambda images: network(_to_rgb(images))
+
+
+def _load_clip(name: str, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+    try:
+        processor: Any = CLIPImageProcessor.from_pretrained(name)
+        network: Any = CLIPVisionModelWithProjection.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserInputError(f"--clip_model {name} can't be loaded: {first_line(error)}") from None
+
+    network.eval().to(device)
+
+    def embed(images: torch.Tensor) -> torch.Tensor:
+        pixels = processor(images=list(_to_rgb(images).cpu().numpy()), return_tensors="pt").pixel_values
+        return torch.nn.functional.normalize(network(pixels.to(device)).image_embeds, dim=1)
+
+    return embed
+
+
+def _to_rgb(images: torch.Tensor) -> torch.Tensor:
+    return images.expand(-1, 3, -1, -1)

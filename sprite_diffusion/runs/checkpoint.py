@@ -1,0 +1,161 @@
+"""The checkpoints that a run resumes from."""
+
+import json
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors.torch import load_file
+from tqdm.auto import tqdm
+
+from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.common.files import PARTIAL, DiskFullError, FullDiskWarning, remove_whole, written_beside
+from sprite_diffusion.common.run_files import WEIGHTS_FILE
+from sprite_diffusion.runs.config import TrainingConfig
+from sprite_diffusion.runs.folder import BEST, list_best, list_checkpoints
+from sprite_diffusion.runs.manifest import STATE_FILE, write_manifest
+from sprite_diffusion.runs.state import TrainState
+from sprite_diffusion.runs.weights import Weights
+
+
+class Checkpoints:
+    """Writes the checkpoints of a run and removes old ones. Call its methods on every process.
+
+    A checkpoint is a pipeline folder too, so that samples can be drawn from it; with an EMA, its weights are those.
+    """
+
+    def __init__(self, accelerator: Accelerator, config: TrainingConfig, weights: Weights, lr_scheduler: Any) -> None:
+        self.accelerator = accelerator
+        self.config = config
+        self.output_dir = Path(config.output_dir)
+        self.weights = weights
+        self.lr_scheduler = lr_scheduler
+        resumed_from = config.resume_from_checkpoint
+        self.newest = None if resumed_from is None else self.output_dir / resumed_from  # of the whole ones
+        self.disk = FullDiskWarning()
+
+    def describe_newest(self) -> str:
+        """Returns the newest checkpoint's path, or 'none', for messages."""
+        return str(self.newest or "none")
+
+    def load(self) -> TrainState:
+        """Restores weights, optimizer, EMA, schedule and random states in place, and returns where the run stands."""
+        path = self.newest
+        check_same_on_all(path)
+        if path is None:
+            return TrainState()
+        values = json.loads((path / STATE_FILE).read_text())
+        check_num_processes(self.config, path, values, self.accelerator.num_processes)
+        self.accelerator.load_state(str(path))
+        self.lr_scheduler.load_state_dict(values.pop("lr_scheduler"))
+        ema_optimization_step = values.pop("ema_optimization_step", None)
+        if self.weights.ema is not None:
+            if ema_optimization_step is None:
+                raise UserInputError(f"{path} was written without --use_ema: resume without it as well")
+            shadow = load_file(path / WEIGHTS_FILE)  # not to the device: "cpu:0" is unknown to it
+            names = self.weights.model.state_dict()
+            self.weights.ema.shadow_params = [shadow[name].to(self.accelerator.device) for name in names]
+            self.weights.ema.optimization_step = ema_optimization_step
+        if self.accelerator.is_main_process:  # a kill may have come between the newest checkpoint and this
+            for old in self._beyond_limit(path):
+                remove_whole(old)
+        return TrainState(**values)
+
+    def save(self, state: TrainState, is_best: bool = False) -> None:
+        """Writes `checkpoint-STEP`, then removes the oldest beyond the limit; or `checkpoint-best-STEP`.
+
+        Where the disk is full, warns and leaves the earlier ones.
+        """
+        path = self.output_dir / f"checkpoint-{BEST if is_best else ''}{state.global_step}"
+        if path == self.newest:  # the run begins here, or a signal asks for a checkpoint that is there
+            return
+        self.weights.check_finite(state.global_step, self.describe_newest())
+        written = False
+        with self.disk.instead_of_error("checkpoint"):
+            self._write(path, state)
+            written = True
+        written = self._all_have(written)
+        if not written:
+            return
+        if not is_best:
+            self.newest = path
+        if self.accelerator.is_main_process:
+            tqdm.write(f"wrote {path}")
+            for old in self._superseded(path):
+                remove_whole(old)
+        self.accelerator.wait_for_everyone()
+
+    def _write(self, path: Path, state: TrainState) -> None:
+        is_main = self.accelerator.is_main_process
+        with written_beside(path) if is_main else nullcontext(path.with_name(path.name + PARTIAL)) as partial:
+            self.accelerator.wait_for_everyone()  # until no earlier attempt is left there
+            error: Exception = DiskFullError(f"{path}: the disk of another process is full")
+            try:
+                self.accelerator.save_state(str(partial))
+                complete = True
+            except Exception as caught:  # raised below, when the others know
+                error, complete = caught, False
+            if not self._all_have(complete):
+                raise error
+            if is_main:
+                self.weights.save(partial)
+                num_processes = self.accelerator.num_processes
+                values = {
+                    **asdict(state),
+                    "num_processes": num_processes,
+                    "total_batch_size": self.config.total_batch_size(num_processes),
+                    "lr_scheduler": self.lr_scheduler.state_dict(),
+                }
+                if self.weights.ema is not None:
+                    values["ema_optimization_step"] = self.weights.ema.optimization_step
+                (partial / STATE_FILE).write_text(json.dumps(values))
+                write_manifest(partial)
+
+    def _all_have(self, done: bool) -> bool:
+        flag = torch.tensor([float(done)], device=self.accelerator.device)
+        return bool(self.accelerator.gather(flag).min())
+
+    def _superseded(self, path: Path) -> list[Path]:
+        """Returns the checkpoints that a new one takes the place of: those beyond the limit, and those of later steps.
+
+        Those of later steps were damaged, or belong to a run that was resumed from an earlier checkpoint.
+        """
+        if path.name.startswith(f"checkpoint-{BEST}"):
+            return [other for other in list_best(self.output_dir) if other != path]
+        checkpoints = list_checkpoints(self.output_dir)
+        return self._beyond_limit(path) + checkpoints[checkpoints.index(path) + 1 :]
+
+    def _beyond_limit(self, newest: Path) -> list[Path]:
+        checkpoints = list_checkpoints(self.output_dir)
+        place = checkpoints.index(newest) + 1 if newest in checkpoints else 0
+        limit = self.config.checkpoints_total_limit
+        return [] if limit is None else checkpoints[: max(0, place - limit)]
+
+
+def check_same_on_all(checkpoint: Path | None) -> None:
+    """Raises `UserInputError` on every process if machines see different checkpoints, as they don't share a folder."""
+    names = gather_object([None if checkpoint is None else checkpoint.name])
+    if len(set(names)) > 1:
+        raise UserInputError(
+            f"--output_dir does not hold the same checkpoints on every machine ({', '.join(map(str, names))}): share "
+            "the folder, or copy the checkpoint to each"
+        )
+
+
+def check_num_processes(config: TrainingConfig, path: Path, values: dict[str, Any], num_processes: int) -> None:
+    """Takes the number of processes out of a checkpoint's values.
+
+    Raises `UserInputError` if the number of this run would change the steps.
+    """
+    before, total_before = values.pop("num_processes"), values.pop("total_batch_size")
+    total = config.total_batch_size(num_processes)
+    if num_processes != before and total != total_before:
+        raise UserInputError(
+            f"{path} was written by {before} process(es) in steps of {total_before} images, and {num_processes} would "
+            f"take {total}: change --train_batch_size or --gradient_accumulation_steps so that processes x batch size "
+            f"x accumulation is {total_before}"
+        )

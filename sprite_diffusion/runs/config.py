@@ -1,0 +1,229 @@
+"""The flags of a training run: defaults < `--config FILE.yaml` < flags."""
+
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.common.files import write_text
+from sprite_diffusion.common.flags import (
+    FROM_ONE,
+    SEED_RANGE,
+    Range,
+    as_flags,
+    default_of,
+    flag,
+    make_parser,
+    parse_known,
+    read_yaml,
+)
+from sprite_diffusion.data.config import BUILT_IN_DATASET, DataConfig
+
+ABOVE_ZERO = Range(above=0)
+FROM_ZERO = Range(at_least=0)
+SHARE = Range(at_least=0, below=1)
+
+
+@dataclass
+class TrainingConfig(DataConfig):
+    """Everything that determines a run, with the images of `DataConfig`.
+
+    Where diffusers' official `train_unconditional.py` has the same flag, the name, the meaning and the default
+    are the same; docs/flags.md has the table.
+    """
+
+    config: str | None = flag(
+        None, "YAML file of these same names; flags given besides it win.", changes="nothing", saved=False
+    )
+
+    # Reading
+    streaming: bool = flag(
+        False, "Read while training: for sets that do not fit on the disk. Needs `max_train_steps`."
+    )
+    random_flip: bool = flag(False, "Mirror half of the images, left to right.")
+    preserve_input_precision: bool = flag(
+        False, "Accepted for the official script's users: 16-bit images always keep their range here.", changes="nothing")
+    dataloader_num_workers: int = flag(0, "Processes that read a streamed dataset.", range=FROM_ZERO)
+
+    # Network
+    model_class: Literal["UNet2DModel", "ContextUNet2DModel", "BasicUNet2DModel"] = flag(
+        "UNet2DModel", "The network: diffusers' U-Net, the sprite course's, or the toy of three convolutions."
+    )
+    model_config_name_or_path: str | None = flag(
+        None, "A config.json of a UNet2DModel, its folder or its Hub id; in place of the next four."
+    )
+    block_out_channels: list[int] = flag(
+        [128, 128, 256, 256, 512, 512], "Channels of each level; ContextUNet2DModel takes one number."
+    )
+    attention_levels: list[int] = flag([5], "Levels with self-attention, 1 = full resolution; 0 = none.")
+    layers_per_block: int = flag(2, "Residual blocks per level.", range=FROM_ONE)
+    attention_head_dim: int = flag(8, "Channels per attention head; 32 or 64 is faster than the default.", range=FROM_ONE)
+    norm_type: Literal["group", "batch"] = flag("group", "Normalisation of ContextUNet2DModel.")
+    gradient_checkpointing: bool = flag(
+        False, "Less memory: activations of UNet2DModel's blocks are calculated again in the backward pass."
+    )
+    enable_xformers_memory_efficient_attention: bool = flag(False, "Use xFormers' attention.")
+
+    # Noise process
+    noise_scheduler_class: Literal["ClosedFormDDPMScheduler", "LinearCorruptionScheduler"] = flag(
+        "ClosedFormDDPMScheduler", "The forward process."
+    )
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = flag(
+        "epsilon", "What the network predicts: the noise, the clean image, or the velocity."
+    )
+    ddpm_num_steps: int = flag(1000, "Steps of the forward process, T.", range=FROM_ONE)
+    ddpm_num_inference_steps: int = flag(1000, "Steps of the sample grids.", range=FROM_ONE)
+    ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] = flag(
+        "linear", "How beta grows from `beta_start` to `beta_end`."
+    )
+    beta_start: float = flag(0.0001, "First beta.", range=ABOVE_ZERO)
+    beta_end: float = flag(0.02, "Last beta.")
+    noise_type: Literal["gaussian", "uniform"] = flag("gaussian", "Noise of LinearCorruptionScheduler.")
+
+    # Optimisation
+    train_batch_size: int = flag(16, "Images per process and micro-batch.", range=FROM_ONE)
+    num_epochs: int = flag(100, "Passes over the data.", range=FROM_ONE)
+    max_train_steps: int | None = flag(None, "Optimizer steps; ends the run before `num_epochs` if smaller.", range=FROM_ONE)
+    gradient_accumulation_steps: int = flag(1, "Micro-batches per optimizer step.", range=FROM_ONE)
+    learning_rate: float = flag(1e-4, "Learning rate after the warm-up.", range=ABOVE_ZERO)
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = flag("cosine", "Learning-rate schedule, counted in optimizer steps.")
+    lr_warmup_steps: int = flag(500, "Optimizer steps of the warm-up.", range=FROM_ZERO)
+    adam_beta1: float = flag(0.95, "AdamW's beta1.", range=SHARE)
+    adam_beta2: float = flag(0.999, "AdamW's beta2.", range=SHARE)
+    adam_weight_decay: float = flag(1e-6, "AdamW's weight decay; 0 makes it Adam.", range=FROM_ZERO)
+    adam_epsilon: float = flag(1e-8, "AdamW's epsilon.", range=ABOVE_ZERO)
+    max_grad_norm: float = flag(1.0, "Gradients are scaled down to this norm.", range=ABOVE_ZERO)
+    snr_gamma: float | None = flag(None, "Min-SNR weighting of the loss with this gamma (5 is usual).", range=ABOVE_ZERO)
+    label_dropout: float = flag(
+        0.1, "Share of labels replaced by 'no class' (train_conditional.py): what guidance needs.", range=SHARE)
+    mixed_precision: Literal["no", "fp16", "bf16", "auto"] = flag(
+        "no", "'auto': bf16 where the hardware does it well, else fp16 on a GPU, else 'no'."
+    )
+    compile: Literal["auto", "on", "off"] = flag(
+        "auto", "torch.compile; 'auto': on a GPU, for runs that are long enough to earn it back."
+    )
+    use_ema: bool = flag(False, "Sample from and save the moving average of the weights.")
+    ema_inv_gamma: float = flag(1.0, "EMA warm-up: decay = 1 - (1 + step / inv_gamma) ** -power.", range=ABOVE_ZERO)
+    ema_power: float = flag(0.75, "EMA warm-up, see `ema_inv_gamma`.", range=FROM_ZERO)
+    ema_max_decay: float = flag(0.9999, "Largest EMA decay.", range=SHARE)
+    seed: int = flag(0, "Seed of the weights, the data order, the noise and the samples.", range=SEED_RANGE)
+    max_skipped_steps: int = flag(
+        10, "Stop after N steps in a row whose loss or gradient is not finite; fewer are skipped.", range=FROM_ONE, changes="nothing")
+    local_rank: int = flag(-1, "Accepted for old launchers; accelerate finds the rank itself.", changes="nothing")
+
+    # Output
+    output_dir: str = flag("ddpm-model-64", "Folder of the run.", changes="nothing")
+    overwrite_output_dir: bool = flag(False, "Remove the earlier run in `output_dir` first.", changes="nothing", saved=False)
+    save_images_epochs: int = flag(10, "A sample grid every N epochs and at the end.", range=FROM_ONE, changes="nothing")
+    save_images_steps: int | None = flag(None, "A sample grid every N optimizer steps as well.", range=FROM_ONE, changes="nothing")
+    eval_batch_size: int = flag(16, "Images per sample grid (train_conditional.py: per class).", range=FROM_ONE)
+    guidance_scale: float = flag(
+        1.0, "Classifier-free guidance of the sample grids (train_conditional.py); 1 = none.", range=FROM_ONE)
+    save_model_epochs: int = flag(10, "Write the pipeline every N epochs and at the end.", range=FROM_ONE, changes="nothing")
+    evaluate_every: int | None = flag(
+        None, "Calculate metrics every N epochs and at the end, of fewer images than calculate_metrics.py.", range=FROM_ONE, changes="nothing")
+    snapshot_epochs: int | None = flag(None, "Keep a pipeline under `snapshots/` every N epochs.", range=FROM_ONE, changes="nothing")
+    checkpointing_steps: int = flag(500, "Write a checkpoint to resume from every N optimizer steps.", range=FROM_ONE, changes="nothing")
+    checkpoints_total_limit: int | None = flag(None, "Keep the newest N checkpoints.", range=FROM_ONE, changes="nothing")
+    keep_best_checkpoint: bool = flag(
+        False, "Keep the checkpoint of the lowest Frechet distance besides. Needs `evaluate_every`.", changes="nothing")
+    resume_from_checkpoint: str | None = flag(
+        None, "'latest', or a checkpoint folder inside `output_dir`; an unfinished run of the same flags needs none.", changes="nothing", saved=False)
+    shutdown_grace: float = flag(30.0, "Seconds from SIGTERM or SIGINT to the end, with a checkpoint or without.", range=ABOVE_ZERO, changes="nothing")
+    logger: Literal["tensorboard", "wandb", "trackio", "all", "none"] = flag(
+        "tensorboard", "Experiment tracker; 'all': each of the three that is installed.", changes="nothing")
+    logging_dir: str = flag("logs", "Folder of the trackers, inside `output_dir`.", changes="nothing")
+    logging_steps: int = flag(10, "Log the mean loss every N optimizer steps.", range=FROM_ONE, changes="nothing")
+
+    # Hub
+    push_to_hub: bool = flag(False, "Upload the pipeline, beside the training.", changes="nothing")
+    hub_strategy: Literal["end", "every_save", "checkpoint"] = flag(
+        "every_save", "Upload at the end, also every time the pipeline is written, or also at every checkpoint.", changes="nothing")
+    hub_token: str | None = flag(None, "Token for the Hub; better: `hf auth login`. Never saved.", changes="nothing", saved=False)
+    hub_model_id: str | None = flag(None, "Repository; the name of `output_dir` if not given.", changes="nothing")
+    hub_private_repo: bool = flag(False, "Create the repository as private.", changes="nothing")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parts = Path(self.logging_dir).parts
+        # Also a pattern: --overwrite_output_dir removes what it names.
+        if not parts or ".." in parts or Path(self.logging_dir).is_absolute() or {*"*?["} & {*self.logging_dir}:
+            raise UserInputError(
+                f"--logging_dir {self.logging_dir}: name a folder inside of --output_dir, such as logs"
+            )
+        if not self.beta_start <= self.beta_end < 1:
+            raise UserInputError(f"--beta_end is {self.beta_end}: it must lie between --beta_start and 1")
+        if min(self.block_out_channels) < 1:
+            raise UserInputError(f"--block_out_channels holds {min(self.block_out_channels)}: channels are above 0")
+        if self.ddpm_num_inference_steps > self.ddpm_num_steps:
+            raise UserInputError(
+                f"--ddpm_num_inference_steps is {self.ddpm_num_inference_steps}: "
+                f"it can't exceed --ddpm_num_steps, {self.ddpm_num_steps}"
+            )
+        if self.streaming and self.max_train_steps is None:
+            raise UserInputError("--streaming needs --max_train_steps: the length of a stream is not known")
+        if self.streaming and self.evaluate_every is not None:
+            raise UserInputError("--evaluate_every does not go with --streaming: metrics need all images at hand")
+        if self.keep_best_checkpoint and self.evaluate_every is None:
+            raise UserInputError("--keep_best_checkpoint needs --evaluate_every: only then is there a best one")
+
+    def total_batch_size(self, num_processes: int) -> int:
+        """Returns the number of images of an optimizer step."""
+        return num_processes * self.train_batch_size * self.gradient_accumulation_steps
+
+    def save(self, path: Path) -> None:
+        """Writes the file that repeats this run with `--config PATH`; the token is never in it."""
+        saved = {flag.name for flag in fields(self) if flag.metadata["saved"]}
+        values = {name: value for name, value in asdict(self).items() if name in saved}
+        write_text(path, yaml.safe_dump(values, sort_keys=False))
+
+    def differences(self, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Returns the flags that change the numbers of a run, with their values in a saved configuration and here."""
+        pairs = {
+            flag.name: (saved.get(flag.name, default_of(flag)), getattr(self, flag.name))
+            for flag in fields(self)
+            if flag.metadata["changes"] != "nothing"
+        }
+        return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
+
+
+def parse_config(argv: list[str], default_preset: str) -> TrainingConfig:
+    """Reads the command line.
+
+    `default_preset`, a file in configs/, is read where neither `--config` nor other data than the built-in
+    sprites is named: with data of one's own, the defaults are the official script's.
+    """
+    parser = make_parser(TrainingConfig)
+    names = [flag.name for flag in fields(TrainingConfig)]
+    flags = parse_known(parser, argv, names)
+    path = None if flags.config is None else find_preset(flags.config)
+    if path is None and flags.train_data_dir is None and flags.dataset_name in (None, BUILT_IN_DATASET):
+        path = presets_dir() / default_preset
+    if flags.hub_token is not None:
+        # W&B records the command line.
+        hidden = {flags.hub_token: "***", f"--hub_token={flags.hub_token}": "--hub_token=***"}
+        sys.argv[:] = [hidden.get(argument, argument) for argument in sys.argv]
+    if path is None:
+        return TrainingConfig(**vars(flags))
+    yaml_argv = as_flags(read_yaml(path), path, parser, [name for name in names if name != "config"])
+    if flags.train_data_dir is not None and flags.dataset_name is None:  # else a preset's dataset would win over it
+        yaml_argv = [argument for argument in yaml_argv if not argument.startswith("--dataset_name=")]
+    return TrainingConfig(**vars(parser.parse_args(yaml_argv + argv)))
+
+
+def presets_dir() -> Path:
+    """Returns the folder of the presets: in an installed package inside of it, in the repository at the top."""
+    package = Path(__file__).resolve().parents[1]
+    return next(folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir())
+
+
+def find_preset(name: str) -> Path:
+    """Returns the file of `--config`, which may be a preset's name with or without the folder, from any folder."""
+    path = Path(name)
+    preset = presets_dir() / path.name
+    return preset if not path.exists() and path.parent in (Path(), Path("configs")) and preset.is_file() else path

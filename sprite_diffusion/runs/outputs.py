@@ -1,0 +1,243 @@
+"""What a run leaves in its folder besides checkpoints, and sends to trackers and the Hub."""
+
+import json
+import math
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.common.files import PARTIAL, FullDiskWarning, remove, write_text, written_beside
+from sprite_diffusion.common.run_files import SAMPLES_DIR, SKIPPED_IMAGES_FILE, SNAPSHOTS_DIR, SUMMARY_FILE
+from sprite_diffusion.data.dataset import ImageData
+from sprite_diffusion.metrics.evaluation import (
+    choose_num_images,
+    evaluate,
+    generate,
+    make_evaluation_sampler,
+    sampling_facts,
+)
+from sprite_diffusion.metrics.extractors import CLIP_MODEL, make_extractor
+from sprite_diffusion.metrics.real_images import RealImages
+from sprite_diffusion.metrics.report import append_history, is_lowest, write_report
+from sprite_diffusion.runs.checkpoint import Checkpoints
+from sprite_diffusion.runs.config import TrainingConfig
+from sprite_diffusion.runs.folder import check_room, prepare_output_dir
+from sprite_diffusion.runs.signals import SamplingInterrupted, Signals
+from sprite_diffusion.runs.state import Due, TrainState
+from sprite_diffusion.runs.summary import print_summary, write_summary
+from sprite_diffusion.runs.weights import Weights
+from sprite_diffusion.sampling.conditions import Condition
+from sprite_diffusion.sampling.generation import Request, sample_images
+from sprite_diffusion.sampling.pictures import make_picture
+from sprite_diffusion.sampling.pipeline_loading import Pipeline
+from sprite_diffusion.sampling.samplers import make_sampler
+from sprite_diffusion.sharing.hub import HubUploader, create_repository
+from sprite_diffusion.sharing.trackers import Trackers
+
+IMAGES_PER_EVALUATION = 500
+
+
+@dataclass(frozen=True)
+class SampleGrid:
+    """A picture of samples: the class of each, how many are in a row, and what the picture shows."""
+
+    conditions: list[Condition]
+    columns: int
+    caption: str
+    guidance_scale: float = 1.0
+
+
+class RunOutputs:
+    """Writes sample grids, the pipeline, its summary and snapshots. The main process writes, the others wait."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: TrainingConfig,
+        data: ImageData,
+        weights: Weights,
+        grid: SampleGrid,
+        total_steps: int,
+        checkpoints: Checkpoints,
+        signals: Signals,
+    ) -> None:
+        self.accelerator = accelerator
+        self.config = config
+        self.output_dir = Path(config.output_dir)
+        self.data = data
+        self.weights = weights
+        self.grid = grid
+        self.total_steps = total_steps
+        self.checkpoints = checkpoints
+        self.signals = signals
+        self.disk = FullDiskWarning()
+        self.uploader: HubUploader | None = None
+
+    def begin(self, state: TrainState) -> None:
+        """Makes the folder, opens the trackers and the repository, and says what is about to be trained."""
+        config, checkpoint, model = self.config, self.checkpoints.newest, self.weights.model
+        check_room(config, model, state.global_step, self.total_steps)
+        logger = "none"
+        if self.accelerator.is_main_process:
+            logger = config.logger
+            if config.push_to_hub:
+                name = config.hub_model_id or self.output_dir.name
+                repo_id = create_repository(name, config.hub_private_repo, config.hub_token)
+                self.uploader = HubUploader(repo_id, self.output_dir, config.hub_private_repo, config.hub_token)
+            prepare_output_dir(config)
+            start = f"from {checkpoint}" if checkpoint else "from the start"
+            print_summary(self.accelerator, config, self.data, model, self.total_steps, start)
+            self._write_skipped_images()
+        self.trackers = Trackers(
+            logger,
+            self.output_dir / config.logging_dir,
+            {name: value for name, value in asdict(config).items() if name != "hub_token"},
+            resumed_from=None if checkpoint is None else state.global_step,
+        )
+        if config.evaluate_every is not None:  # here, so that an error in the data shows before the training
+            self.real = RealImages(self.data)
+            with self.accelerator.local_main_process_first():
+                self.extractor = make_extractor("classifier", CLIP_MODEL, self.real, self.accelerator.device)
+        self.accelerator.wait_for_everyone()
+
+    def _write_skipped_images(self) -> None:
+        path = self.output_dir / SKIPPED_IMAGES_FILE
+        if not self.data.skipped_images:
+            path.unlink(missing_ok=True)  # of the run that is resumed
+            return
+        lines = [json.dumps({"image": image.name, "reason": image.reason}) for image in self.data.skipped_images]
+        write_text(path, "\n".join(lines) + "\n")
+        tqdm.write(f"wrote {path}")
+
+    def log(self, metrics: dict[str, float], state: TrainState) -> None:
+        """Gives numbers to the trackers, and keeps the loss for the summary."""
+        if math.isfinite(metrics["loss"]):
+            state.loss = metrics["loss"]
+        self.trackers.log(metrics, state.global_step)
+
+    def write(self, due: Due, state: TrainState) -> bool:
+        """Writes what is due, of the averaged weights, and returns whether their distance is the lowest so far.
+
+        A signal to stop interrupts sampling: a resumed run writes all of it again.
+        """
+        self.weights.check_finite(state.global_step, self.checkpoints.describe_newest())
+        epochs_done = state.epochs_done(due.end)
+        is_best = False
+        with suppress(SamplingInterrupted), self.weights.pipeline() as pipeline:
+            if due.metrics:
+                is_best = self._evaluate(pipeline, state)
+            if due.samples:
+                self._write_samples(pipeline, state.global_step, epochs_done)
+            if due.snapshot:
+                self._write_snapshot(pipeline, epochs_done)
+            if due.pipeline:  # last, as its summary says that a run is finished
+                self._write_pipeline(pipeline, state, due.end)
+        self.accelerator.wait_for_everyone()
+        return is_best
+
+    def close(self) -> None:
+        """Closes the trackers."""
+        self.trackers.finish()
+
+    def finish(self) -> None:
+        """Waits for what is still to be sent, and closes.
+
+        Raises `UserInputError` if the disk had no room for the pipeline.
+        """
+        if self.uploader is not None:
+            self.uploader.finish()
+        self.close()
+        if "pipeline" in self.disk.unwritten:
+            raise UserInputError(
+                f"--output_dir {self.output_dir}: the disk is full, the pipeline was not written; free some and give "
+                "the same command again"
+            )
+
+    def _evaluate(self, pipeline: Pipeline, state: TrainState) -> bool:
+        """Measures some images, sampled by all processes: for the trackers, and for the card."""
+        config, real = self.config, self.real
+        num_images = choose_num_images(real, IMAGES_PER_EVALUATION)
+        sampler = make_evaluation_sampler(pipeline, None, None)
+        # One of several processes must not leave the others waiting for its images.
+        is_only_process = self.accelerator.num_processes == 1
+        with self.signals.interruptible() if is_only_process else nullcontext():
+            images = generate(
+                pipeline, sampler, real, num_images, config.train_batch_size, config.guidance_scale, config.seed
+            )
+            result = evaluate(real, self.extractor, images, num_images, judge_classes=pipeline.num_classes > 0)
+        if result is None:
+            return False
+        report, closest_pairs = result
+        facts = {
+            "global_step": state.global_step,
+            "data": Path(real.source).name,
+            "num_training_images": len(real),
+            **sampling_facts(pipeline, sampler, config.guidance_scale, config.seed),
+        }
+        is_best = is_lowest(report, self.output_dir, state.global_step)
+        with self.disk.instead_of_error("metrics"):
+            append_history(report, self.output_dir, facts)
+            for path in write_report(report, closest_pairs, self.output_dir, facts):
+                tqdm.write(f"wrote {path}")
+        self.trackers.log(report.scalars(), state.global_step)
+        return is_best
+
+    def _write_samples(self, pipeline: Pipeline, global_step: int, epochs_done: int) -> None:
+        """Writes a sample grid, from the same noise each time, as a PNG and to the trackers."""
+        if not self.accelerator.is_main_process:
+            return
+        config, grid = self.config, self.grid
+        sampler = make_sampler("--ddpm_num_inference_steps", pipeline, None, config.ddpm_num_inference_steps)
+        seeds = [config.seed + i for i in range(len(grid.conditions))]
+        request = Request(seeds, grid.conditions, guidance_scale=grid.guidance_scale)
+        with self.signals.interruptible():
+            images = sample_images(pipeline, sampler, request)  # (N, C, H, W) in [0, 1]
+        path = self.output_dir / SAMPLES_DIR / f"step-{global_step:06d}.png"
+        picture = make_picture(images, grid.columns)
+        with self.disk.instead_of_error("samples"):
+            with written_beside(path) as partial:
+                picture.save(partial, format="PNG")
+            caption = f"epoch {epochs_done}, step {global_step}; {grid.caption}"
+            self.trackers.log_image("samples", picture, caption, global_step)
+            tqdm.write(f"wrote {path}")
+
+    def _write_snapshot(self, pipeline: Pipeline, epochs_done: int) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        folder = self.output_dir / SNAPSHOTS_DIR / f"epoch-{epochs_done:04d}"
+        with self.disk.instead_of_error("snapshot"):
+            with written_beside(folder) as partial:
+                pipeline.save_pretrained(str(partial))
+            tqdm.write(f"wrote {folder}")
+
+    def _write_pipeline(self, pipeline: Pipeline, state: TrainState, is_end: bool) -> None:
+        """Writes the pipeline into the output folder, then its summary; sends both to the Hub and to W&B."""
+        if not self.accelerator.is_main_process:
+            return
+        with self.disk.instead_of_error("pipeline"):
+            staged = self.output_dir / f"staged{PARTIAL}"
+            with written_beside(staged) as partial:
+                pipeline.save_pretrained(str(partial))
+            # File by file: but for the weights, which are one file, they are the same at every step.
+            for file in [path for path in sorted(staged.rglob("*")) if path.is_file()]:
+                target = self.output_dir / file.relative_to(staged)
+                target.parent.mkdir(exist_ok=True)
+                file.replace(target)
+            remove(staged)
+            write_summary(
+                self.output_dir / SUMMARY_FILE,
+                self.accelerator,
+                self.data,
+                self.weights.model,
+                state,
+                self.total_steps,
+            )
+            tqdm.write(f"wrote {self.output_dir}")
+            if self.uploader is not None and (is_end or self.config.hub_strategy != "end"):
+                self.uploader.push(state.global_step)
+            alias = f"epoch_{state.epochs_done(is_end)}"
+            self.trackers.log_model(self.output_dir, alias, metadata=state.record(is_end))

@@ -1,0 +1,62 @@
+"""What is to be drawn: classes, and mixes of classes."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipelines import ConditionalDDPMPipeline
+from sprite_diffusion.common.errors import UserInputError
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A class or a mix of classes; without a name and weights where the model has no classes."""
+
+    name: str | None = None
+    weights: torch.Tensor | None = None  # (K,)
+
+
+def choose_conditions(pipeline: Any, classes: list[str] | None, mixes: list[str] | None) -> list[Condition]:
+    """Those of `--class` and `--mix`; every class of the model where neither is given."""
+    if not isinstance(pipeline, ConditionalDDPMPipeline):
+        for flag, values in (("--class", classes), ("--mix", mixes)):
+            if values:
+                raise UserInputError(f"{flag} {values[0]}: this is an unconditional model, it has no classes")
+        return [Condition()]
+    if not classes and not mixes:
+        classes = [str(id) for id in range(pipeline.num_classes)]
+    named = [_read_class(pipeline, name) for name in classes or []]
+    return named + [_read_mix(pipeline, text) for text in mixes or []]
+
+
+def _read_class(pipeline: ConditionalDDPMPipeline, name: str) -> Condition:
+    id = _class_id(pipeline, "--class", name)
+    return Condition(pipeline.id2label.get(id, str(id)), torch.eye(pipeline.num_classes)[id])
+
+
+def _read_mix(pipeline: ConditionalDDPMPipeline, text: str) -> Condition:
+    weights: dict[int, float] = {}
+    for item in text.split(","):
+        name, _, number = item.rpartition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not name.strip() or not math.isfinite(weight):
+            raise UserInputError(f"--mix {text}: '{item}' is not NAME=WEIGHT, as in hero=1,food=0.6")
+        id = _class_id(pipeline, "--mix", name.strip())
+        if id in weights:
+            raise UserInputError(f"--mix {text}: '{name.strip()}' stands there twice")
+        weights[id] = weight
+    context = torch.zeros(pipeline.num_classes)
+    context[list(weights)] = torch.tensor(list(weights.values()))
+    return Condition(text, context)
+
+
+def _class_id(pipeline: ConditionalDDPMPipeline, flag: str, name: str) -> int:
+    try:
+        return pipeline.get_class_id(int(name) if name.isdecimal() else name)
+    except ValueError as error:
+        raise UserInputError(f"{flag}: {error}") from None

@@ -1,0 +1,198 @@
+"""The figures of sample.py, a function each: it draws the images and arranges them."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms.functional import to_pil_image
+
+from schedulers import LinearCorruptionScheduler
+from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.data.config import DataConfig
+from sprite_diffusion.data.dataset import load_image_data
+from sprite_diffusion.data.decoding import load_image_file, to_model_range
+from sprite_diffusion.sampling.conditions import Condition
+from sprite_diffusion.sampling.generation import Request, sample_images, sample_noise, to_unit_range
+from sprite_diffusion.sampling.pictures import choose_scale, labelled_grid, to_pixels
+from sprite_diffusion.sampling.pipeline_loading import load_pipeline
+from sprite_diffusion.sampling.samplers import NoiselessDDPMScheduler, Sampler
+
+FORWARD_COLUMNS = 10
+
+
+@dataclass
+class Figure:
+    """Rows of images (N, C, H, W) in [0, 1] with labels, and what is worth a record."""
+
+    rows: list[torch.Tensor]
+    row_labels: list[str]
+    column_labels: list[str] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def render(self, scale: int | None) -> Image.Image:
+        return labelled_grid(self.rows, self.row_labels, self.column_labels, scale)
+
+
+def compare_samplers(pipeline: Any, samplers: list[Sampler], request: Request) -> Figure:
+    """A row per sampler, all from the same noise, with what it took."""
+    generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
+    figure = Figure([to_unit_range(sample_noise(pipeline, generators))], ["noise"], _class_names(request))
+    figure.record = {**request.record, "samplers": []}
+    # The first call of a network is slower than the rest, and would count against the first sampler.
+    sample_images(pipeline, Sampler("warm-up", samplers[0].scheduler, 1), request)
+    for sampler in samplers:
+        with _counted_calls(pipeline.unet) as calls:
+            start = time.perf_counter()
+            images = sample_images(pipeline, sampler, request)
+            seconds = (time.perf_counter() - start) / len(images)
+        num_batches = -(-len(images) // request.batch_size)
+        took = {"seconds_per_image": seconds, "network_calls": calls.total() // num_batches}
+        figure.rows.append(images)
+        figure.row_labels.append(
+            f"{sampler.name}\n{sampler.num_inference_steps} steps\n"
+            f"{seconds:.2g} s per image\n{took['network_calls']} network calls"
+        )
+        figure.record["samplers"].append({**sampler.record, **took})
+    return figure
+
+
+def comparison_table(figure: Figure, samplers: list[Sampler]) -> tuple[list[str], list[list[Any]]]:
+    """The columns and rows for trackers: a row per image."""
+    scale = choose_scale(figure.rows[0])
+    pictures = [[to_pil_image(image) for image in to_pixels(row, scale)] for row in figure.rows]
+    names = figure.column_labels or [""] * len(pictures[0])
+    columns = ["input_noise", *(sampler.label for sampler in samplers), "class"]
+    return columns, [list(cells) for cells in zip(*pictures, names, strict=True)]
+
+
+def show_learning(pipeline: Any, snapshots: list[Path], sampler: Sampler, request: Request) -> Figure:
+    """A row per snapshot of a run, all from the same noise."""
+    record = {**sampler.record, **request.record, "snapshots": [str(folder) for folder in snapshots]}
+    figure = Figure([], [], _class_names(request), record)
+    for folder in snapshots:
+        pipeline.unet = load_pipeline(str(folder), pipeline.unet.dtype).unet.to(pipeline.device)
+        figure.rows.append(sample_images(pipeline, sampler, request))
+        figure.row_labels.append(f"epoch {int(folder.name.removeprefix('epoch-'))}")
+    return figure
+
+
+def find_snapshots(run_dir: Path) -> list[Path]:
+    """The snapshots of a run, oldest first."""
+    epochs = {path: path.name.removeprefix("epoch-") for path in (run_dir / "snapshots").glob("epoch-*")}
+    folders = sorted((path for path, epoch in epochs.items() if epoch.isdecimal()), key=lambda path: int(epochs[path]))
+    if not folders:
+        raise UserInputError(f"--snapshots {run_dir}: no snapshots/epoch-* in it; train with --snapshot_epochs N")
+    return folders
+
+
+def show_forward_process(pipeline: Any, clean_images: torch.Tensor, seed: int) -> Figure:
+    """Images (N, C, H, W) in [-1, 1] on their way to noise, a row each, with the share of signal at each step."""
+    scheduler = pipeline.scheduler
+    timesteps = np.linspace(0, len(scheduler) - 1, FORWARD_COLUMNS).round().astype(int).tolist()
+    if isinstance(scheduler, LinearCorruptionScheduler):
+        shares = [1 - (t + 1) / len(scheduler) for t in timesteps]  # the weights of image and noise sum to 1
+    else:
+        shares = scheduler.alphas_cumprod[timesteps].tolist()  # the variances of image and noise sum to 1
+    noise = sample_noise(pipeline, [torch.Generator().manual_seed(seed + i) for i in range(len(clean_images))])
+    columns = [clean_images]
+    columns += [scheduler.add_noise(clean_images, noise, torch.full((len(noise),), t)) for t in timesteps]
+    rows = to_unit_range(torch.stack(columns, dim=1))  # (N, columns, C, H, W)
+    labels = ["image\n100% signal"] + [
+        f"t = {t}\n{100 * share:.3g}% signal" for t, share in zip(timesteps, shares, strict=True)
+    ]
+    record = {"seed": seed, "timesteps": timesteps, "signal_shares": shares}
+    return Figure(list(rows), [""] * len(rows), labels, record)
+
+
+def load_clean_images(source: str, num_images: int, pipeline: Any) -> torch.Tensor:
+    """The first images of a file, folder or dataset, (N, C, H, W) in [-1, 1], in the size of the model's."""
+    config = pipeline.unet.config
+    height, width = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
+    path = Path(source)
+    options = DataConfig(
+        dataset_name=None if path.is_dir() else source,
+        train_data_dir=source if path.is_dir() else None,
+        resolution=f"{width}x{height}",
+        center_crop=True,
+        image_mode="L" if config.in_channels == 1 else "RGB",
+        max_train_samples=num_images,
+    )
+    try:
+        if path.is_file() and path.suffix not in (".npy", ".parquet"):
+            return load_image_file(source, options)[None]
+        dataset = load_image_data(options, with_labels=False).dataset
+        batch = dataset.__getitems__(list(range(min(num_images, len(dataset)))))  # type: ignore
+        return to_model_range(batch["images"])
+    except UserInputError as error:
+        message = str(error)
+        for flag in ("--train_data_dir", "--dataset_name"):
+            message = message.replace(flag, "--forward")
+        raise UserInputError(message) from None
+
+
+def show_collapse(pipeline: Any, sampler: Sampler, request: Request) -> Figure:
+    """DDPM's reverse process beside the same without the noise that each step adds."""
+    if not hasattr(sampler.scheduler, "alphas_cumprod"):
+        name = type(sampler.scheduler).__name__
+        raise UserInputError(f"--no-noise: {name} adds no noise on its way, there is none to leave out")
+    without = Sampler(
+        "no noise", NoiselessDDPMScheduler.from_config(sampler.scheduler.config), sampler.num_inference_steps
+    )
+    rows = [sample_images(pipeline, s, request) for s in (sampler, without)]
+    record = {**sampler.record, **request.record}
+    return Figure(rows, ["with the noise\nof each step", "without it"], _class_names(request), record)
+
+
+def interpolate(
+    pipeline: Any, sampler: Sampler, seeds: list[int], ends: list[Condition], size: int, request: Request
+) -> Figure:
+    """From the noise of one seed to that of another, left to right; from one class or mix to another, downwards."""
+    if len(ends) > 2:
+        raise UserInputError(f"--interpolate goes between 2 classes or mixes: {len(ends)} are given")
+    first, last = sample_noise(pipeline, [torch.Generator().manual_seed(seed) for seed in seeds])
+    ways = [k / (size - 1) for k in range(size)]
+    noise = torch.stack([slerp(first, last, way) for way in ways])
+    conditions = ends or [Condition()]
+    if len(ends) == 2:
+        top, bottom = (end.weights for end in ends)
+        between = [Condition(f"{way:.0%}", torch.lerp(top, bottom, way)) for way in ways[1:-1]]  # type: ignore
+        conditions = [ends[0], *between, ends[1]]
+    column_labels = [f"seed {seeds[0]}", *(f"{way:.0%}" for way in ways[1:-1]), f"seed {seeds[1]}"]
+    record = {**sampler.record, "seeds": seeds, "guidance_scale": request.guidance_scale}
+    figure = Figure([], [], column_labels, {**record, "classes": [condition.name for condition in conditions]})
+    for condition in conditions:
+        row = replace(request, seeds=[seeds[0]] * size, conditions=[condition] * size)
+        figure.rows.append(sample_images(pipeline, sampler, row, noise))
+        figure.row_labels.append(condition.name or "")
+    return figure
+
+
+def slerp(first: torch.Tensor, last: torch.Tensor, way: float) -> torch.Tensor:
+    """Spherical interpolation (Shoemake 1985): noise between two noises, of their length, as the model expects."""
+    cosine = torch.nn.functional.cosine_similarity(first.flatten(), last.flatten(), dim=0).clamp(-1, 1)
+    angle = torch.arccos(cosine)
+    if torch.sin(angle) < 1e-4:  # the same direction: a straight line, where the formula divides 0 by 0
+        return torch.lerp(first, last, way)
+    return (torch.sin((1 - way) * angle) * first + torch.sin(way * angle) * last) / torch.sin(angle)
+
+
+@contextmanager
+def _counted_calls(module: torch.nn.Module) -> Iterator[Counter]:
+    calls: Counter = Counter()
+    hook = module.register_forward_pre_hook(lambda module, args: calls.update(["call"]))
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
+def _class_names(request: Request) -> list[str]:
+    names = [condition.name for condition in request.conditions]
+    return [] if None in names else [str(name).replace(",", "\n") for name in names]

@@ -1,0 +1,131 @@
+"""From seeds to images, a batch at a time."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.sampling.conditions import Condition
+from sprite_diffusion.sampling.samplers import Sampler
+
+
+@dataclass(frozen=True)
+class Request:
+    """The images to draw: image i has `seeds[i]` and `conditions[i]`."""
+
+    seeds: list[int]
+    conditions: list[Condition]
+    batch_size: int = 64
+    guidance_scale: float = 1.0
+    eta: float = 0.0  # of DDIM
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a picture of these images says of them; its "images" is a list of its own."""
+        images = [{"seed": s, "class": c.name} for s, c in zip(self.seeds, self.conditions, strict=True)]
+        return {"guidance_scale": self.guidance_scale, "eta": self.eta, "images": images}
+
+
+@dataclass
+class Trajectory:
+    """The images of some steps on the way from noise, as [0, 1]; `frames` has them in order, each (N, C, H, W)."""
+
+    max_frames: int
+    predicted: bool = False  # the clean image predicted at a step, in place of the noisy one
+    _batches: list[list[torch.Tensor]] = field(default_factory=list)
+
+    @property
+    def tensor_name(self) -> str:
+        return "pred_original_sample" if self.predicted else "latents"
+
+    @property
+    def frames(self) -> list[torch.Tensor]:
+        return [torch.cat(parts) for parts in zip(*self._batches, strict=True)]
+
+    def begin_batch(self, noise: torch.Tensor) -> None:
+        self._batches.append([] if self.predicted else [to_unit_range(noise)])
+
+    def record(self, pipeline: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        """The pipeline's callback after each step."""
+        timesteps = pipeline.scheduler.timesteps
+        images = tensors[self.tensor_name]
+        if images is None:
+            name = type(pipeline.scheduler).__name__
+            raise UserInputError(f"--animate_prediction: {name} does not tell its prediction: try --scheduler ddim")
+        if step in frame_indices(len(timesteps), self.max_frames):
+            if not self.predicted and step + 1 < len(timesteps):
+                # Some samplers let x grow with the noise; their model's input has the variance of an image.
+                images = pipeline.scheduler.scale_model_input(images, timesteps[step + 1])
+            self._batches[-1].append(to_unit_range(images))
+        return {}
+
+
+def sample_images(
+    pipeline: Any,
+    sampler: Sampler,
+    request: Request,
+    noise: torch.Tensor | None = None,
+    trajectory: Trajectory | None = None,
+    show_progress: bool = True,
+) -> torch.Tensor:
+    """Images (N, C, H, W) in [0, 1] on the CPU. Each depends on its own seed and condition alone.
+
+    `noise` (N, C, H, W) takes the place of the noise of the seeds; what a sampler adds on its way is still theirs.
+    """
+    own_scheduler, pipeline.scheduler = pipeline.scheduler, sampler.scheduler
+    pipeline.set_progress_bar_config(
+        desc=sampler.label, unit="step", dynamic_ncols=True, leave=False, disable=not show_progress
+    )
+    images = []
+    for start in range(0, len(request.seeds), request.batch_size):
+        batch = slice(start, start + request.batch_size)
+        generators = [torch.Generator().manual_seed(seed) for seed in request.seeds[batch]]
+        # Drawn here also where other noise is used: the generators go on from there, or a step would add x_T again.
+        latents = sample_noise(pipeline, generators)
+        if noise is not None:
+            latents = noise[batch]
+        kwargs: dict[str, Any] = {}
+        if request.conditions[0].weights is not None:
+            weights = [condition.weights for condition in request.conditions[batch]]
+            kwargs = {"context": torch.stack(weights), "guidance_scale": request.guidance_scale}  # type: ignore
+        if trajectory is not None:
+            trajectory.begin_batch(latents)
+            kwargs["callback_on_step_end"] = trajectory.record
+            kwargs["callback_on_step_end_tensor_inputs"] = (trajectory.tensor_name,)
+        output = pipeline(
+            batch_size=len(latents),
+            num_inference_steps=sampler.num_inference_steps,
+            eta=request.eta,
+            generator=generators,
+            latents=latents,
+            output_type="pt",
+            **kwargs,
+        )
+        images.append(output.images.float().cpu())
+    pipeline.scheduler = own_scheduler
+    return torch.cat(images)
+
+
+def sample_noise(pipeline: Any, generators: list[torch.Generator]) -> torch.Tensor:
+    """x_T (N, C, H, W), standard normal: the first that each generator gives, as in the pipeline itself."""
+    config = pipeline.unet.config
+    side = config.sample_size
+    height, width = (side, side) if isinstance(side, int) else side
+    return randn_tensor((len(generators), config.in_channels, height, width), generator=generators)
+
+
+def frame_indices(num_steps: int, max_frames: int) -> list[int]:
+    """At most `max_frames` of the steps 0..num_steps-1: every one of the last, and ever fewer before.
+
+    The steps left grow as a square: little is to be seen in the first half, and the picture appears late.
+    """
+    squares = (round((num_steps - 1) * (k / max(1, max_frames - 1)) ** 2) for k in range(max_frames))
+    left = {min(num_steps - 1, max(k, square)) for k, square in enumerate(squares)}
+    return sorted(num_steps - 1 - steps for steps in left)
+
+
+def to_unit_range(images: torch.Tensor) -> torch.Tensor:
+    """[-1, 1], or noise, to [0, 1] on the CPU."""
+    return (images / 2 + 0.5).clamp(0, 1).float().cpu()

@@ -1,0 +1,92 @@
+"""Pictures for people: labelled grids, animations, PNG files that say how they were made."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+
+FONT_SIZE = 13  # pixels
+GAP = 4  # pixels between images, and around text
+FRAME_MS = 80
+HOLD_MS = 2500  # of the last frame
+MIN_SIDE = 64  # pixels at which a person can look at a sprite
+
+
+def choose_scale(images: torch.Tensor) -> int:
+    """The whole number by which images (N, C, H, W) are enlarged to be looked at."""
+    return max(1, MIN_SIDE // max(images.shape[-2:]))
+
+
+def to_pixels(images: torch.Tensor, scale: int) -> torch.Tensor:
+    """Images (N, C, H, W) in [0, 1] -> uint8 (N, C, scale * H, scale * W): rounded, and each pixel a square."""
+    levels = (images.float().cpu() * 255).round().to(torch.uint8)
+    return levels.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
+
+
+def make_picture(images: torch.Tensor, columns: int, scale: int | None = None) -> Image.Image:
+    """Images (N, C, H, W) in [0, 1], `columns` in a row, enlarged by `scale`, else by `choose_scale`."""
+    scale = scale or choose_scale(images)
+    return to_pil_image(make_grid(to_pixels(images, scale), nrow=columns, padding=scale, pad_value=255))
+
+
+def labelled_grid(
+    rows: list[torch.Tensor], row_labels: list[str], column_labels: list[str], scale: int | None = None
+) -> Image.Image:
+    """Rows of images (N, C, H, W) in [0, 1], a label before each row and, if there are any, one under each column."""
+    scale = scale or choose_scale(rows[0])
+    font = ImageFont.load_default(FONT_SIZE)
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+
+    def measure(label: str) -> tuple[int, int]:
+        left, top, right, bottom = ruler.multiline_textbbox((0, 0), label, font=font)
+        return round(right - left) + 2 * GAP, round(bottom - top) + 2 * GAP
+
+    row_sizes = [measure(label) for label in row_labels]
+    column_sizes = [measure(label) for label in column_labels]
+    height, width = (scale * side for side in rows[0].shape[-2:])
+    margin = max(size[0] for size in row_sizes)
+    column_width = max([width + GAP, *(size[0] for size in column_sizes)])
+    row_heights = [max(height + GAP, size[1]) for size in row_sizes]
+    footer = max((size[1] for size in column_sizes), default=0)
+    canvas = Image.new("RGB", (margin + column_width * len(rows[0]), sum(row_heights) + footer), "white")
+    draw = ImageDraw.Draw(canvas)
+    top = 0
+    for images, label, row_height in zip(rows, row_labels, row_heights, strict=True):
+        draw.multiline_text((GAP, top + row_height / 2), label, fill="black", font=font, anchor="lm")
+        for column, pixels in enumerate(to_pixels(images, scale)):
+            left = margin + column * column_width + (column_width - width) // 2
+            canvas.paste(to_pil_image(pixels), (left, top + (row_height - height) // 2))
+        top += row_height
+    for column, label in enumerate(column_labels):
+        centre = margin + (column + 0.5) * column_width
+        draw.multiline_text((centre, top + GAP), label, fill="black", font=font, anchor="ma", align="center")
+    return canvas
+
+
+def save_png(picture: Image.Image, path: Path, metadata: dict[str, Any]) -> None:
+    """Writes a PNG with each of `metadata` as a text chunk."""
+    text = PngInfo()
+    for name, value in metadata.items():
+        text.add_text(name, value if isinstance(value, str) else json.dumps(value))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, pnginfo=text)
+
+
+def save_json(record: dict[str, Any], path: Path) -> None:
+    """Writes how a picture was made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def save_animation(frames: list[torch.Tensor], path: Path, columns: int, scale: int | None = None) -> None:
+    """Writes frames, each of images (N, C, H, W) in [0, 1], as a grid that moves; a .gif or .webp that repeats."""
+    pictures = [make_picture(images, columns, scale) for images in frames]
+    durations = [FRAME_MS] * (len(pictures) - 1) + [HOLD_MS]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = {"lossless": True} if path.suffix.lower() == ".webp" else {}
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0, **options)

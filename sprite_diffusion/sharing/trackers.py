@@ -1,0 +1,148 @@
+"""Experiment trackers, through accelerate's."""
+
+import re
+import secrets
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from huggingface_hub.utils import filter_repo_objects
+from PIL import Image
+from tqdm.auto import tqdm
+
+from sprite_diffusion.common.errors import first_line
+from sprite_diffusion.common.flags import TRACKERS
+from sprite_diffusion.common.run_files import PIPELINE_FILES
+
+PROJECT = "sprite-diffusion"
+RUN_ID_FILE = "run-id"
+
+
+class Trackers:
+    """The trackers of `--logger`; 'all' are those that are installed.
+
+    Each keeps its records for `logging_dir`: the same run is continued when they are opened for that folder again. A
+    tracker that fails is warned of once and then left out: training matters more.
+    """
+
+    def __init__(
+        self, logger: str, logging_dir: Path, config: dict[str, Any], resumed_from: int | None = None
+    ) -> None:
+        names = [name for name in TRACKERS if find_spec(name)] if logger == "all" else [logger]
+        self._trackers: list[GeneralTracker] = []
+        for name in names if logger != "none" else []:
+            with self._warned(name):
+                self._trackers.append(_start(name, logging_dir, config, resumed_from))
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Numbers of an optimizer step."""
+        self._each(lambda tracker: _log(tracker, values, step))
+
+    def log_image(self, name: str, image: Image.Image, caption: str, step: int | None = None) -> None:
+        """A picture with a line that says what it shows."""
+
+        def log(tracker: Any) -> None:
+            if tracker.name == "tensorboard":
+                pixels = np.asarray(image.convert("RGB"))[None]  # (1, H, W, 3) uint8
+                tracker.log_images({name: pixels}, step=step, dataformats="NHWC")
+                tracker.log({f"{name}/caption": caption}, step=step)
+            else:
+                _log(tracker, {name: _library(tracker).Image(image.convert("RGB"), caption=caption)}, step)
+
+        self._each(log)
+
+    def log_table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        """A table whose cells are strings, numbers or PIL images. TensorBoard has none and gets nothing."""
+
+        def log(tracker: Any) -> None:
+            if tracker.name == "tensorboard":
+                return
+            library = _library(tracker)
+            data = [[library.Image(cell) if isinstance(cell, Image.Image) else cell for cell in row] for row in rows]
+            _log(tracker, {name: library.Table(columns=columns, data=data)}, None)
+
+        self._each(log)
+
+    def log_model(self, folder: Path, alias: str, metadata: dict[str, Any]) -> None:
+        """The pipeline in `folder`, as a W&B artifact named after it. The newest has the alias 'latest' as well."""
+
+        def log(tracker: Any) -> None:
+            if tracker.name != "wandb":
+                return
+            name = re.sub(r"[^\w.-]", "-", folder.resolve().name)
+            artifact = _library(tracker).Artifact(name, type="model", metadata=metadata)
+            files = (str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file())
+            for file in filter_repo_objects(files, allow_patterns=PIPELINE_FILES):
+                artifact.add_file(str(folder / file), file)
+            tracker.run.log_artifact(artifact, aliases=[alias, "latest"])
+
+        self._each(log)
+
+    def finish(self) -> None:
+        """Waits for what is still to be sent, and closes."""
+        self._each(lambda tracker: tracker.finish())
+
+    def _each(self, action: Callable[[Any], None]) -> None:
+        for tracker in list(self._trackers):
+            with self._warned(tracker.name):
+                action(tracker)
+
+    @contextmanager
+    def _warned(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of three libraries, each of which raises what its network or disk gives it
+            tqdm.write(f"warning: {name} failed ({first_line(error)}); the run goes on without it", file=sys.stderr)
+            self._trackers = [tracker for tracker in self._trackers if tracker.name != name]
+
+
+def _start(name: str, logging_dir: Path, config: dict[str, Any], resumed_from: int | None) -> Any:
+    logging_dir.mkdir(parents=True, exist_ok=True)
+    run_id = _run_id(logging_dir)
+    options: dict[str, dict[str, Any]] = {
+        # Hides what an interrupted run logged after the checkpoint that it is resumed from: it will be logged again.
+        "tensorboard": {
+            "logging_dir": str(logging_dir),
+            "purge_step": None if resumed_from is None else resumed_from + 1,
+        },
+        "wandb": {"id": run_id, "resume": "allow", "dir": str(logging_dir), "name": logging_dir.resolve().parent.name},
+        "trackio": {"name": f"{logging_dir.resolve().parent.name}-{run_id}", "resume": "allow"},
+    }
+    tracker = LOGGER_TYPE_TO_CLASS[name](PROJECT, **options[name])
+    if name == "wandb":
+        tracker.init_kwargs["settings"] = _library(tracker).Settings(silent=True)
+    tracker.start()
+    # TensorBoard takes numbers and strings only.
+    tracker.store_init_configuration({k: v if isinstance(v, int | float | str) else str(v) for k, v in config.items()})
+    if name == "wandb":
+        # W&B drops what is logged for an earlier step than its newest, as a resumed run does: so the step is a value
+        # among others there, which the plots take as their axis.
+        tracker.run.define_metric("*", step_metric="global_step")
+        settings = tracker.run.settings
+        place = f"offline, in {settings.sync_dir}" if tracker.run.offline else tracker.run.url
+        tqdm.write(f"wandb run {run_id}: {place}")
+    return tracker
+
+
+def _run_id(logging_dir: Path) -> str:
+    file = logging_dir / RUN_ID_FILE
+    if not file.exists():
+        file.write_text(secrets.token_hex(4))
+    return file.read_text()
+
+
+def _log(tracker: Any, values: dict[str, Any], step: int | None) -> None:
+    if tracker.name == "wandb" and step is not None:
+        tracker.log({**values, "global_step": step})
+    else:
+        tracker.log(values, step=step)
+
+
+def _library(tracker: GeneralTracker) -> Any:
+    """The module of a tracker: W&B and trackio have the same names for images, tables and artifacts."""
+    return __import__(tracker.name)

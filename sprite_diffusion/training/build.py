@@ -1,0 +1,137 @@
+"""The network and the noise process that a configuration asks for."""
+
+import math
+from typing import Any
+
+import torch
+from diffusers import UNet2DModel
+
+from models import BasicUNet2DModel, ContextUNet2DModel
+from schedulers import ClosedFormDDPMScheduler, LinearCorruptionScheduler
+from sprite_diffusion.common.errors import UserInputError, first_line
+from sprite_diffusion.runs.config import TrainingConfig
+
+
+def build_noise_scheduler(config: TrainingConfig) -> ClosedFormDDPMScheduler | LinearCorruptionScheduler:
+    """The forward process."""
+    if config.noise_scheduler_class == "LinearCorruptionScheduler":
+        return LinearCorruptionScheduler(num_train_timesteps=config.ddpm_num_steps, noise_type=config.noise_type)
+    return ClosedFormDDPMScheduler(
+        num_train_timesteps=config.ddpm_num_steps,
+        beta_start=config.beta_start,
+        beta_end=config.beta_end,
+        beta_schedule=config.ddpm_beta_schedule,
+        prediction_type=config.prediction_type,
+    )
+
+
+def build_model(config: TrainingConfig, num_channels: int, num_classes: int | None = None) -> torch.nn.Module:
+    """The network, with random weights; with `num_classes`, one that takes labels 0..K-1 and K for "no class"."""
+    if config.gradient_checkpointing and config.model_class != "UNet2DModel":
+        raise UserInputError(f"--gradient_checkpointing: {config.model_class} does not have it, leave it out")
+    if config.model_class == "BasicUNet2DModel":
+        if num_classes is not None:
+            raise UserInputError("--model_class BasicUNet2DModel takes no class labels: use train_unconditional.py")
+        _check_sides(config, multiple=4)
+        return BasicUNet2DModel(sample_size=config.image_size, in_channels=num_channels, out_channels=num_channels)
+    if config.model_class == "ContextUNet2DModel":
+        _check_sides(config, multiple=4)
+        if len(config.block_out_channels) != 1 or config.block_out_channels[0] % 8:
+            raise UserInputError("--block_out_channels must be one multiple of 8 for ContextUNet2DModel, such as 64")
+        return ContextUNet2DModel(
+            sample_size=config.image_size,
+            in_channels=num_channels,
+            out_channels=num_channels,
+            num_features=config.block_out_channels[0],
+            context_dim=num_classes or 1,
+            norm_type=config.norm_type,
+            num_train_timesteps=config.ddpm_num_steps,
+        )
+    return _build_unet2d(config, num_channels, num_classes)
+
+
+def _build_unet2d(config: TrainingConfig, num_channels: int, num_classes: int | None) -> UNet2DModel:
+    shape = {
+        "sample_size": config.image_size,
+        "in_channels": num_channels,
+        "out_channels": num_channels,
+        "num_class_embeds": None if num_classes is None else num_classes + 1,
+    }
+    if config.model_config_name_or_path is not None:
+        model_config = _load_unet2d_config(config.model_config_name_or_path)
+        _check_sides(config, multiple=2 ** (len(model_config["block_out_channels"]) - 1))
+        try:
+            model = UNet2DModel.from_config({**model_config, **shape})
+        except Exception as error:  # whatever its values lead diffusers to
+            raise UserInputError(
+                f"--model_config_name_or_path {config.model_config_name_or_path}: {first_line(error)}"
+            ) from None
+    else:
+        channels = config.block_out_channels
+        _check_sides(config, multiple=2 ** (len(channels) - 1))
+        _check_attention(config)
+        attention = [level in config.attention_levels for level in range(1, len(channels) + 1)]
+        model = UNet2DModel(
+            **shape,
+            layers_per_block=config.layers_per_block,
+            block_out_channels=tuple(channels),
+            down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
+            up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
+            attention_head_dim=config.attention_head_dim,
+            norm_num_groups=_choose_num_groups(channels),
+        )
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if config.enable_xformers_memory_efficient_attention:
+        try:
+            model.enable_xformers_memory_efficient_attention()
+        except (ModuleNotFoundError, ValueError) as error:
+            raise UserInputError(f"--enable_xformers_memory_efficient_attention: {error}") from None
+    return model
+
+
+def _choose_num_groups(channels: list[int]) -> int:
+    """diffusers' 32 groups, or fewer where the channels can't be divided so.
+
+    Never a channel per group: time and class enter a block as a number for each channel, and the normalisation after
+    that would take it away again.
+    """
+    groups = math.gcd(32, *channels)
+    return groups // 2 if groups == min(channels) else groups
+
+
+def _load_unet2d_config(name_or_path: str) -> dict[str, Any]:
+    try:
+        model_config = UNet2DModel.load_config(name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserInputError(
+            f"--model_config_name_or_path {name_or_path} can't be loaded: {first_line(error)}"
+        ) from None
+    if not isinstance(model_config.get("block_out_channels"), list | tuple):
+        raise UserInputError(f"--model_config_name_or_path {name_or_path} is not the config of a UNet2DModel")
+    return model_config
+
+
+def _check_sides(config: TrainingConfig, multiple: int) -> None:
+    height, width = config.image_size
+    if height % multiple or width % multiple:
+        fitting = ", ".join(str(multiple * k) for k in range(max(1, max(height, width) // multiple - 1), 64)[:4])
+        raise UserInputError(
+            f"--resolution {config.resolution}: this network halves the sides {int(math.log2(multiple))} times, so "
+            f"they must be multiples of {multiple} ({fitting}, ...); or give fewer --block_out_channels"
+        )
+
+
+def _check_attention(config: TrainingConfig) -> None:
+    channels = config.block_out_channels
+    if not set(config.attention_levels) <= set(range(len(channels) + 1)):
+        raise UserInputError(
+            f"--attention_levels {config.attention_levels}: the levels are 1 to {len(channels)}, 0 for none"
+        )
+    with_attention = {channels[level - 1] for level in config.attention_levels if level} | {channels[-1]}
+    for number in with_attention:  # the middle block, of the last level's channels, always has it
+        if number % config.attention_head_dim:
+            raise UserInputError(
+                f"--attention_head_dim {config.attention_head_dim} does not divide the {number} channels of a level "
+                "with attention"
+            )

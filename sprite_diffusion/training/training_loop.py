@@ -1,0 +1,183 @@
+"""The training loop: reads from top to bottom, knows nothing of classes."""
+
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from diffusers import DiffusionPipeline
+from diffusers.optimization import get_scheduler
+
+from sprite_diffusion.common.flags import check_tracker
+from sprite_diffusion.common.machine import join_processes
+from sprite_diffusion.data.dataset import ImageData
+from sprite_diffusion.runs.checkpoint import Checkpoints
+from sprite_diffusion.runs.config import TrainingConfig
+from sprite_diffusion.runs.folder import check_output_dir
+from sprite_diffusion.runs.outputs import RunOutputs, SampleGrid
+from sprite_diffusion.runs.signals import EXIT_STATUS, Signals
+from sprite_diffusion.runs.state import find_due
+from sprite_diffusion.runs.weights import Weights
+from sprite_diffusion.training.bad_steps import BadSteps
+from sprite_diffusion.training.meter import Meter
+from sprite_diffusion.training.performance import compile_model, make_accelerator, prepare_attention
+from sprite_diffusion.training.steps import Batch, Steps
+
+
+class Draws(NamedTuple):
+    """The random numbers of a micro-batch, a row for each image."""
+
+    noise: torch.Tensor  # (B, C, H, W), standard normal, float32
+    timesteps: torch.Tensor  # (B,) in 0..T-1
+    uniform: torch.Tensor  # (B,) in [0, 1), to drop labels by
+
+
+def training_loop(
+    config: TrainingConfig,
+    data: ImageData,
+    model: torch.nn.Module,
+    loss_fn: Callable[[Any, Batch, Draws], torch.Tensor],
+    make_pipeline: Callable[[Any], DiffusionPipeline],
+    grid: SampleGrid,
+) -> DiffusionPipeline:
+    """Trains `model`, and returns its pipeline, which is also written into `config.output_dir` with sample grids.
+
+    What makes a run conditional is in the last three arguments: the mean loss of a micro-batch, the pipeline of a
+    model, and what the pipeline is called with for a sample grid.
+    """
+    accelerator = make_accelerator(config)
+    prepare_attention(model, accelerator)
+    model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
+    steps = Steps(data, config, accelerator)
+    lr_scheduler = make_lr_scheduler(optimizer, config, steps.total)
+    train_model = compile_model(model, config, accelerator, steps.total)
+    weights = Weights(accelerator, model, config, make_pipeline)
+    bad_steps = BadSteps(accelerator, optimizer, weights.model, config.max_skipped_steps)
+    checkpoints = Checkpoints(accelerator, config, weights, lr_scheduler)
+    state = checkpoints.load()
+    signals = Signals(accelerator, config.shutdown_grace, checkpoints.describe_newest)
+    outputs = RunOutputs(accelerator, config, data, weights, grid, steps.total, checkpoints, signals)
+    outputs.begin(state)
+    meter = Meter(accelerator, steps.total, state)
+    next_steps = steps.after(state)
+    total_batch_size = config.total_batch_size(accelerator.num_processes)
+    grad_norm: Any = None
+
+    def stops_here(checkpoint_is_due: bool) -> bool:
+        """Saves a checkpoint if one is due or a signal asks for it. Returns whether a signal asks the run to stop."""
+        if signals.poll() or checkpoint_is_due:
+            bad_steps.read(state, checkpoints.describe_newest())
+            checkpoints.save(state)
+        return signals.stop != 0
+
+    model.train()
+    with signals, meter:
+        while True:
+            # 1. What is due after `state.global_step` steps. A resumed run begins here too: the run that was killed
+            #    may not have come to what follows the checkpoint.
+            due = find_due(state, config, steps.total)
+            if due.log and grad_norm is not None:
+                metrics = meter.read(state, grad_norm, lr_scheduler.get_last_lr()[0]) | weights.metrics()
+                outputs.log(metrics | bad_steps.read(state, checkpoints.describe_newest()), state)
+            if stops_here(due.checkpoint):
+                break
+            if due.outputs:
+                is_best = outputs.write(due, state)
+                if is_best and config.keep_best_checkpoint:
+                    checkpoints.save(state, is_best=True)
+                if stops_here(checkpoint_is_due=False):
+                    break
+            if due.end:
+                break
+
+            # 2. An optimizer step.
+            step = next(next_steps)
+            for batch in step.batches:
+                with nullcontext() if batch is step.batches[-1] else accelerator.no_sync(model):
+                    entropy = (config.seed, state.global_step)
+                    draws = draw_randomness(
+                        entropy, batch.images, config.ddpm_num_steps, batch.first_row, total_batch_size
+                    )
+                    loss = loss_fn(train_model, batch, draws)
+                    weight = step.loss_weight(batch, accelerator.num_processes)
+                    accelerator.backward(bad_steps.watch(weight * loss))
+                meter.add_loss(loss, batch.num_images)
+            grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            bad_steps.mark(grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            lr_scheduler.step()
+            weights.average()
+            meter.add_step()
+            state.advance(step.epoch, step.index, step.ends_epoch, step.num_images)
+        if signals.stop:
+            outputs.close()  # within the time that is left
+    if not signals.stop:
+        outputs.finish()
+    accelerator.end_training()
+    if signals.stop:
+        sys.exit(EXIT_STATUS[signals.stop])
+    return weights.finish()
+
+
+def begin_run(config: TrainingConfig) -> None:
+    """Joins the processes, checks what can be checked before the images are read, and seeds the random numbers.
+
+    Raises `UserInputError` if the output folder or the tracker can't be used.
+    """
+    join_processes()
+    check_output_dir(config)
+    check_tracker(config.logger)
+    set_seed(config.seed)
+
+
+def make_optimizer(model: torch.nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+    """Returns AdamW (Loshchilov and Hutter 2019) with the flags' numbers."""
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+        fused=True,  # the fused kernel can be told on the device to leave out a step, see BadSteps
+    )
+
+
+def make_lr_scheduler(optimizer: Any, config: TrainingConfig, total_steps: int) -> Any:
+    """Returns the learning-rate schedule, counted in optimizer steps.
+
+    It is not prepared by accelerate, which would step it once for every process.
+    """
+    return get_scheduler(
+        config.lr_scheduler,
+        optimizer.optimizer,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=total_steps,
+    )
+
+
+def draw_randomness(
+    entropy: tuple[int, int],
+    clean_images: torch.Tensor,
+    num_train_timesteps: int,
+    first_row: int,
+    total_batch_size: int,
+) -> Draws:
+    """Returns the random numbers of a micro-batch of images (B, C, H, W).
+
+    They are a function of `entropy` = (seed, step) and the image's row among the `total_batch_size` of the step: all
+    rows are drawn and the B from `first_row` on are kept, so that it does not matter how a step is divided among
+    processes and micro-batches.
+    """
+    seed, model_seed = (int(s) for s in np.random.SeedSequence(entropy).generate_state(2, np.uint64))
+    device = clean_images.device
+    generator = torch.Generator(device).manual_seed(seed)
+    noise = torch.randn((total_batch_size, *clean_images.shape[1:]), generator=generator, device=device)  # float32
+    timesteps = torch.randint(num_train_timesteps, (total_batch_size,), generator=generator, device=device)
+    uniform = torch.rand(total_batch_size, generator=generator, device=device)
+    torch.manual_seed((model_seed >> 1) + first_row)  # dropout inside the network
+    rows = slice(first_row, first_row + len(clean_images))
+    return Draws(noise[rows], timesteps[rows], uniform[rows])
