@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from sprite_diffusion.common.errors import UserInputError
-from sprite_diffusion.common.flags import FROM_ONE, as_flags, check_ranges, flag, make_parser, read_yaml, suggest
+from sprite_diffusion.common.flags import as_flags, check_ranges, flag, make_parser, read_yaml, suggest
 
 BUILT_IN_DATASET = "sprites"
 
@@ -32,7 +32,7 @@ class DataConfig:
     max_train_samples: int | None = flag(
         None,
         "Use the first N images; for 'sprites', how many are drawn (8,000 if not given).",
-        range=FROM_ONE,
+        at_least=1,
         changes="pixels",
     )
     resolution: str = flag("64", "Side of the images, or WIDTHxHEIGHT.", changes="pixels")
