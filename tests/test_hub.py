@@ -108,7 +108,7 @@ def test_private_repository_holds_the_pipeline_and_nothing_else(pushed):
     server, folder, _ = pushed
     assert server.repos["me/sprites"].private
     files = shared_files(server, "me/sprites")
-    assert unversioned(files) == OF_EVERY_RUN | {"pipeline.py", "scheduler/pipeline_unconditional_ddpm_VERSION.py"}
+    assert unversioned(files) == OF_EVERY_RUN | {"pipeline.py", "scheduler/pipeline_ddpm_VERSION.py"}
     for name in files - {"README.md"}:
         assert server.repos["me/sprites"].files[name] == (folder / "sprites" / name).read_bytes(), name
 
@@ -117,7 +117,7 @@ def test_public_repository_has_the_code_in_its_index(pushed):
     server, _, _ = pushed
     assert not server.repos["me/sprites-by-class"].private
     files = shared_files(server, "me/sprites-by-class")
-    assert unversioned(files) == OF_EVERY_RUN | {"pipeline_conditional_ddpm_VERSION.py"}
+    assert unversioned(files) == OF_EVERY_RUN | {"pipeline_ddpm_VERSION.py"}
 
 
 def test_token_is_nowhere(pushed):
@@ -211,7 +211,7 @@ def test_server_sends_parts_of_files(server):
 
 ISOLATED = """
 import sys
-for name in ("models", "pipelines", "sampling", "schedulers", "training"):  # an installation of it can't help
+for name in ("models", "pipelines", "schedulers", "sprite_diffusion"):  # an installation of it can't help
     sys.modules[name] = None
 import json, numpy as np, torch
 from diffusers import DiffusionPipeline
@@ -293,7 +293,7 @@ def test_stock_and_own_pipeline_of_one_repository_draw_the_same_images(pushed, t
 
 TWO_VERSIONS = """
 import sys
-for name in ("models", "pipelines", "sampling", "schedulers", "training"):
+for name in ("models", "pipelines", "schedulers", "sprite_diffusion"):
     sys.modules[name] = None
 from diffusers import DiffusionPipeline
 loading = dict(eval(sys.argv[1]), trust_remote_code=True)
@@ -313,10 +313,10 @@ print(len(again.scheduler))
 def test_two_versions_of_the_code_in_one_process_keep_apart(pushed, tmp_path, kind):
     """A repository made by changed code: it counts its timesteps twice and words an error otherwise."""
     source, project = pushed[1] / ("sprites" if kind == "unconditional" else "sprites-by-class"), tmp_path / "project"
-    for package in ("pipelines", "schedulers", "models", "sampling", "training"):
+    for package in ("pipelines", "schedulers", "models", "sprite_diffusion"):
         shutil.copytree(REPOSITORY / package, project / package)
     for file, old, new in [
-        (f"pipelines/pipeline_{kind}_ddpm.py", "it must be at least 1", "it must be more"),
+        ("pipelines/pipeline_ddpm.py", "it must be at least 1", "it must be more"),
         (
             "schedulers/scheduling_closed_form_ddpm.py",
             'return self.config["num_train_timesteps"]',
@@ -326,7 +326,8 @@ def test_two_versions_of_the_code_in_one_process_keep_apart(pushed, tmp_path, ki
         text = (project / file).read_text()
         assert old in text
         (project / file).write_text(text.replace(old, new))
-    save = "import sys; from sampling.pipeline_loading import load_pipeline as load; load(sys.argv[1]).save_pretrained"
+    load = "import sys; from sprite_diffusion.sampling.pipeline_loading import load_pipeline"
+    save = f"{load}; load_pipeline(sys.argv[1]).save_pretrained"
     subprocess.run([sys.executable, "-c", f"{save}('changed')", str(source)], cwd=project, check=True)
     loading = {"custom_pipeline": "pipeline"} if kind == "unconditional" else {}
     stranger = User(pushed[0], tmp_path / "stranger")
@@ -641,7 +642,7 @@ def test_push_command(author, pipeline_folder):
     assert repository.private
     assert unversioned(shared_files(author.server, "me/later")) == OF_EVERY_RUN | {
         "pipeline.py",
-        "scheduler/pipeline_unconditional_ddpm_VERSION.py",
+        "scheduler/pipeline_ddpm_VERSION.py",
     }
     assert sorted(path.name for path in pipeline_folder.iterdir()) == before
 
