@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from PIL import Image
 
-from pipelines import ConditionalDDPMPipeline
 from sprite_diffusion.common.errors import UserInputError, exits_on_user_error
 from sprite_diffusion.common.files import check_writable
 from sprite_diffusion.common.flags import FROM_ONE, MAX_SEED, SEED_RANGE, ArgumentParser, Range, check_tracker
@@ -27,7 +26,7 @@ from sprite_diffusion.sampling.figures import (
 )
 from sprite_diffusion.sampling.generation import Request, Trajectory, sample_images
 from sprite_diffusion.sampling.pictures import labelled_grid, make_picture, save_animation, save_json, save_png
-from sprite_diffusion.sampling.pipeline_loading import add_speed_flags, load_pipeline, speed_up
+from sprite_diffusion.sampling.pipeline_loading import Pipeline, add_speed_flags, load_pipeline, speed_up
 from sprite_diffusion.sampling.samplers import SAMPLERS, Sampler, make_sampler, parse_samplers
 from sprite_diffusion.sharing.trackers import Trackers
 
@@ -122,9 +121,9 @@ def check_args(args: argparse.Namespace) -> None:
             raise UserInputError(f"{flag} {path} is there already, as a {'folder' if path.is_dir() else 'file'}")
 
 
-def make_request(args: argparse.Namespace, pipeline: Any) -> Request:
+def make_request(args: argparse.Namespace, pipeline: Pipeline) -> Request:
     """The images to draw: as many for each class and mix as asked for."""
-    has_classes = isinstance(pipeline, ConditionalDDPMPipeline)
+    has_classes = pipeline.num_classes > 0
     if args.guidance_scale is not None and not has_classes:
         raise UserInputError(f"--guidance_scale: {args.model or args.snapshots} is unconditional, it has no classes")
     conditions = choose_conditions(pipeline, args.classes, args.mixes)
@@ -139,7 +138,7 @@ def make_request(args: argparse.Namespace, pipeline: Any) -> Request:
     )
 
 
-def draw_samples(args: argparse.Namespace, pipeline: Any) -> None:
+def draw_samples(args: argparse.Namespace, pipeline: Pipeline) -> None:
     """Single files or a grid, a class per row; and an animation of the same."""
     request = make_request(args, pipeline)
     sampler = make_sampler("--scheduler", pipeline, args.scheduler, args.num_inference_steps)
@@ -167,7 +166,7 @@ def draw_samples(args: argparse.Namespace, pipeline: Any) -> None:
         print(f"wrote {args.animate}")
 
 
-def draw_figure(args: argparse.Namespace, pipeline: Any) -> Figure:
+def draw_figure(args: argparse.Namespace, pipeline: Pipeline) -> Figure:
     """The view that a flag asks for."""
     if args.view == "forward":
         images = load_clean_images(args.forward, args.num_images or 4, pipeline)
