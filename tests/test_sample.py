@@ -14,9 +14,10 @@ from PIL import Image
 
 from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline
 from schedulers import ClosedFormDDPMScheduler, LinearCorruptionScheduler
+from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.sampling.conditions import Condition, choose_conditions
 from sprite_diffusion.sampling.figures import compare_samplers, find_snapshots, interpolate, show_collapse, slerp
-from sprite_diffusion.sampling.generation import Request, frame_indices, sample_images
+from sprite_diffusion.sampling.generation import Request, Trajectory, frame_indices, sample_images
 from sprite_diffusion.sampling.pictures import to_pixels
 from sprite_diffusion.sampling.samplers import SAMPLERS, make_sampler
 
@@ -126,6 +127,16 @@ def test_samplers_of_few_steps_clip_as_the_model_was_trained_to():
 
         pipeline(num_inference_steps=5, generator=torch.Generator().manual_seed(0), callback_on_step_end=record)
         assert largest[-1] < 1.01, name
+
+
+def test_sampling_that_fails_leaves_the_pipeline_its_scheduler():
+    pipeline = gaussian_pipeline()
+    scheduler = pipeline.scheduler
+    sampler = make_sampler("--scheduler", pipeline, "unipc", 2)
+    animated = Trajectory(max_frames=2, predicted=True)  # of predictions, which this sampler does not return
+    with pytest.raises(UserInputError):
+        sample_images(pipeline, sampler, Request([0], [Condition()]), trajectory=animated)
+    assert pipeline.scheduler is scheduler
 
 
 def test_images_depend_on_their_own_seed_only(sample):

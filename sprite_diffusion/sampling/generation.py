@@ -80,7 +80,7 @@ def sample_images(
     """Samples images. Each depends on its own seed and condition alone.
 
     Args:
-        pipeline: The model.
+        pipeline: The model; afterwards it has its own scheduler again, however sampling ends.
         sampler: The scheduler to sample with.
         request: The images to sample.
         noise: x_T, (N, C, H, W), in place of the noise of the seeds; what a sampler adds on its way is still theirs.
@@ -94,12 +94,14 @@ def sample_images(
         desc=sampler.label, unit="step", dynamic_ncols=True, leave=False, disable=not show_progress
     )
     model_scheduler, pipeline.scheduler = pipeline.scheduler, sampler.scheduler
-    images = []
-    for start in range(0, len(request.seeds), request.batch_size):
-        batch = slice(start, start + request.batch_size)
-        batch_noise = None if noise is None else noise[batch]
-        images.append(_sample_batch(pipeline, sampler, request, batch, batch_noise, trajectory))
-    pipeline.scheduler = model_scheduler
+    try:
+        images = []
+        for start in range(0, len(request.seeds), request.batch_size):
+            batch = slice(start, start + request.batch_size)
+            batch_noise = None if noise is None else noise[batch]
+            images.append(_sample_batch(pipeline, sampler, request, batch, batch_noise, trajectory))
+    finally:
+        pipeline.scheduler = model_scheduler
     return torch.cat(images)
 
 
