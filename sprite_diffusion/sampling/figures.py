@@ -63,13 +63,13 @@ def compare_samplers(pipeline: Pipeline, samplers: list[Sampler], request: Reque
     return figure
 
 
-def comparison_table(figure: Figure, samplers: list[Sampler]) -> tuple[list[str], list[list[Any]]]:
-    """The columns and rows for trackers: a row per image."""
+def comparison_table(figure: Figure) -> tuple[list[str], list[list[Any]]]:
+    """Returns the columns and rows of a comparison, for trackers: a row per image."""
     scale = choose_scale(figure.rows[0])
     pictures = [[to_pil_image(image) for image in to_pixels(row, scale)] for row in figure.rows]
     names = figure.column_labels or [""] * len(pictures[0])
-    columns = ["input_noise", *(sampler.label for sampler in samplers), "class"]
-    return columns, [list(cells) for cells in zip(*pictures, names, strict=True)]
+    samplers = [f"{sampler['scheduler']}:{sampler['num_inference_steps']}" for sampler in figure.record["samplers"]]
+    return ["input_noise", *samplers, "class"], [list(cells) for cells in zip(*pictures, names, strict=True)]
 
 
 def show_learning(pipeline: Pipeline, snapshots: list[Path], sampler: Sampler, request: Request) -> Figure:

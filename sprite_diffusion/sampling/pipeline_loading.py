@@ -1,6 +1,5 @@
 """A saved pipeline as this project's classes, so that loading runs no code from the folder or the Hub."""
 
-import argparse
 import warnings
 from importlib.util import find_spec
 from typing import Any, Protocol, Self
@@ -89,14 +88,6 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Pipeline:
     if not isinstance(options.get("id2label", {}), dict):
         raise UserInputError(f"{model}/model_index.json: id2label must give each class id a name")
     return pipeline_class(unet=unet, scheduler=scheduler, **options)
-
-
-def add_speed_flags(parser: argparse._ActionsContainer) -> None:
-    """Adds `--dtype`, for `load_pipeline`, and `--compile`, for `speed_up`."""
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="Of the network; bfloat16 is faster."
-    )
-    parser.add_argument("--compile", action="store_true", help="torch.compile the network: pays for many steps.")
 
 
 def speed_up(pipeline: Pipeline, compiles: bool) -> None:

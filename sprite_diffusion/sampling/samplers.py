@@ -1,4 +1,4 @@
-"""Samplers by short name: the schedulers that can take the place of the one that a model was trained with."""
+"""Samplers: the schedulers that can take the place of the one that a model was trained with."""
 
 import inspect
 from dataclasses import dataclass
@@ -11,23 +11,9 @@ from diffusers.configuration_utils import FrozenDict
 
 from schedulers import ClosedFormDDPMScheduler
 from sprite_diffusion.common.errors import UserInputError
-from sprite_diffusion.sampling.pipeline_loading import Pipeline
+from sprite_diffusion.sampling.flags import SAMPLERS
+from sprite_diffusion.sampling.pipeline_loading import OWN_CLASSES, Pipeline
 
-SAMPLERS: dict[str, Any] = {
-    "ddpm": ClosedFormDDPMScheduler,
-    "ddim": diffusers.DDIMScheduler,
-    "dpmsolver++": diffusers.DPMSolverMultistepScheduler,
-    "dpmsolver++_singlestep": diffusers.DPMSolverSinglestepScheduler,
-    "unipc": diffusers.UniPCMultistepScheduler,
-    "deis": diffusers.DEISMultistepScheduler,
-    "pndm": diffusers.PNDMScheduler,
-    "euler": diffusers.EulerDiscreteScheduler,
-    "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,
-    "heun": diffusers.HeunDiscreteScheduler,
-    "lms": diffusers.LMSDiscreteScheduler,
-    "kdpm2": diffusers.KDPM2DiscreteScheduler,
-    "kdpm2_ancestral": diffusers.KDPM2AncestralDiscreteScheduler,
-}
 FEW_STEPS = 50  # of a sampler that needs few, where their number is not given
 
 
@@ -74,7 +60,7 @@ def make_sampler(flag: str, pipeline: Pipeline, name: str | None, num_inference_
         UserInputError: For an unknown name, a sampler of another process, and a number of steps out of range.
     """
     model_scheduler = pipeline.scheduler
-    if name is None or SAMPLERS.get(name) is type(model_scheduler):
+    if name is None or SAMPLERS.get(name) == type(model_scheduler).__name__:
         name, scheduler = name or short_name(model_scheduler), model_scheduler
     elif name not in SAMPLERS:
         raise UserInputError(f"{flag}: unknown sampler '{name}'; known are {', '.join(SAMPLERS)}")
@@ -95,9 +81,10 @@ def make_sampler(flag: str, pipeline: Pipeline, name: str | None, num_inference_
     return Sampler(name, scheduler, num_inference_steps)
 
 
-def _from_config(scheduler_class: type[SchedulerMixin], config: FrozenDict) -> SchedulerMixin:
+def _from_config(class_name: str, config: FrozenDict) -> SchedulerMixin:
     """Makes a scheduler of another one's config, so that it clips as the model was trained to."""
-    options = inspect.signature(scheduler_class.__init__).parameters
+    scheduler_class: Any = OWN_CLASSES.get(class_name) or getattr(diffusers, class_name)
+    options = inspect.signature(scheduler_class).parameters
     if config.clip_sample and "clip_sample" not in options and "thresholding" in options:
         # These solvers know clipping as the case of dynamic thresholding whose threshold can't exceed the range.
         # Without it, what a long step overshoots by stays in the image as coloured specks.
@@ -118,5 +105,5 @@ def parse_samplers(pipeline: Pipeline, text: str) -> list[Sampler]:
 
 def short_name(scheduler: SchedulerMixin) -> str:
     """Returns the short name of a scheduler; that of its class where it has none."""
-    names = {scheduler_class: name for name, scheduler_class in SAMPLERS.items()}
-    return names.get(type(scheduler), type(scheduler).__name__)
+    class_name = type(scheduler).__name__
+    return next((name for name in SAMPLERS if SAMPLERS[name] == class_name), class_name)
