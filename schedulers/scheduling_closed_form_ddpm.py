@@ -412,6 +412,9 @@ class ClosedFormDDPMScheduler(SchedulerMixin, ConfigMixin):
             and timestep not in self._chain
         ):
             raise IndexError(f"Timestep {timestep} is not one of the {len(self._chain)} listed by `set_timesteps`.")
+
+        # 1. The model's channels: the prediction, and the variance where it is learned (Nichol and Dhariwal 2021,
+        # section 3.1)
         if config["variance_type"] in ("learned", "learned_range"):
             if model_output.shape[1] != 2 * sample.shape[1]:
                 raise ValueError(
@@ -419,10 +422,14 @@ class ClosedFormDDPMScheduler(SchedulerMixin, ConfigMixin):
                     f" but it has {model_output.shape[1]}."
                 )
             model_output, predicted_variance = model_output.chunk(2, dim=1)
+
+        # 2. The coefficients of this timestep, which `_set_chain` has tabulated
         output_dtype = torch.promote_types(model_output.dtype, sample.dtype)
         dtype = torch.promote_types(output_dtype, torch.float32)
         coefficients = self._reverse.at(timestep, sample, dtype)
 
+        # 3. The predicted x_0: (x_t - sqrt(1 - alpha_bar_t) epsilon) / sqrt(alpha_bar_t) (Ho et al. 2020, eq. 15), or
+        # sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v (Salimans and Ho 2022, section 4)
         if config["prediction_type"] == "sample":
             x0 = model_output.to(dtype, copy=True)
         else:
@@ -432,11 +439,15 @@ class ClosedFormDDPMScheduler(SchedulerMixin, ConfigMixin):
                 x0 = torch.addcmul(sample, model_output, output_coefficient).mul_(sample_coefficient)
             else:
                 x0 = (sample * sample_coefficient).addcmul_(model_output, output_coefficient)
+
+        # 4. x_0 within the range of images (Saharia et al. 2022, section 2.3, or clipping)
         if config["thresholding"]:
             x0 = self._threshold_sample(x0)
         elif config["clip_sample"]:
             x0 = x0.clamp_(-config["clip_sample_range"], config["clip_sample_range"])
 
+        # 5. The standard deviation of x_{t-1}: fixed (Ho et al. 2020, eq. 7 or beta_t), or learned (Nichol and
+        # Dhariwal 2021, eq. 15)
         x0_coefficient, xt_coefficient, *deviation = coefficients
         if config["variance_type"] == "learned":
             std = (predicted_variance * deviation[0]).sqrt_()
@@ -444,6 +455,9 @@ class ClosedFormDDPMScheduler(SchedulerMixin, ConfigMixin):
             std = torch.addcmul(deviation[0], predicted_variance, deviation[1]).exp_()
         else:
             std = deviation[0]
+
+        # 6. x_{t-1}: the mean of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 7), and noise of that deviation
+        # (Algorithm 2, line 4)
         noise = randn_tensor(
             model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
         )
