@@ -5,6 +5,8 @@ from typing import Any
 
 import yaml
 
+from sprite_diffusion.common.errors import UserInputError
+
 CARD_FILE = "README.md"
 CONFIG_FILE = "training_config.yaml"
 HISTORY_FILE = "metrics.jsonl"  # a line for each evaluation of a run
@@ -24,6 +26,14 @@ def find_run(path: Path) -> Path | None:
     """Returns the folder of the run that a model is from: `path`, or a folder above that of a checkpoint; or None."""
     folders = (path, *path.absolute().parents[:2])
     return next((folder for folder in folders if (folder / CONFIG_FILE).is_file()), None)
+
+
+def check_logging_dir(name: str) -> None:
+    """Raises `UserInputError` if `--logging_dir` is not a folder inside of the run's."""
+    parts = Path(name).parts
+    # Nor a pattern: --overwrite_output_dir removes what it names.
+    if not parts or ".." in parts or Path(name).is_absolute() or {*"*?["} & {*name}:
+        raise UserInputError(f"--logging_dir {name}: name a folder inside of --output_dir, such as logs")
 
 
 def read_saved_config(run_dir: Path) -> dict[str, Any] | None:
