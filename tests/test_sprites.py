@@ -1,4 +1,4 @@
-"""The procedural artist keeps its promises: the same sprites everywhere, varied, balanced and truly captioned."""
+"""The procedural artist's promises: the same sprites everywhere, varied, balanced and truly captioned."""
 
 import colorsys
 import hashlib
@@ -32,7 +32,7 @@ def colour_mask(image: np.ndarray, name: str) -> np.ndarray:  # (H, W, 3) uint8 
     low, high = HUES[name]
     colours, inverse = np.unique(image.reshape(-1, 3), axis=0, return_inverse=True)
     hues, saturations, values = np.array([colorsys.rgb_to_hsv(*colour) for colour in colours / 255]).T
-    # Vivid pixels only: outlines are darker than value 0.3 and shaded white is paler than saturation 0.25.
+    # Vivid pixels only: outlines have a value of less than 0.3, shaded white a saturation of less than 0.25.
     matches = (saturations > 0.25) & (values > 0.3) & ((hues * 360 - low) % 360 <= high - low)
     return matches[inverse.reshape(image.shape[:2])]
 
