@@ -10,7 +10,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from sprite_diffusion.common.errors import UserInputError
-from sprite_diffusion.data.dataset import load_image_data, make_dataloader
+from sprite_diffusion.data.config import DataConfig
+from sprite_diffusion.data.dataset import load_image_data, load_tensor, make_dataloader
 from sprite_diffusion.data.decoding import prepare_image, to_model_range
 from sprite_diffusion.data.sprites import CLASS_NAMES, draw_sprites
 from sprite_diffusion.runs.config import TrainingConfig
@@ -506,6 +507,87 @@ def test_bad_images_are_skipped_and_counted(load, pictures, capsys):
     assert to_levels(read_all(data))[:, 0, 0, 0].tolist() == [0, 2, 3]
     assert data.dataset.class_labels.tolist() == [0, 1, 1]
     assert "1.png" in capsys.readouterr().err
+
+
+# Images in memory
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["tensor", "array", "list", "names"])
+def test_tensor_arrives_unchanged_with_its_labels(channels, kind):
+    images = torch.from_numpy(random_pixels(50, 4, 6, channels)).permute(0, 3, 1, 2)  # as arrays mostly come
+    images[:, 0, 0, 0] = torch.arange(50)
+    ids = torch.arange(50) % 7
+    names = list("bcdefgh")
+    labels = {"tensor": ids, "array": ids.numpy(), "list": ids.tolist(), "names": [names[id] for id in ids]}[kind]
+    data = load_tensor(images, DataConfig(resolution="6x4"), labels)
+    assert (data.num_images, data.num_channels, data.skipped_images) == (50, channels, [])
+    assert data.id2label == dict(enumerate(names if kind == "names" else "0123456"))
+    batches = list(make_dataloader(data, 16))
+    assert [len(batch["images"]) for batch in batches] == [16, 16, 16, 2]
+    pixels, class_labels = (torch.cat([batch[key] for batch in batches]) for key in ("images", "class_labels"))
+    numbers = pixels[:, 0, 0, 0].long()
+    assert sorted(numbers.tolist()) == list(range(50))
+    assert (pixels.dtype, class_labels.dtype) == (torch.uint8, torch.int64)
+    assert torch.equal(pixels, images[numbers])
+    assert torch.equal(class_labels, ids[numbers])
+
+
+def test_tensor_without_labels_or_with_names_of_classes():
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    data = load_tensor(images, DataConfig(resolution="4"))
+    assert data.id2label is None
+    assert set(data.dataset.__getitems__([0, 1])) == {"images"}
+    data = load_tensor(images, DataConfig(resolution="4", class_names=["cat", "dog"]), [1, 0])
+    assert data.id2label == {0: "cat", 1: "dog"}
+
+
+def test_larger_tensor_is_cropped_at_random_places():
+    images = torch.zeros(400, 3, 6, 8, dtype=torch.uint8)
+    images[:, 1] = torch.arange(6)[:, None]
+    images[:, 2] = torch.arange(8)
+    data = load_tensor(images, DataConfig(resolution="4"))
+    places = []
+    for epoch in range(2):
+        data.dataset.begin_epoch(epoch)
+        pixels = data.dataset.__getitems__(list(range(400)))["images"].long()
+        assert pixels.shape == (400, 3, 4, 4)
+        tops, lefts = pixels[:, 1, :1, :1], pixels[:, 2, :1, :1]
+        assert torch.equal(pixels[:, 1], (tops + torch.arange(4)[:, None]).expand(400, 4, 4))
+        assert torch.equal(pixels[:, 2], (lefts + torch.arange(4)).expand(400, 4, 4))
+        places.append(list(zip(tops.flatten().tolist(), lefts.flatten().tolist(), strict=True)))
+    # 3 x 5 places: missing one of them has probability 15 * (14/15)**400 < 1e-10.
+    assert set(places[0]) == {(top, left) for top in range(3) for left in range(5)}
+    assert places[0] != places[1]
+
+
+BYTES = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
+TENSOR_ERRORS = {
+    "float": (BYTES.float(), None, ["torch.float32", "(3, 3, 8, 8)", "uint8"]),
+    "bfloat16": (BYTES.bfloat16(), None, ["torch.bfloat16", "uint8"]),
+    "three axes": (BYTES[:, :, 0], None, ["(3, 3, 8)", "(N, C, H, W)"]),
+    "channels last": (BYTES.movedim(1, 3), None, ["(3, 8, 8, 3)", "1 or 3 channels"]),
+    "no images": (BYTES[:0], None, ["(0, 3, 8, 8)"]),
+    "too low": (BYTES[:, :, :7], None, ["--resolution 8", "8x7"]),
+    "too narrow": (BYTES[:, :, :, :7], None, ["--resolution 8", "7x8"]),
+    "too few labels": (BYTES, [0, 1], ["2 class labels", "3 images"]),
+    "one label": (BYTES, torch.tensor(0), ["1 class labels", "3 images"]),
+    "one-hot labels": (BYTES, torch.eye(3), ["9 class labels", "3 images"]),
+    "fractional labels": (BYTES, torch.tensor([0, 0.5, 1]), ["class_labels", "integers or strings"]),
+    "negative label": (BYTES, torch.tensor([0, -1, 1]), ["class_labels, row 1", "label -1", "0 to 1"]),
+    "missing label": (BYTES, ["a", None, "b"], ["class_labels, row 1", "label None"]),
+}
+
+
+@pytest.mark.parametrize("case", TENSOR_ERRORS)
+def test_tensor_that_does_not_fit(case):
+    images, labels, parts = TENSOR_ERRORS[case]
+    with pytest.raises(UserInputError) as raised:
+        load_tensor(images, DataConfig(resolution="8"), labels)
+    message = str(raised.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
 
 
 # The store of decoded images
