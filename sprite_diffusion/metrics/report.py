@@ -8,7 +8,7 @@ from PIL import Image
 
 from sprite_diffusion.common.files import write_text, written_beside
 from sprite_diffusion.common.run_files import HISTORY_FILE, METRICS_FILE, PAIRS_FILE
-from sprite_diffusion.metrics.evaluation import Figure, Report
+from sprite_diffusion.metrics.evaluation import Measurement, Report
 
 TITLES = {
     "fid": "FID",
@@ -66,6 +66,6 @@ def _earlier_lines(folder: Path, global_step: int) -> list[dict[str, Any]]:
     return [line for line in lines if line["global_step"] < global_step]
 
 
-def _format_row(title: str, figure: Figure) -> tuple[str, ...]:
+def _format_row(title: str, figure: Measurement) -> tuple[str, ...]:
     interval = " to ".join(f"{end:.4g}" for end in figure.interval)
     return title, f"{figure.num_images:,}", f"{figure.value:.4g}", interval, f"{figure.real:.4g}"
