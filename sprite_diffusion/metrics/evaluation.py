@@ -11,7 +11,6 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
-from pipelines import ConditionalDDPMPipeline
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.metrics.distances import (
     Distance,
@@ -28,6 +27,7 @@ from sprite_diffusion.metrics.real_images import RealImages
 from sprite_diffusion.sampling.conditions import Condition
 from sprite_diffusion.sampling.generation import Request, sample_images
 from sprite_diffusion.sampling.pictures import labelled_grid, to_pixels
+from sprite_diffusion.sampling.pipeline_loading import Pipeline
 from sprite_diffusion.sampling.samplers import Sampler, make_sampler
 
 DISTANCES = {  # by extractor: only with Inception's features are they called FID and KID
@@ -128,22 +128,22 @@ def choose_num_images(real: RealImages, wanted: int) -> int:
     return min(wanted, len(real.reference))
 
 
-def make_evaluation_sampler(pipeline: Any, name: str | None, num_inference_steps: int | None) -> Sampler:
+def make_evaluation_sampler(pipeline: Pipeline, name: str | None, num_inference_steps: int | None) -> Sampler:
     """The sampler of `--scheduler`; else DDIM, or the only one that the model's process has."""
     if name is None and pipeline.scheduler.compatibles:
         name = "ddim"
     return make_sampler("--scheduler", pipeline, name, num_inference_steps)
 
 
-def sampling_facts(pipeline: Any, sampler: Sampler, guidance_scale: float, seed: int) -> dict[str, Any]:
+def sampling_facts(pipeline: Pipeline, sampler: Sampler, guidance_scale: float, seed: int) -> dict[str, Any]:
     """How images are drawn, for the record."""
-    guidance = {"guidance_scale": guidance_scale} if isinstance(pipeline, ConditionalDDPMPipeline) else {}
+    guidance = {"guidance_scale": guidance_scale} if pipeline.num_classes > 0 else {}
     dtype = str(pipeline.unet.dtype).removeprefix("torch.")
     return {"sampler": sampler.label, **guidance, "seed": seed, "dtype": dtype}
 
 
 def generate(
-    pipeline: Any,
+    pipeline: Pipeline,
     sampler: Sampler,
     real: RealImages,
     num_images: int,
@@ -185,9 +185,9 @@ def read_in_order(images: RealImages, num_images: int, batch_size: int) -> Itera
         yield torch.from_numpy(rows), images[rows]
 
 
-def _match_conditions(pipeline: Any, real: RealImages, num_images: int) -> list[Condition]:
+def _match_conditions(pipeline: Pipeline, real: RealImages, num_images: int) -> list[Condition]:
     """For each image the class of the real one that stands in its place: so classes are as frequent as in the data."""
-    if not isinstance(pipeline, ConditionalDDPMPipeline):
+    if pipeline.num_classes == 0:
         return [Condition()] * num_images
     if real.class_labels is None or real.id2label is None:
         raise UserInputError(
