@@ -1,7 +1,7 @@
 """Every figure of a set of images: how near to the real ones, how much of them, of the class asked for, and copied?"""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.metrics.distances import (
     Distance,
-    Interval,
     cmmd,
     frechet_distance,
     interval_of_distance,
@@ -24,6 +23,7 @@ from sprite_diffusion.metrics.distances import (
 )
 from sprite_diffusion.metrics.extractors import Extractor, real_features
 from sprite_diffusion.metrics.real_images import RealImages
+from sprite_diffusion.metrics.report import NEAR_COPIES, Measurement, Report
 from sprite_diffusion.sampling.conditions import Condition
 from sprite_diffusion.sampling.generation import Request, sample_images
 from sprite_diffusion.sampling.pictures import labelled_grid, to_pixels
@@ -40,33 +40,6 @@ NUM_CLOSEST_PAIRS = 10
 MIN_IMAGES_OF_A_CLASS = 2  # for a covariance
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # rows of the evaluated set (B,), and their uint8 images (B, C, H, W)
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """A metric of the generated images, its 95% interval, and the same metric of the held-out real images."""
-
-    value: float
-    interval: Interval
-    real: float
-    num_images: int
-
-
-@dataclass
-class Report:
-    """What `metrics.json` holds."""
-
-    num_images: int
-    extractor: str
-    figures: dict[str, Measurement] = field(default_factory=dict)
-    of_class: dict[str, Measurement] = field(default_factory=dict)  # the first distance, for each class
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def scalars(self) -> dict[str, float]:
-        """For trackers."""
-        return {f"metrics/{name}": figure.value for name, figure in self.figures.items()}
 
 
 @dataclass
@@ -117,7 +90,7 @@ def evaluate(
     floor, _ = real.find_nearest(real[held_out].to(state.device), but=torch.from_numpy(held_out))
     nearest = joined("nearest")
     report.figures["nearest_distance"] = _measure_mean(nearest, floor.cpu())
-    report.figures["near_copies"] = _measure_mean(nearest <= NEAR_COPY, floor.cpu() <= NEAR_COPY)
+    report.figures[NEAR_COPIES] = _measure_mean(nearest <= NEAR_COPY, floor.cpu() <= NEAR_COPY)
     picture = _draw_pairs(real, [pair for part in parts for pair in part.pairs])
     state.wait_for_everyone()
     return report, picture
