@@ -84,7 +84,7 @@ def read_run(run_dir: Path) -> RunRecord:
             "needs_remote_code": not isinstance(index["_class_name"], str),
             "newest_grid": f"{SAMPLES_DIR}/{grids[-1].name}" if grids else None,
             "report": Report.from_dict(metrics) if metrics else None,
-            "sampler": str(metrics["sampler"]) if metrics else None,
+            "sampler": _check_type("sampler", metrics["sampler"], str) if metrics else None,
             "guidance_scale": float(metrics["guidance_scale"]) if "guidance_scale" in metrics else None,
         }
         types = {name: kind for name, kind in get_type_hints(RunRecord).items() if name not in combined}
