@@ -54,11 +54,11 @@ def sprites(number: int = 300, with_labels: bool = True, **config) -> RealImages
     return RealImages(load_image_data(TrainingConfig(**values), with_labels=with_labels))
 
 
-def measure(real: RealImages, images: torch.Tensor, has_classes: bool = False, extractor: Extractor | None = None):
+def measure(real: RealImages, images: torch.Tensor, judge_classes: bool = False, extractor: Extractor | None = None):
     """The report on images, in batches of different sizes."""
     extractor = extractor or make_extractor("classifier", "", real, CPU)
     rows = torch.arange(len(images)).split([7, len(images) - 7])
-    return evaluate(real, extractor, iter((r, images[r]) for r in rows), len(images), has_classes)
+    return evaluate(real, extractor, iter((r, images[r]) for r in rows), len(images), judge_classes)
 
 
 class TestRealImages:
@@ -236,7 +236,7 @@ class TestEvaluate:
         real = sprites(400)
         extractor = make_extractor("classifier", "", real, CPU)
         labels = real.class_labels[real.reference]
-        right, _ = measure(real, real[real.reference], has_classes=True, extractor=extractor)
+        right, _ = measure(real, real[real.reference], judge_classes=True, extractor=extractor)
         seen = extractor.classify(real[real.reference]).argmax(1)
         assert right.figures["class_accuracy"].value == pytest.approx((seen == labels).double().mean().item())
         assert right.figures["class_accuracy"].real == pytest.approx(extractor.accuracy)
@@ -248,7 +248,7 @@ class TestEvaluate:
         for id, name in real.id2label.items():
             floor = frechet_distance(of_class(real.reference, id), of_class(real.held_out, id))
             assert right.of_class[name].real == pytest.approx(floor, rel=1e-4)
-        shuffled, _ = measure(real, real[real.reference[::-1].copy()], has_classes=True, extractor=extractor)
+        shuffled, _ = measure(real, real[real.reference[::-1].copy()], judge_classes=True, extractor=extractor)
         assert shuffled.figures["class_accuracy"].value < 0.5
         assert shuffled.figures["frechet_distance"].value < 1e-6  # the same images, of other classes than asked for
         assert min(figure.value for figure in shuffled.of_class.values()) > 0.01
