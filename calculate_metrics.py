@@ -32,8 +32,8 @@ from sprite_diffusion.metrics.evaluation import (
 from sprite_diffusion.metrics.extractors import CLIP_MODEL, EXTRACTORS, make_extractor
 from sprite_diffusion.metrics.real_images import RealImages
 from sprite_diffusion.metrics.report import format_table, write_report
-from sprite_diffusion.sampling.pipeline_loading import Pipeline, add_speed_flags, load_pipeline, speed_up
-from sprite_diffusion.sampling.samplers import SAMPLERS
+from sprite_diffusion.sampling.flags import SAMPLERS, add_speed_flags
+from sprite_diffusion.sampling.pipeline_loading import Pipeline, load_pipeline, speed_up
 from sprite_diffusion.sharing.card import make_card
 
 

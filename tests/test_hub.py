@@ -113,7 +113,7 @@ def test_private_repository_holds_the_pipeline_and_nothing_else(pushed):
     server, folder, _ = pushed
     assert server.repos["me/sprites"].private
     files = shared_files(server, "me/sprites")
-    assert unversioned(files) == OF_EVERY_RUN | {"pipeline.py", "scheduler/pipeline_unconditional_ddpm_VERSION.py"}
+    assert unversioned(files) == OF_EVERY_RUN | {"pipeline.py", "scheduler/pipeline_ddpm_VERSION.py"}
     for name in files - {"README.md"}:
         assert server.repos["me/sprites"].files[name] == (folder / "sprites" / name).read_bytes(), name
 
@@ -122,7 +122,7 @@ def test_public_repository_has_the_code_in_its_index(pushed):
     server, _, _ = pushed
     assert not server.repos["me/sprites-by-class"].private
     files = shared_files(server, "me/sprites-by-class")
-    assert unversioned(files) == OF_EVERY_RUN | {"pipeline_conditional_ddpm_VERSION.py"}
+    assert unversioned(files) == OF_EVERY_RUN | {"pipeline_ddpm_VERSION.py"}
 
 
 def test_token_is_nowhere(pushed):
@@ -328,7 +328,7 @@ def test_two_versions_of_the_code_in_one_process_keep_apart(pushed, tmp_path, ki
     for package in ("pipelines", "schedulers", "models", "sprite_diffusion"):
         shutil.copytree(REPOSITORY / package, project / package)
     for file, old, new in [
-        (f"pipelines/pipeline_{kind}_ddpm.py", "it must be at least 1", "it must be more"),
+        ("pipelines/pipeline_ddpm.py", "it must be at least 1", "it must be more"),
         (
             "schedulers/scheduling_closed_form_ddpm.py",
             'return self.config["num_train_timesteps"]',
@@ -684,7 +684,7 @@ def test_push_command(author, pipeline_folder):
     assert repository.private
     assert unversioned(shared_files(author.server, "me/later")) == OF_EVERY_RUN | {
         "pipeline.py",
-        "scheduler/pipeline_unconditional_ddpm_VERSION.py",
+        "scheduler/pipeline_ddpm_VERSION.py",
     }
     assert sorted(path.name for path in pipeline_folder.iterdir()) == before
 

@@ -165,7 +165,7 @@ def test_wandb_has_the_model(run):
         # files of code are named after their content
         assert {re.sub(r"_[0-9a-f]{8}\.py", ".py", entry.path) for entry in model.manifest.contents} == {
             "model_index.json",
-            "pipeline_conditional_ddpm.py",
+            "pipeline_ddpm.py",
             "scheduler/scheduler_config.json",
             "scheduler/scheduling_closed_form_ddpm.py",
             "training_config.yaml",
