@@ -2,8 +2,6 @@
 
 import inspect
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -18,6 +16,7 @@ from diffusers import (
     UNet2DModel,
     UniPCMultistepScheduler,
 )
+from launching import PYTHON, run_command
 
 import pipelines.pipeline_conditional_ddpm as conditional_module
 import pipelines.pipeline_unconditional_ddpm as unconditional_module
@@ -307,9 +306,8 @@ def load_elsewhere(tmp_path, folder, trust: str, **kwargs) -> tuple[str, np.ndar
     """Loads a pipeline folder with diffusers alone, in a process that can't import this project."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir(exist_ok=True)
-    command = [sys.executable, "-I", "-c", LOAD, str(folder), str(tmp_path / "images.npy"), trust, repr(kwargs)]
-    result = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    command = [*PYTHON, "-I", "-c", LOAD, str(folder), str(tmp_path / "images.npy"), trust, repr(kwargs)]
+    result = run_command(command, cwd=elsewhere)
     return result.stdout.strip(), np.load(tmp_path / "images.npy")
 
 
