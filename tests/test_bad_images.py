@@ -5,13 +5,11 @@ import json
 import os
 import shutil
 import struct
-import subprocess
-import sys
 import zlib
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, TINY
+from launching import PYTHON, TINY, finish, start
 from PIL import Image
 
 from sprite_diffusion.common.errors import UserInputError
@@ -124,9 +122,7 @@ def check_skipping_run(folder, num_good, bad, output_dir):
     data_flags = f"--train_data_dir {folder} --on_bad_image skip --max_train_samples 5000 --max_train_steps 4"
     flags = TINY.replace("--max_train_samples 20", data_flags)
     prefix = AS_USER if not AS_USER or shutil.which(AS_USER[0]) else []
-    command = [*prefix, sys.executable, "train_unconditional.py", *flags.split(), "--output_dir", str(output_dir)]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    result = finish(start("train_unconditional", flags, output_dir, [*prefix, *PYTHON]))
     assert f"{num_good:,} images of 16x16, 3 channel(s), {len(bad)} skipped\n" in result.stdout
     assert (output_dir / "model_index.json").is_file()
     lines = [json.loads(line) for line in (output_dir / "skipped_images.jsonl").read_text().splitlines()]

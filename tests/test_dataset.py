@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.data import decoding
 from sprite_diffusion.data.config import DataConfig
 from sprite_diffusion.data.dataset import load_image_data, load_tensor, make_dataloader
 from sprite_diffusion.data.decoding import prepare_image, to_model_range
@@ -603,7 +604,7 @@ def decoded(monkeypatch, tmp_path):
         names.append(name)
         return prepare_image(image, name, config)
 
-    monkeypatch.setattr("sprite_diffusion.data.decoding.prepare_image", prepare)
+    monkeypatch.setattr(decoding, "prepare_image", prepare)
     return names
 
 

@@ -1,11 +1,9 @@
 """Pushing to the Hub and loading from it: the real clients, in processes of their own, against a loopback server."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,9 +12,9 @@ from urllib.request import ProxyHandler, Request, build_opener
 import numpy as np
 import pytest
 import yaml
-from conftest import REPOSITORY, TINY
 from hub_server import DROP, TOKEN, HubServer, Repository
 from huggingface_hub import ModelCard
+from launching import PYTHON, REPOSITORY, TINY, run_command
 from PIL import Image
 
 from sprite_diffusion.common.errors import UserInputError
@@ -40,22 +38,9 @@ class User:
         (self.home / "token").write_text(TOKEN)
 
     def run(self, *command: str, cwd: Path = REPOSITORY, status: int = 0) -> subprocess.CompletedProcess:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        environment |= {"HF_ENDPOINT": self.server.url, "HF_HOME": str(self.home), "HF_HUB_DISABLE_XET": "1"}
+        environment = {"HF_ENDPOINT": self.server.url, "HF_HOME": str(self.home), "HF_HUB_DISABLE_XET": "1"}
         environment |= {"NO_PROXY": "*", "no_proxy": "*"}
-        # With threads that wait in a loop, steps of milliseconds take seconds on a machine that is busy otherwise.
-        environment |= {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
-        result = subprocess.run(
-            [sys.executable, *command],
-            cwd=cwd,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=600,
-        )
-        assert result.returncode == status, result.stderr
-        return result
+        return run_command([*PYTHON, *command], status, environment=environment, cwd=cwd)
 
 
 @pytest.fixture
@@ -338,7 +323,7 @@ def test_two_versions_of_the_code_in_one_process_keep_apart(pushed, tmp_path, ki
         text = (project / file).read_text()
         assert old in text
         (project / file).write_text(text.replace(old, new))
-    subprocess.run([sys.executable, "-c", SAVE_AGAIN, str(source), "changed"], cwd=project, check=True)
+    run_command([*PYTHON, "-c", SAVE_AGAIN, str(source), "changed"], cwd=project)
     loading = {"custom_pipeline": "pipeline"} if kind == "unconditional" else {}
     stranger = User(pushed[0], tmp_path / "stranger")
     folders = [str(source), str(project / "changed")]

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import REPOSITORY
+from launching import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
 TREE = re.search(r"## The files\n\n```\n(.*?)```", README, re.DOTALL)[1].splitlines()
