@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.common.flags import read_yaml
 
 CARD_FILE = "README.md"
 CONFIG_FILE = "training_config.yaml"
@@ -34,6 +35,13 @@ def check_logging_dir(name: str) -> None:
     # Nor a pattern: --overwrite_output_dir removes what it names.
     if not parts or ".." in parts or Path(name).is_absolute() or {*"*?["} & {*name}:
         raise UserInputError(f"--logging_dir {name}: name a folder inside of --output_dir, such as logs")
+
+
+def find_logging_dir(run_dir: Path) -> Path:
+    """Returns the folder of a run's trackers. Raises `UserInputError` if the saved configuration can't be read."""
+    name = str(read_yaml(run_dir / CONFIG_FILE).get("logging_dir", "logs"))
+    check_logging_dir(name)
+    return run_dir / name
 
 
 def read_saved_config(run_dir: Path) -> dict[str, Any] | None:
