@@ -311,7 +311,9 @@ def load_elsewhere(tmp_path, folder, trust: str, **kwargs) -> tuple[str, np.ndar
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir(exist_ok=True)
     command = [*PYTHON, "-I", "-c", LOAD, str(folder), str(tmp_path / "images.npy"), trust, repr(kwargs)]
-    result = run_command(command, cwd=elsewhere)
+    # As many threads as here: sums in another order would differ in their last bits.
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    result = run_command(command, cwd=elsewhere, environment=threads)
     return result.stdout.strip(), np.load(tmp_path / "images.npy")
 
 
