@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from PIL import Image
 
-from pipelines import ConditionalDDPMPipeline
 from sprite_diffusion.common.errors import UserInputError, exits_on_user_error, first_line
 from sprite_diffusion.common.files import check_writable
 from sprite_diffusion.common.flags import SEED_RANGE, ArgumentParser, Range
@@ -34,7 +33,7 @@ from sprite_diffusion.metrics.extractors import CLIP_MODEL, EXTRACTORS, make_ext
 from sprite_diffusion.metrics.real_images import RealImages
 from sprite_diffusion.metrics.report import format_table, write_report
 from sprite_diffusion.sampling.flags import SAMPLERS, add_speed_flags
-from sprite_diffusion.sampling.pipeline_loading import load_pipeline, speed_up
+from sprite_diffusion.sampling.pipeline_loading import Pipeline, load_pipeline, speed_up
 from sprite_diffusion.sharing.card import make_card
 
 
@@ -73,7 +72,7 @@ def is_image_folder(model: str) -> bool:
     return Path(model).is_dir() and not (Path(model) / "model_index.json").is_file()
 
 
-def choose_image_size(pipeline: Any, model: str, config: DataConfig, data_flags: list[str]) -> str:
+def choose_image_size(pipeline: Pipeline | None, model: str, config: DataConfig, data_flags: list[str]) -> str:
     """The resolution to measure at: the model's; of a folder of images the one asked for, else that of the first."""
     if pipeline is not None:
         side = pipeline.unet.config.sample_size
@@ -127,14 +126,14 @@ def main() -> None:
     run_facts = read_run_facts(Path(args.model) / SUMMARY_FILE)
     run_dir = find_run(args.model)
     config = parse_data_flags(data_flags, None if run_dir is None else run_dir / CONFIG_FILE)
-    pipeline: Any = None
+    pipeline: Pipeline | None = None
     if not is_image_folder(args.model):
         pipeline = load_pipeline(args.model, getattr(torch, args.dtype)).to(state.device)
         speed_up(pipeline, args.compile)
     resolution = choose_image_size(pipeline, args.model, config, data_flags)
     config = replace(config, resolution=resolution)
     if pipeline is not None:
-        if args.guidance_scale != 1 and not isinstance(pipeline, ConditionalDDPMPipeline):
+        if args.guidance_scale != 1 and pipeline.num_classes == 0:
             raise UserInputError(f"--guidance_scale: {args.model} is unconditional, it has no classes")
         config = replace(config, image_mode="L" if pipeline.unet.config.in_channels == 1 else "RGB")
 
@@ -161,7 +160,8 @@ def main() -> None:
     if state.is_main_process:
         how = "" if pipeline is None else f" by {sampler.label}"
         print(f"measuring {num_images:,} images{how} of {args.model}\nagainst {real.source}: {len(real):,} images")
-    result = evaluate(real, extractor, images, num_images, isinstance(pipeline, ConditionalDDPMPipeline))
+    judge_classes = pipeline is not None and pipeline.num_classes > 0
+    result = evaluate(real, extractor, images, num_images, judge_classes)
     if result is not None:
         write_outputs(args, *result, facts)
 

@@ -38,16 +38,12 @@ def log_comparison(args: argparse.Namespace, figure: "Figure") -> None:
 
     Raises `UserInputError` if the configuration of the run can't be read.
     """
-    from sprite_diffusion.common.run_files import CONFIG_FILE, find_run
-    from sprite_diffusion.runs.config import parse_config
+    from sprite_diffusion.common.run_files import find_logging_dir, find_run
     from sprite_diffusion.sampling.figures import comparison_table
     from sprite_diffusion.sharing.trackers import Trackers
 
     run_dir = find_run(Path(args.model))
-    logging_dir = Path("logs")
-    if run_dir is not None:
-        config = parse_config(["--config", str(run_dir / CONFIG_FILE)], default_preset="")
-        logging_dir = run_dir / config.logging_dir
+    logging_dir = Path("logs") if run_dir is None else find_logging_dir(run_dir)
     trackers = Trackers(args.logger, logging_dir, {"compare": args.compare})
     trackers.log_image("comparison", figure.render(args.scale), caption=args.compare)
     trackers.log_table("comparison_table", *comparison_table(figure))

@@ -1,11 +1,9 @@
 """Pushing to the Hub and loading from it: the real clients, in processes of their own, against a loopback server."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,11 +11,16 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, TINY
+import yaml
 from hub_server import DROP, TOKEN, HubServer, Repository
 from huggingface_hub import ModelCard
+from launching import PYTHON, REPOSITORY, TINY, run_command
 from PIL import Image
 
+from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.sharing.card import make_card
+
+MEASUREMENT = {"value": 0.05, "interval": [0, 0.1], "real": 0, "num_images": 20}
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 PRIVATE_FLAGS = f"--push_to_hub --hub_model_id me/sprites --hub_private_repo --hub_token {TOKEN} --save_model_epochs 1"
 
@@ -35,22 +38,9 @@ class User:
         (self.home / "token").write_text(TOKEN)
 
     def run(self, *command: str, cwd: Path = REPOSITORY, status: int = 0) -> subprocess.CompletedProcess:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        environment |= {"HF_ENDPOINT": self.server.url, "HF_HOME": str(self.home), "HF_HUB_DISABLE_XET": "1"}
+        environment = {"HF_ENDPOINT": self.server.url, "HF_HOME": str(self.home), "HF_HUB_DISABLE_XET": "1"}
         environment |= {"NO_PROXY": "*", "no_proxy": "*"}
-        # With threads that wait in a loop, steps of milliseconds take seconds on a machine that is busy otherwise.
-        environment |= {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
-        result = subprocess.run(
-            [sys.executable, *command],
-            cwd=cwd,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=600,
-        )
-        assert result.returncode == status, result.stderr
-        return result
+        return run_command([*PYTHON, *command], status, environment=environment, cwd=cwd)
 
 
 @pytest.fixture
@@ -309,6 +299,13 @@ print(len(again.scheduler))
 """
 
 
+SAVE_AGAIN = """
+import sys
+from sprite_diffusion.sampling.pipeline_loading import load_pipeline
+load_pipeline(sys.argv[1]).save_pretrained(sys.argv[2])
+"""
+
+
 @pytest.mark.parametrize("kind", ["unconditional", "conditional"])
 def test_two_versions_of_the_code_in_one_process_keep_apart(pushed, tmp_path, kind):
     """A repository made by changed code: it counts its timesteps twice and words an error otherwise."""
@@ -326,9 +323,7 @@ def test_two_versions_of_the_code_in_one_process_keep_apart(pushed, tmp_path, ki
         text = (project / file).read_text()
         assert old in text
         (project / file).write_text(text.replace(old, new))
-    load = "import sys; from sprite_diffusion.sampling.pipeline_loading import load_pipeline"
-    save = f"{load}; load_pipeline(sys.argv[1]).save_pretrained"
-    subprocess.run([sys.executable, "-c", f"{save}('changed')", str(source)], cwd=project, check=True)
+    run_command([*PYTHON, "-c", SAVE_AGAIN, str(source), "changed"], cwd=project)
     loading = {"custom_pipeline": "pipeline"} if kind == "unconditional" else {}
     stranger = User(pushed[0], tmp_path / "stranger")
     folders = [str(source), str(project / "changed")]
@@ -452,6 +447,42 @@ def test_card_command(author, pipeline_folder):
     assert b"My notes." in author.server.repos["me/new"].files["README.md"]
 
 
+@pytest.mark.parametrize(
+    ("file", "changes", "reason"),
+    [
+        ("training_summary.json", {"num_parameters": "many"}, "num_parameters is 'many'"),
+        ("training_summary.json", {"loss": [0.5]}, r"loss is \[0.5\]"),
+        ("training_summary.json", {"versions": None}, "'items'"),
+        ("training_config.yaml", {"resolution": 16}, "resolution is 16"),
+        ("model_index.json", {"id2label": {"0": 7}}, "id2label is 7"),
+        ("metrics.json", {"figures": {}}, "the metrics are missing"),
+        ("metrics.json", {"figures": {"near_copies": {**MEASUREMENT, "value": "few"}}}, "few"),
+        ("metrics.json", {"sampler": None}, "sampler is None"),
+    ],
+)
+def test_card_names_a_value_of_another_type(pipeline_folder, file, changes, reason):
+    metrics = {"global_step": 8, "num_images": 20, "extractor": "classifier", "sampler": "ddim:50", "of_class": {}}
+    metrics["figures"] = {"near_copies": MEASUREMENT}
+    (pipeline_folder / "metrics.json").write_text(json.dumps(metrics))
+    assert "of 20 samples, 5.0% were near-copies" in make_card(pipeline_folder, None, None)
+    path = pipeline_folder / file
+    path.write_text(json.dumps({**yaml.safe_load(path.read_text()), **changes}))  # JSON is YAML
+    with pytest.raises(UserInputError, match=f"is not the output folder of a run: .*{reason}"):
+        make_card(pipeline_folder, None, None)
+
+
+def test_card_that_is_written_again_keeps_its_metadata(pipeline_folder):
+    (pipeline_folder / "README.md").write_text("---\nlanguage: en\nlicense: mit\n---\n")
+    card = make_card(pipeline_folder, None, "---\nthumbnail: cat.png\ntags: [cats]\n---\nMy cats.\n")
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert list(metadata)[:4] == ["language", "license", "tags", "thumbnail"]
+    assert list(metadata)[4:] == ["library_name", "pipeline_tag", "widget", "model-index"]
+    assert (metadata["license"], metadata["tags"][-1]) == ("mit", "cats")
+    again = make_card(pipeline_folder, None, card)
+    assert yaml.safe_load(again.split("---")[1]) == metadata
+    assert make_card(pipeline_folder, None, again) == again
+
+
 def test_sample_script_draws_from_a_repository(pushed, tmp_path):
     server, _, _ = pushed
     flags = f"me/sprites-by-class --output {tmp_path}/out --scale 1 --num_inference_steps 2 --num_images 2"
@@ -474,14 +505,12 @@ def test_wrong_token_stops_the_run_before_it_starts(author, tmp_path):
 
 CREATE = """
 import sys
-from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.sharing.hub import create_repository
 for token, name in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
     name, _, private = name.partition(":")
-    config = dict(push_to_hub=True, hub_model_id=name, hub_token=token or None, hub_private_repo=bool(private))
     try:
-        print(create_repository(TrainingConfig(**config)))
+        print(create_repository(name, bool(private), token or None))
     except UserInputError as error:
         print(error)
 """
@@ -522,12 +551,11 @@ UPLOAD = """
 import sys
 from pathlib import Path
 from sprite_diffusion.sharing import hub
-from sprite_diffusion.runs.config import TrainingConfig
 hub.RETRY_DELAYS = (0.01, 0.02)
 output_dir, token, *changes = sys.argv[1:]
-config = TrainingConfig(output_dir=output_dir, push_to_hub=True, hub_model_id="me/sprites", hub_token=token)
 for step, change in enumerate(changes):
-    uploader = hub.HubUploader(hub.create_repository(config), config)
+    repo_id = hub.create_repository("me/sprites", private=False, token=token)
+    uploader = hub.HubUploader(repo_id, Path(output_dir), private=False, token=token)
     if change:
         Path(output_dir, change).write_text("new")
     uploader.push(step)
@@ -594,10 +622,9 @@ SLOW = """
 import sys, time
 from pathlib import Path
 from sprite_diffusion.sharing import hub
-from sprite_diffusion.runs.config import TrainingConfig
 output_dir, token = sys.argv[1:]
-config = TrainingConfig(output_dir=output_dir, push_to_hub=True, hub_model_id="me/sprites", hub_token=token)
-uploader = hub.HubUploader(hub.create_repository(config), config)
+repo_id = hub.create_repository("me/sprites", private=False, token=token)
+uploader = hub.HubUploader(repo_id, Path(output_dir), private=False, token=token)
 weights = Path(output_dir, "unet", "diffusion_pytorch_model.safetensors")
 for step in range(4):
     weights.write_bytes(b"weights of step %d" % step)

@@ -2,18 +2,15 @@
 
 import itertools
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, LAUNCH_TWO, REPOSITORY, TINY
 from huggingface_hub import ModelCard
+from launching import LAUNCH_TWO, TINY, finish, start
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -22,7 +19,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.dataset import load_image_data
-from sprite_diffusion.metrics import classifier, evaluation
+from sprite_diffusion.metrics import classifier, evaluation, real_images
 from sprite_diffusion.metrics.classifier import Classifier, is_weak, load_classifier
 from sprite_diffusion.metrics.distances import frechet_distance
 from sprite_diffusion.metrics.evaluation import (
@@ -34,7 +31,9 @@ from sprite_diffusion.metrics.evaluation import (
 )
 from sprite_diffusion.metrics.extractors import Extractor, make_extractor, real_features
 from sprite_diffusion.metrics.real_images import RealImages
+from sprite_diffusion.runs import outputs
 from sprite_diffusion.runs.config import TrainingConfig
+from sprite_diffusion.sampling import samplers
 from sprite_diffusion.sampling.pipeline_loading import load_pipeline
 from sprite_diffusion.sharing.card import make_card
 
@@ -54,11 +53,11 @@ def sprites(number: int = 300, with_labels: bool = True, **config) -> RealImages
     return RealImages(load_image_data(TrainingConfig(**values), with_labels=with_labels))
 
 
-def measure(real: RealImages, images: torch.Tensor, has_classes: bool = False, extractor: Extractor | None = None):
+def measure(real: RealImages, images: torch.Tensor, judge_classes: bool = False, extractor: Extractor | None = None):
     """The report on images, in batches of different sizes."""
     extractor = extractor or make_extractor("classifier", "", real, CPU)
     rows = torch.arange(len(images)).split([7, len(images) - 7])
-    return evaluate(real, extractor, iter((r, images[r]) for r in rows), len(images), has_classes)
+    return evaluate(real, extractor, iter((r, images[r]) for r in rows), len(images), judge_classes)
 
 
 class TestRealImages:
@@ -102,7 +101,7 @@ class TestRealImages:
 
     @pytest.mark.parametrize("searched_at_once", [4096, 17])
     def test_nearest(self, monkeypatch, searched_at_once):
-        monkeypatch.setattr("sprite_diffusion.metrics.real_images.SEARCHED_AT_ONCE", searched_at_once)
+        monkeypatch.setattr(real_images, "SEARCHED_AT_ONCE", searched_at_once)
         real = sprites(60)
         everything = real[np.arange(60)].double() / 255
         images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -236,7 +235,7 @@ class TestEvaluate:
         real = sprites(400)
         extractor = make_extractor("classifier", "", real, CPU)
         labels = real.class_labels[real.reference]
-        right, _ = measure(real, real[real.reference], has_classes=True, extractor=extractor)
+        right, _ = measure(real, real[real.reference], judge_classes=True, extractor=extractor)
         seen = extractor.classify(real[real.reference]).argmax(1)
         assert right.figures["class_accuracy"].value == pytest.approx((seen == labels).double().mean().item())
         assert right.figures["class_accuracy"].real == pytest.approx(extractor.accuracy)
@@ -248,7 +247,7 @@ class TestEvaluate:
         for id, name in real.id2label.items():
             floor = frechet_distance(of_class(real.reference, id), of_class(real.held_out, id))
             assert right.of_class[name].real == pytest.approx(floor, rel=1e-4)
-        shuffled, _ = measure(real, real[real.reference[::-1].copy()], has_classes=True, extractor=extractor)
+        shuffled, _ = measure(real, real[real.reference[::-1].copy()], judge_classes=True, extractor=extractor)
         assert shuffled.figures["class_accuracy"].value < 0.5
         assert shuffled.figures["frechet_distance"].value < 1e-6  # the same images, of other classes than asked for
         assert min(figure.value for figure in shuffled.of_class.values()) > 0.01
@@ -343,11 +342,8 @@ class TestExtractors:
 def runs(tmp_path_factory):
     """Two runs of seconds: their images are noise, but everything is there."""
     folder = tmp_path_factory.mktemp("runs")
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
     for script in ("train_unconditional", "train_conditional"):
-        flags = f"{TINY} --max_train_samples 60 --train_batch_size 20 --output_dir {folder / script}"
-        command = [sys.executable, f"{script}.py", *flags.split()]
-        subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, capture_output=True)
+        finish(start(script, f"{TINY} --max_train_samples 60 --train_batch_size 20", folder / script))
     return folder
 
 
@@ -466,13 +462,7 @@ class TestCalculateMetrics:
         model = runs / "train_conditional"
         run_script("calculate_metrics", f"{model} {self.FLAGS} --batch_size 4", tmp_path / "one")  # fills the cache
         flags = f"{model} {self.FLAGS} --batch_size 4"
-        subprocess.run(
-            [*LAUNCH_TWO, "calculate_metrics.py", *flags.split(), "--output_dir", str(tmp_path / "two")],
-            cwd=REPOSITORY,
-            env={**os.environ, **ENVIRONMENT},
-            check=True,
-            capture_output=True,
-        )
+        finish(start("calculate_metrics", flags, tmp_path / "two", LAUNCH_TWO))
         for group in ("figures", "of_class"):
             one, two = (read_metrics(tmp_path / name)[group] for name in ("one", "two"))
             assert one.keys() == two.keys()
@@ -518,8 +508,8 @@ class TestEvaluateEvery:
 
     @pytest.fixture(autouse=True)
     def quick(self, monkeypatch):
-        monkeypatch.setattr("sprite_diffusion.runs.outputs.IMAGES_PER_EVALUATION", 10)
-        monkeypatch.setattr("sprite_diffusion.sampling.samplers.FEW_STEPS", 2)
+        monkeypatch.setattr(outputs, "IMAGES_PER_EVALUATION", 10)
+        monkeypatch.setattr(samplers, "FEW_STEPS", 2)
 
     @pytest.mark.parametrize("script", ["train_unconditional", "train_conditional"])
     def test_history_last_figures_trackers_and_card(self, run_script, tmp_path, script):

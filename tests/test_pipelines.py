@@ -1,8 +1,6 @@
 """The pipelines against diffusers' own, and their folders in programs that do not know this project."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,6 +15,7 @@ from diffusers import (
     UNet2DModel,
     UniPCMultistepScheduler,
 )
+from launching import PYTHON, run_command
 
 from models import BasicUNet2DModel, ContextUNet2DModel
 from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline
@@ -311,9 +310,10 @@ def load_elsewhere(tmp_path, folder, trust: str, **kwargs) -> tuple[str, np.ndar
     """Loads a pipeline folder with diffusers alone, in a process that can't import this project."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir(exist_ok=True)
-    command = [sys.executable, "-I", "-c", LOAD, str(folder), str(tmp_path / "images.npy"), trust, repr(kwargs)]
-    result = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    command = [*PYTHON, "-I", "-c", LOAD, str(folder), str(tmp_path / "images.npy"), trust, repr(kwargs)]
+    # As many threads as here: sums in another order would differ in their last bits.
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    result = run_command(command, cwd=elsewhere, environment=threads)
     return result.stdout.strip(), np.load(tmp_path / "images.npy")
 
 

@@ -15,6 +15,7 @@ RESAMPLES_OF_DISTANCES = 50
 RESAMPLES_OF_MEANS = 1000
 
 Interval = tuple[float, float]
+Distance = Callable[[torch.Tensor, torch.Tensor], float]  # of real and generated features (N, D)
 
 
 def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
@@ -86,9 +87,7 @@ def interval_of_mean(values: torch.Tensor) -> Interval:
     return low, high
 
 
-def interval_of_distance(
-    distance: Callable[[torch.Tensor, torch.Tensor], float], real: torch.Tensor, generated: torch.Tensor
-) -> Interval:
+def interval_of_distance(distance: Distance, real: torch.Tensor, generated: torch.Tensor) -> Interval:
     """95% bootstrap interval of a distance between sets, over which images were generated.
 
     The distance, give or take 1.96 standard errors, and not percentiles: to a resampled set, in which images repeat,

@@ -1,7 +1,7 @@
 """Every figure of a set of images: how near to the real ones, how much of them, of the class asked for, and copied?"""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,9 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
-from pipelines import ConditionalDDPMPipeline
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.metrics.distances import (
-    Interval,
+    Distance,
     cmmd,
     frechet_distance,
     interval_of_distance,
@@ -24,9 +23,11 @@ from sprite_diffusion.metrics.distances import (
 )
 from sprite_diffusion.metrics.extractors import Extractor, real_features
 from sprite_diffusion.metrics.real_images import RealImages
+from sprite_diffusion.metrics.report import NEAR_COPIES, Measurement, Report
 from sprite_diffusion.sampling.conditions import Condition
 from sprite_diffusion.sampling.generation import Request, sample_images
 from sprite_diffusion.sampling.pictures import labelled_grid, to_pixels
+from sprite_diffusion.sampling.pipeline_loading import Pipeline
 from sprite_diffusion.sampling.samplers import Sampler, make_sampler
 
 DISTANCES = {  # by extractor: only with Inception's features are they called FID and KID
@@ -41,33 +42,6 @@ MIN_IMAGES_OF_A_CLASS = 2  # for a covariance
 Batch = tuple[torch.Tensor, torch.Tensor]  # rows of the evaluated set (B,), and their uint8 images (B, C, H, W)
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A metric of the generated images, its 95% interval, and the same metric of the held-out real images."""
-
-    value: float
-    interval: Interval
-    real: float
-    num_images: int
-
-
-@dataclass
-class Report:
-    """What `metrics.json` holds."""
-
-    num_images: int
-    extractor: str
-    figures: dict[str, Figure] = field(default_factory=dict)
-    of_class: dict[str, Figure] = field(default_factory=dict)  # the first distance, for each class
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def scalars(self) -> dict[str, float]:
-        """For trackers."""
-        return {f"metrics/{name}": figure.value for name, figure in self.figures.items()}
-
-
 @dataclass
 class _Measured:
     """What is kept of generated images: never the images themselves, but for the closest pairs."""
@@ -80,7 +54,7 @@ class _Measured:
 
 
 def evaluate(
-    real: RealImages, extractor: Extractor, images: Iterator[Batch], num_images: int, has_classes: bool = False
+    real: RealImages, extractor: Extractor, images: Iterator[Batch], num_images: int, judge_classes: bool = False
 ) -> tuple[Report, Image.Image] | None:
     """Measures images against `num_images` of the reference half; call it in every process, each with its share.
 
@@ -88,7 +62,7 @@ def evaluate(
     the samples that are closest to training images; None but on the main process.
     """
     state = PartialState()
-    measured = _measure(real, extractor, images, state.device, judge_classes=has_classes)
+    measured = _measure(real, extractor, images, state.device, judge_classes)
     parts: list[_Measured] = gather_object([measured])
     if not state.is_main_process:
         state.wait_for_everyone()
@@ -104,24 +78,19 @@ def evaluate(
     real_held_out = real_features(extractor, real, held_out, state.device)
     report = Report(num_images=len(features), extractor=extractor.description)
     for name, distance in DISTANCES[extractor.name].items():
-        report.figures[name] = Figure(
-            distance(real_reference, features),
-            interval_of_distance(distance, real_reference, features),
-            distance(real_reference, real_held_out),
-            len(features),
-        )
+        report.figures[name] = _measure_distance(distance, real_reference, real_held_out, features)
     floors = manifold_values(real_reference, real_held_out)
     for name, values in manifold_values(real_reference, features).items():
-        report.figures[name] = _mean_figure(values, floors[name])
-    if has_classes and extractor.classify is not None and real.class_labels is not None:
+        report.figures[name] = _measure_mean(values, floors[name])
+    if judge_classes and extractor.classify is not None and real.class_labels is not None:
         labels = real.class_labels[reference]
         floor = real.class_labels[held_out] == extractor.classify(real[held_out].to(state.device)).argmax(1).cpu()
-        report.figures["class_accuracy"] = _mean_figure(joined("classes") == labels, floor)
+        report.figures["class_accuracy"] = _measure_mean(joined("classes") == labels, floor)
         report.of_class = _distances_of_classes(real, extractor, real_reference, real_held_out, features, labels)
     floor, _ = real.find_nearest(real[held_out].to(state.device), but=torch.from_numpy(held_out))
     nearest = joined("nearest")
-    report.figures["nearest_distance"] = _mean_figure(nearest, floor.cpu())
-    report.figures["near_copies"] = _mean_figure(nearest <= NEAR_COPY, floor.cpu() <= NEAR_COPY)
+    report.figures["nearest_distance"] = _measure_mean(nearest, floor.cpu())
+    report.figures[NEAR_COPIES] = _measure_mean(nearest <= NEAR_COPY, floor.cpu() <= NEAR_COPY)
     picture = _draw_pairs(real, [pair for part in parts for pair in part.pairs])
     state.wait_for_everyone()
     return report, picture
@@ -132,22 +101,22 @@ def choose_num_images(real: RealImages, wanted: int) -> int:
     return min(wanted, len(real.reference))
 
 
-def make_evaluation_sampler(pipeline: Any, name: str | None, num_inference_steps: int | None) -> Sampler:
+def make_evaluation_sampler(pipeline: Pipeline, name: str | None, num_inference_steps: int | None) -> Sampler:
     """The sampler of `--scheduler`; else DDIM, or the only one that the model's process has."""
     if name is None and pipeline.scheduler.compatibles:
         name = "ddim"
     return make_sampler("--scheduler", pipeline, name, num_inference_steps)
 
 
-def sampling_facts(pipeline: Any, sampler: Sampler, guidance_scale: float, seed: int) -> dict[str, Any]:
+def sampling_facts(pipeline: Pipeline, sampler: Sampler, guidance_scale: float, seed: int) -> dict[str, Any]:
     """How images are drawn, for the record."""
-    guidance = {"guidance_scale": guidance_scale} if isinstance(pipeline, ConditionalDDPMPipeline) else {}
+    guidance = {"guidance_scale": guidance_scale} if pipeline.num_classes > 0 else {}
     dtype = str(pipeline.unet.dtype).removeprefix("torch.")
     return {"sampler": sampler.label, **guidance, "seed": seed, "dtype": dtype}
 
 
 def generate(
-    pipeline: Any,
+    pipeline: Pipeline,
     sampler: Sampler,
     real: RealImages,
     num_images: int,
@@ -189,9 +158,9 @@ def read_in_order(images: RealImages, num_images: int, batch_size: int) -> Itera
         yield torch.from_numpy(rows), images[rows]
 
 
-def _match_conditions(pipeline: Any, real: RealImages, num_images: int) -> list[Condition]:
+def _match_conditions(pipeline: Pipeline, real: RealImages, num_images: int) -> list[Condition]:
     """For each image the class of the real one that stands in its place: so classes are as frequent as in the data."""
-    if not isinstance(pipeline, ConditionalDDPMPipeline):
+    if pipeline.num_classes == 0:
         return [Condition()] * num_images
     if real.class_labels is None or real.id2label is None:
         raise UserInputError(
@@ -228,9 +197,16 @@ def _closest(pairs: list[tuple[float, torch.Tensor, int]]) -> list[tuple[float, 
     return sorted(pairs, key=lambda pair: pair[0])[:NUM_CLOSEST_PAIRS]
 
 
-def _mean_figure(values: torch.Tensor, floor: torch.Tensor) -> Figure:
+def _measure_distance(
+    distance: Distance, reference: torch.Tensor, held_out: torch.Tensor, features: torch.Tensor
+) -> Measurement:
+    interval = interval_of_distance(distance, reference, features)
+    return Measurement(distance(reference, features), interval, distance(reference, held_out), len(features))
+
+
+def _measure_mean(values: torch.Tensor, floor: torch.Tensor) -> Measurement:
     values = values.double()
-    return Figure(float(values.mean()), interval_of_mean(values), float(floor.double().mean()), len(values))
+    return Measurement(float(values.mean()), interval_of_mean(values), float(floor.double().mean()), len(values))
 
 
 def _distances_of_classes(
@@ -240,7 +216,7 @@ def _distances_of_classes(
     real_held_out: torch.Tensor,
     features: torch.Tensor,
     labels: torch.Tensor,
-) -> dict[str, Figure]:
+) -> dict[str, Measurement]:
     """The first distance, of each class's images to the same class's real ones."""
     assert real.class_labels is not None
     assert real.id2label is not None
@@ -251,12 +227,7 @@ def _distances_of_classes(
         own, own_held_out = labels == id, held_out_labels == id
         if min(own.sum(), own_held_out.sum()) < MIN_IMAGES_OF_A_CLASS:
             continue
-        figures[name] = Figure(
-            distance(real_reference[own], features[own]),
-            interval_of_distance(distance, real_reference[own], features[own]),
-            distance(real_reference[own], real_held_out[own_held_out]),
-            int(own.sum()),
-        )
+        figures[name] = _measure_distance(distance, real_reference[own], real_held_out[own_held_out], features[own])
     return figures
 
 

@@ -1,6 +1,7 @@
-"""What is shown and kept of an evaluation."""
+"""The results of an evaluation: as a table, in the files of a run, and read from them."""
 
 import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,8 @@ from PIL import Image
 
 from sprite_diffusion.common.files import write_text, written_beside
 from sprite_diffusion.common.run_files import HISTORY_FILE, METRICS_FILE, PAIRS_FILE
-from sprite_diffusion.metrics.evaluation import Figure, Report
 
+NEAR_COPIES = "near_copies"
 TITLES = {
     "fid": "FID",
     "kid": "KID",
@@ -22,50 +23,108 @@ TITLES = {
     "coverage": "coverage",
     "class_accuracy": "share in the class asked for",
     "nearest_distance": "distance to the nearest training image",
-    "near_copies": "near-copies of training images",
+    NEAR_COPIES: "near-copies of training images",
 }
-NOT_OF_FEATURES = ("class_accuracy", "nearest_distance", "near_copies")
+NOT_OF_FEATURES = ("class_accuracy", "nearest_distance", NEAR_COPIES)
 HEADINGS = ("", "images", "generated", "95% interval", "held-out real")
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """A metric of generated images, its 95% interval, and the same metric of held-out real images."""
+
+    value: float
+    interval: tuple[float, float]
+    real: float
+    num_images: int
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Measurement":
+        """Returns the measurement that `asdict` has made `values` of."""
+        low, high = values["interval"]
+        return cls(
+            value=float(values["value"]),
+            interval=(float(low), float(high)),
+            real=float(values["real"]),
+            num_images=int(values["num_images"]),
+        )
+
+    def format_interval(self) -> str:
+        """Returns the interval as text, '1.5 to 2.5'."""
+        low, high = self.interval
+        return f"{low:.4g} to {high:.4g}"
+
+
+@dataclass
+class Report:
+    """The measurements of an evaluation, by metric, which `metrics.json` keeps."""
+
+    num_images: int
+    extractor: str
+    figures: dict[str, Measurement] = field(default_factory=dict)
+    of_class: dict[str, Measurement] = field(default_factory=dict)  # the first distance, by the class's name
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report as a dictionary for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Report":
+        """Returns the report that `to_dict` has made `values` of, which may hold more.
+
+        Raises LookupError, TypeError, AttributeError or ValueError if a value is missing or of another type.
+        """
+        report = cls(num_images=int(values["num_images"]), extractor=str(values["extractor"]))
+        for measurements, group in ((report.figures, "figures"), (report.of_class, "of_class")):
+            measurements.update({name: Measurement.from_dict(figure) for name, figure in values[group].items()})
+        if not {NEAR_COPIES} <= report.figures.keys() <= TITLES.keys():
+            raise LookupError(f"the metrics are {', '.join(report.figures) or 'missing'}")
+        return report
+
+    def scalars(self) -> dict[str, float]:
+        """Returns the values for trackers, by name."""
+        return {f"metrics/{name}": measurement.value for name, measurement in self.figures.items()}
+
+
 def format_table(report: Report) -> str:
-    """For the terminal: a row for each figure."""
-    first = TITLES[next(iter(report.figures))]
-    figures = {TITLES[name]: figure for name, figure in report.figures.items()}
-    figures |= {f"{first}, {name}": figure for name, figure in report.of_class.items()}
-    rows = [HEADINGS, *(_format_row(title, figure) for title, figure in figures.items())]
+    """Returns a table for the terminal, with a row for each metric and for each class."""
+    first_title = TITLES[next(iter(report.figures))]
+    measurements = {TITLES[name]: measurement for name, measurement in report.figures.items()}
+    measurements |= {f"{first_title}, {name}": measurement for name, measurement in report.of_class.items()}
+    rows = [HEADINGS, *(_format_row(title, measurement) for title, measurement in measurements.items())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *(map(str.rjust, row[1:], widths[1:]))]) for row in rows]
     return f"features: {report.extractor}\n" + "\n".join(lines)
 
 
-def write_report(report: Report, picture: Image.Image, folder: Path, facts: dict[str, Any]) -> list[Path]:
-    """Writes the figures, with `facts` on what was measured, and the closest pairs; returns the files."""
+def write_report(report: Report, closest_pairs: Image.Image, folder: Path, facts: dict[str, Any]) -> list[Path]:
+    """Writes the measurements, after `facts` about what was measured, and the picture. Returns the files."""
     write_text(folder / METRICS_FILE, json.dumps({**facts, **report.to_dict()}, indent=2) + "\n")
     with written_beside(folder / PAIRS_FILE) as partial:
-        picture.save(partial, format="PNG")
+        closest_pairs.save(partial, format="PNG")
     return [folder / METRICS_FILE, folder / PAIRS_FILE]
 
 
 def append_history(report: Report, folder: Path, facts: dict[str, Any]) -> None:
-    """Adds a line to the history of a run; what a resumed run had written after its checkpoint is dropped."""
+    """Adds a line to the history of a run, and drops the lines of later steps, which a resumed run measures again."""
     earlier = [json.dumps(line) for line in _earlier_lines(folder, facts["global_step"])]
     write_text(folder / HISTORY_FILE, "\n".join([*earlier, json.dumps({**facts, **report.to_dict()})]) + "\n")
 
 
 def is_lowest(report: Report, folder: Path, global_step: int) -> bool:
-    """Whether the first distance is below that of every earlier evaluation of a run."""
-    name, figure = next(iter(report.figures.items()))
+    """Returns whether the report's first distance is below that of every earlier evaluation of the run."""
+    name, measurement = next(iter(report.figures.items()))
     earlier = [line["figures"][name]["value"] for line in _earlier_lines(folder, global_step)]
-    return figure.value < min(earlier, default=float("inf"))
+    return measurement.value < min(earlier, default=float("inf"))
 
 
 def _earlier_lines(folder: Path, global_step: int) -> list[dict[str, Any]]:
+    """Returns the lines of a run's history that are of steps before `global_step`."""
     path = folder / HISTORY_FILE
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [line for line in lines if line["global_step"] < global_step]
 
 
-def _format_row(title: str, figure: Figure) -> tuple[str, ...]:
-    interval = " to ".join(f"{end:.4g}" for end in figure.interval)
-    return title, f"{figure.num_images:,}", f"{figure.value:.4g}", interval, f"{figure.real:.4g}"
+def _format_row(title: str, measurement: Measurement) -> tuple[str, ...]:
+    value, floor = f"{measurement.value:.4g}", f"{measurement.real:.4g}"
+    return title, f"{measurement.num_images:,}", value, measurement.format_interval(), floor

@@ -1,6 +1,7 @@
 """The flags of a training run: defaults < `--config FILE.yaml` < flags."""
 
 import sys
+from argparse import ArgumentParser
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +19,8 @@ from sprite_diffusion.common.flags import (
     parse_known,
     read_yaml,
 )
+from sprite_diffusion.common.run_files import check_logging_dir
 from sprite_diffusion.data.config import BUILT_IN_DATASET, DataConfig
-
 
 
 @dataclass
@@ -40,7 +41,10 @@ class TrainingConfig(DataConfig):
     )
     random_flip: bool = flag(False, "Mirror half of the images, left to right.")
     preserve_input_precision: bool = flag(
-        False, "Accepted for the official script's users: 16-bit images always keep their range here.", changes="nothing")
+        False,
+        "Accepted for the official script's users: 16-bit images always keep their range here.",
+        changes="nothing",
+    )
     dataloader_num_workers: int = flag(0, "Processes that read a streamed dataset.", at_least=0)
 
     # Network
@@ -81,7 +85,9 @@ class TrainingConfig(DataConfig):
     # Optimisation
     train_batch_size: int = flag(16, "Images per process and micro-batch.", at_least=1)
     num_epochs: int = flag(100, "Passes over the data.", at_least=1)
-    max_train_steps: int | None = flag(None, "Optimizer steps; ends the run before `num_epochs` if smaller.", at_least=1)
+    max_train_steps: int | None = flag(
+        None, "Optimizer steps; ends the run before `num_epochs` if smaller.", at_least=1
+    )
     gradient_accumulation_steps: int = flag(1, "Micro-batches per optimizer step.", at_least=1)
     learning_rate: float = flag(1e-4, "Learning rate after the warm-up.", above=0)
     lr_scheduler: Literal[
@@ -95,7 +101,8 @@ class TrainingConfig(DataConfig):
     max_grad_norm: float = flag(1.0, "Gradients are scaled down to this norm.", above=0)
     snr_gamma: float | None = flag(None, "Min-SNR weighting of the loss with this gamma (5 is usual).", above=0)
     label_dropout: float = flag(
-        0.1, "Share of labels replaced by 'no class' (train_conditional.py): what guidance needs.", at_least=0, below=1)
+        0.1, "Share of labels replaced by 'no class' (train_conditional.py): what guidance needs.", at_least=0, below=1
+    )
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] = flag(
         "no", "'auto': bf16 where the hardware does it well, else fp16 on a GPU, else 'no'."
     )
@@ -106,51 +113,80 @@ class TrainingConfig(DataConfig):
     ema_inv_gamma: float = flag(1.0, "EMA warm-up: decay = 1 - (1 + step / inv_gamma) ** -power.", above=0)
     ema_power: float = flag(0.75, "EMA warm-up, see `ema_inv_gamma`.", at_least=0)
     ema_max_decay: float = flag(0.9999, "Largest EMA decay.", at_least=0, below=1)
-    seed: int = flag(0, "Seed of the weights, the data order, the noise and the samples.", at_least=0, at_most=MAX_SEED)
+    seed: int = flag(
+        0, "Seed of the weights, the data order, the noise and the samples.", at_least=0, at_most=MAX_SEED
+    )
     max_skipped_steps: int = flag(
-        10, "Stop after N steps in a row whose loss or gradient is not finite; fewer are skipped.", at_least=1, changes="nothing")
+        10,
+        "Stop after N steps in a row whose loss or gradient is not finite; fewer are skipped.",
+        at_least=1,
+        changes="nothing",
+    )
     local_rank: int = flag(-1, "Accepted for old launchers; accelerate finds the rank itself.", changes="nothing")
 
     # Output
     output_dir: str = flag("ddpm-model-64", "Folder of the run.", changes="nothing")
-    overwrite_output_dir: bool = flag(False, "Remove the earlier run in `output_dir` first.", changes="nothing", saved=False)
+    overwrite_output_dir: bool = flag(
+        False, "Remove the earlier run in `output_dir` first.", changes="nothing", saved=False
+    )
     save_images_epochs: int = flag(10, "A sample grid every N epochs and at the end.", at_least=1, changes="nothing")
-    save_images_steps: int | None = flag(None, "A sample grid every N optimizer steps as well.", at_least=1, changes="nothing")
+    save_images_steps: int | None = flag(
+        None, "A sample grid every N optimizer steps as well.", at_least=1, changes="nothing"
+    )
     eval_batch_size: int = flag(16, "Images per sample grid (train_conditional.py: per class).", at_least=1)
     guidance_scale: float = flag(
-        1.0, "Classifier-free guidance of the sample grids (train_conditional.py); 1 = none.", at_least=1)
-    save_model_epochs: int = flag(10, "Write the pipeline every N epochs and at the end.", at_least=1, changes="nothing")
+        1.0, "Classifier-free guidance of the sample grids (train_conditional.py); 1 = none.", at_least=1
+    )
+    save_model_epochs: int = flag(
+        10, "Write the pipeline every N epochs and at the end.", at_least=1, changes="nothing"
+    )
     evaluate_every: int | None = flag(
-        None, "Calculate metrics every N epochs and at the end, of fewer images than calculate_metrics.py.", at_least=1, changes="nothing")
-    snapshot_epochs: int | None = flag(None, "Keep a pipeline under `snapshots/` every N epochs.", at_least=1, changes="nothing")
-    checkpointing_steps: int = flag(500, "Write a checkpoint to resume from every N optimizer steps.", at_least=1, changes="nothing")
+        None,
+        "Calculate metrics every N epochs and at the end, of fewer images than calculate_metrics.py.",
+        at_least=1,
+        changes="nothing",
+    )
+    snapshot_epochs: int | None = flag(
+        None, "Keep a pipeline under `snapshots/` every N epochs.", at_least=1, changes="nothing"
+    )
+    checkpointing_steps: int = flag(
+        500, "Write a checkpoint to resume from every N optimizer steps.", at_least=1, changes="nothing"
+    )
     checkpoints_total_limit: int | None = flag(None, "Keep the newest N checkpoints.", at_least=1, changes="nothing")
     keep_best_checkpoint: bool = flag(
-        False, "Keep the checkpoint of the lowest Frechet distance besides. Needs `evaluate_every`.", changes="nothing")
+        False, "Keep the checkpoint of the lowest Frechet distance besides. Needs `evaluate_every`.", changes="nothing"
+    )
     resume_from_checkpoint: str | None = flag(
-        None, "'latest', or a checkpoint folder inside `output_dir`; an unfinished run of the same flags needs none.", changes="nothing", saved=False)
-    shutdown_grace: float = flag(30.0, "Seconds from SIGTERM or SIGINT to the end, with a checkpoint or without.", above=0, changes="nothing")
+        None,
+        "'latest', or a checkpoint folder inside `output_dir`; an unfinished run of the same flags needs none.",
+        changes="nothing",
+        saved=False,
+    )
+    shutdown_grace: float = flag(
+        30.0, "Seconds from SIGTERM or SIGINT to the end, with a checkpoint or without.", above=0, changes="nothing"
+    )
     logger: Literal["tensorboard", "wandb", "trackio", "all", "none"] = flag(
-        "tensorboard", "Experiment tracker; 'all': each of the three that is installed.", changes="nothing")
+        "tensorboard", "Experiment tracker; 'all': each of the three that is installed.", changes="nothing"
+    )
     logging_dir: str = flag("logs", "Folder of the trackers, inside `output_dir`.", changes="nothing")
     logging_steps: int = flag(10, "Log the mean loss every N optimizer steps.", at_least=1, changes="nothing")
 
     # Hub
     push_to_hub: bool = flag(False, "Upload the pipeline, beside the training.", changes="nothing")
     hub_strategy: Literal["end", "every_save", "checkpoint"] = flag(
-        "every_save", "Upload at the end, also every time the pipeline is written, or also at every checkpoint.", changes="nothing")
-    hub_token: str | None = flag(None, "Token for the Hub; better: `hf auth login`. Never saved.", changes="nothing", saved=False)
+        "every_save",
+        "Upload at the end, also every time the pipeline is written, or also at every checkpoint.",
+        changes="nothing",
+    )
+    hub_token: str | None = flag(
+        None, "Token for the Hub; better: `hf auth login`. Never saved.", changes="nothing", saved=False
+    )
     hub_model_id: str | None = flag(None, "Repository; the name of `output_dir` if not given.", changes="nothing")
     hub_private_repo: bool = flag(False, "Create the repository as private.", changes="nothing")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parts = Path(self.logging_dir).parts
-        # Also a pattern: --overwrite_output_dir removes what it names.
-        if not parts or ".." in parts or Path(self.logging_dir).is_absolute() or {*"*?["} & {*self.logging_dir}:
-            raise UserInputError(
-                f"--logging_dir {self.logging_dir}: name a folder inside of --output_dir, such as logs"
-            )
+        check_logging_dir(self.logging_dir)
         if not self.beta_start <= self.beta_end < 1:
             raise UserInputError(f"--beta_end is {self.beta_end}: it must lie between --beta_start and 1")
         if min(self.block_out_channels) < 1:
@@ -194,8 +230,7 @@ def parse_config(argv: list[str], default_preset: str) -> TrainingConfig:
     sprites is named: with data of one's own, the defaults are the official script's.
     """
     parser = make_parser(TrainingConfig)
-    names = [flag.name for flag in fields(TrainingConfig)]
-    flags = parse_known(parser, argv, names)
+    flags = parse_known(parser, argv, [flag.name for flag in fields(TrainingConfig)])
     path = None if flags.config is None else find_preset(flags.config)
     if path is None and flags.train_data_dir is None and flags.dataset_name in (None, BUILT_IN_DATASET):
         path = presets_dir() / default_preset
@@ -205,10 +240,30 @@ def parse_config(argv: list[str], default_preset: str) -> TrainingConfig:
         sys.argv[:] = [hidden.get(argument, argument) for argument in sys.argv]
     if path is None:
         return TrainingConfig(**vars(flags))
-    yaml_argv = as_flags(read_yaml(path), path, parser, [name for name in names if name != "config"])
+    yaml_argv = _read_as_flags(path, parser)
     if flags.train_data_dir is not None and flags.dataset_name is None:  # else a preset's dataset would win over it
         yaml_argv = [argument for argument in yaml_argv if not argument.startswith("--dataset_name=")]
     return TrainingConfig(**vars(parser.parse_args(yaml_argv + argv)))
+
+
+def load_preset(name: str, **changes: Any) -> TrainingConfig:
+    """Returns the configuration of a file in configs/, or of any `--config` file, with some flags changed.
+
+    Args:
+        name: Such as "sprites_unconditional.yaml".
+        **changes: Flags by name, which win over the file.
+
+    Raises:
+        UserInputError: If there is no such file, or a value in it or in `changes` is wrong.
+    """
+    path, parser = find_preset(name), make_parser(TrainingConfig)
+    values = parser.parse_args(_read_as_flags(path, parser))
+    return TrainingConfig(**{**vars(values), **changes})
+
+
+def _read_as_flags(path: Path, parser: ArgumentParser) -> list[str]:
+    names = [flag.name for flag in fields(TrainingConfig) if flag.name != "config"]
+    return as_flags(read_yaml(path), path, parser, names)
 
 
 def presets_dir() -> Path:

@@ -168,7 +168,7 @@ class RunOutputs:
             images = generate(
                 pipeline, sampler, real, num_images, config.train_batch_size, config.guidance_scale, config.seed
             )
-            result = evaluate(real, self.extractor, images, num_images, has_classes=pipeline.num_classes > 0)
+            result = evaluate(real, self.extractor, images, num_images, judge_classes=pipeline.num_classes > 0)
         if result is None:
             return False
         report, closest_pairs = result

@@ -1,88 +1,166 @@
 """The model card of a run."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from sprite_diffusion.common.errors import UserInputError, first_line
-from sprite_diffusion.common.run_files import CARD_FILE, CONFIG_FILE, METRICS_FILE, SUMMARY_FILE
-from sprite_diffusion.metrics.report import NOT_OF_FEATURES, TITLES
+from sprite_diffusion.common.run_files import (
+    CARD_FILE,
+    CONFIG_FILE,
+    INDEX_FILE,
+    METRICS_FILE,
+    SAMPLES_DIR,
+    SUMMARY_FILE,
+)
+from sprite_diffusion.data.config import BUILT_IN_DATASET
+from sprite_diffusion.metrics.report import NEAR_COPIES, NOT_OF_FEATURES, TITLES, Report
 
 BEGIN, END = "<!-- from the run: begin -->", "<!-- from the run: end -->"
 PIPELINE_TAG = "unconditional-image-generation"  # the nearest that the Hub has for images by class too
+UNKNOWN_LICENSE = "unknown"
+OF_THE_RUN_ALONE = ("datasets", "model-index", "widget")  # metadata that earlier cards have no say in
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a card says of a run. The first fields are those of the saved flags and of the summary, as they stand."""
+
+    hub_model_id: str | None
+    dataset_name: str | None
+    resolution: str
+    model_class: str
+    noise_scheduler_class: str
+    prediction_type: str
+    ddpm_beta_schedule: str
+    ddpm_num_steps: int
+    train_batch_size: int
+    gradient_accumulation_steps: int
+    learning_rate: float
+    lr_scheduler: str
+    logging_steps: int
+    use_ema: bool
+    seed: int
+    global_step: int
+    images_seen: int
+    seconds: float
+    loss: float | None
+    script: str
+    num_parameters: int
+    num_images: int | None
+    data_source: str
+    data_license: str | None
+    num_processes: int
+    device: str
+    precision: str
+
+    versions: dict[str, str]  # by package
+    class_names: list[str]  # empty without classes
+    needs_remote_code: bool  # whether the pipeline's class is not one of diffusers
+    newest_grid: str | None  # path in the run's folder
+    report: Report | None  # None if these weights were not measured
+    sampler: str | None  # of the measured images
+    guidance_scale: float | None  # of the measured images; None without classes
+
+
+def read_run(run_dir: Path) -> RunRecord:
+    """Returns the record of the run in `run_dir`.
+
+    Raises `UserInputError` if a file can't be read, or a value is missing or of another type.
+    """
+    grids = sorted((run_dir / SAMPLES_DIR).glob("step-*.png"))
+    try:
+        saved = {**yaml.safe_load((run_dir / CONFIG_FILE).read_text()), **_read_json(run_dir / SUMMARY_FILE)}
+        index = _read_json(run_dir / INDEX_FILE)
+        metrics = _read_metrics(run_dir / METRICS_FILE, saved["global_step"])
+        combined: dict[str, Any] = {
+            "versions": {name: str(version) for name, version in saved["versions"].items()},
+            "class_names": [_check_type("id2label", name, str) for name in index.get("id2label", {}).values()],
+            "needs_remote_code": not isinstance(index["_class_name"], str),
+            "newest_grid": f"{SAMPLES_DIR}/{grids[-1].name}" if grids else None,
+            "report": Report.from_dict(metrics) if metrics else None,
+            "sampler": _check_type("sampler", metrics["sampler"], str) if metrics else None,
+            "guidance_scale": float(metrics["guidance_scale"]) if "guidance_scale" in metrics else None,
+        }
+        types = {name: kind for name, kind in get_type_hints(RunRecord).items() if name not in combined}
+        return RunRecord(**{name: _check_type(name, saved[name], kind) for name, kind in types.items()}, **combined)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise UserInputError(f"{run_dir} is not the output folder of a run: {first_line(error)}") from None
 
 
 def make_card(run_dir: Path, repo_id: str | None, hub_card: str | None) -> str:
-    """The text of the card of the run in `run_dir`.
+    """Returns the text of the card of the run in `run_dir`.
 
     What people wrote stays: text outside of the two marks, of `hub_card` or, if that has none, of the card in
-    `run_dir`; their choice of a licence; tags; metadata that the run does not determine.
+    `run_dir`; their choice of a licence; tags; metadata that the run does not determine. Without a `repo_id` the
+    card names the repository of `--hub_model_id`, or one called like the folder. Raises `UserInputError` if the
+    folder holds no run, or a card can't be parsed.
     """
-    try:
-        config = yaml.safe_load((run_dir / CONFIG_FILE).read_text())
-        summary = json.loads((run_dir / SUMMARY_FILE).read_text())
-        index = json.loads((run_dir / "model_index.json").read_text())
-        metrics = _read_metrics(run_dir, summary["global_step"])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise UserInputError(f"{run_dir} is not the output folder of a run: {first_line(error)}") from None
-    grids = sorted((run_dir / "samples").glob("step-*.png"))
-    grid = f"samples/{grids[-1].name}" if grids else None
-    try:
-        repo_id = repo_id or config["hub_model_id"] or f"me/{run_dir.resolve().name}"
-        classes = list(index.get("id2label", {}).values())
-        body = _describe(repo_id, config, summary, metrics, index, classes, grid)
-        metadata = _metadata(repo_id, config, summary, metrics, classes, grid)
-    except (LookupError, TypeError, AttributeError, ValueError) as error:  # a value is missing or of another type
-        raise UserInputError(f"{run_dir} is not the output folder of a run: {first_line(error)}") from None
+    run = read_run(run_dir)
+    repo_id = repo_id or run.hub_model_id or f"me/{run_dir.resolve().name}"
+    earlier_cards = _read_cards(run_dir / CARD_FILE, hub_card)
+    before, after = next((parts for parts in map(_hand_written, earlier_cards) if any(parts)), ("", ""))
+    text = "\n\n".join(part for part in (before, f"{BEGIN}\n{_describe(run, repo_id)}\n{END}", after) if part)
+    card = _parse("")
+    card.data = CardData(**_merge_metadata(earlier_cards, _metadata(run, repo_id)))  # keeps the order of its keys
+    card.text = f"\n{text}\n"
+    return str(card)
 
-    own_file = run_dir / CARD_FILE
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def _read_metrics(path: Path, global_step: int) -> dict[str, Any]:
+    """Returns what was measured of the weights of a step; nothing if the file is missing or of other weights."""
+    metrics = _read_json(path) if path.is_file() else {}
+    return metrics if metrics.get("global_step") == global_step else {}
+
+
+def _check_type(name: str, value: Any, kind: Any) -> Any:
+    """Returns `value`. Raises TypeError if it is not a `kind`; a whole number will do for a float."""
+    if not isinstance(value, kind) and not (isinstance(value, int) and isinstance(0.0, kind)):
+        raise TypeError(f"{name} is {value!r}")
+    return value
+
+
+def _read_cards(path: Path, hub_card: str | None) -> list[ModelCard]:
+    """Returns the cards that there are already, the one that counts first: the Hub's, then that of the folder."""
     try:
-        cards = [_parse(text) for text in (hub_card, own_file.read_text() if own_file.is_file() else None) if text]
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserInputError(f"{own_file} can't be read ({first_line(error)}): mend or remove it") from None
-    kept = {key: value for card in reversed(cards) for key, value in card.data.to_dict().items()}
-    before, after = next((parts for parts in map(_hand_written, cards) if any(parts)), ("", ""))
-    text = "\n\n".join(part for part in (before, f"{BEGIN}\n{body}\n{END}", after) if part)
-    tags = list(dict.fromkeys([*metadata["tags"], *kept.get("tags", [])]))
-    chosen_license = kept.get("license", "unknown")
-    if chosen_license != "unknown":
-        metadata["license"] = chosen_license
-    others = {key: value for key, value in kept.items() if key not in ("datasets", "model-index", "widget")}
-    metadata = {**others, **metadata, "tags": tags}
-    return f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n\n{text}\n"
+        return [_parse(text) for text in (hub_card, path.read_text() if path.is_file() else None) if text]
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise UserInputError(f"{path} can't be read ({first_line(error)}): mend or remove it") from None
 
 
 def _parse(text: str) -> ModelCard:
+    """Returns a card of text that may have no metadata, of which `ModelCard` would warn."""
     return ModelCard(text if text.startswith("---") else f"---\n{{}}\n---\n{text}", ignore_metadata_errors=True)
 
 
 def _hand_written(card: ModelCard) -> tuple[str, str]:
-    """What stands before and after the marks."""
+    """Returns the text before and after the marks."""
     before, _, rest = card.text.partition(BEGIN)
     return before.strip(), rest.partition(END)[2].strip()
 
 
-def _metadata(
-    repo_id: str,
-    config: dict[str, Any],
-    summary: dict[str, Any],
-    metrics: dict[str, Any] | None,
-    classes: list[str],
-    grid: str | None,
-) -> dict[str, Any]:
-    name = repo_id.split("/")[-1]
-    data_name = _data_name(config, summary)
-    measured = {} if summary["loss"] is None else {"loss": ("training loss", summary["loss"])}
-    if metrics is not None:
-        for metric, figure in metrics["figures"].items():
-            how = f"{figure['num_images']:,} images by {metrics['sampler']}"
-            if metric not in NOT_OF_FEATURES:
-                how += f", features of the {metrics['extractor']}"
-            measured[metric] = (f"{TITLES[metric]} ({how})", figure["value"])
+def _merge_metadata(earlier_cards: list[ModelCard], metadata: dict[str, Any]) -> dict[str, Any]:
+    """Returns the metadata of a run with what people chose in earlier cards, the first of which counts most."""
+    kept = {key: value for card in reversed(earlier_cards) for key, value in card.data.to_dict().items()}
+    tags = list(dict.fromkeys([*metadata["tags"], *kept.get("tags", [])]))
+    merged = {key: value for key, value in kept.items() if key not in OF_THE_RUN_ALONE} | metadata | {"tags": tags}
+    if kept.get("license", UNKNOWN_LICENSE) != UNKNOWN_LICENSE:
+        merged["license"] = kept["license"]
+    return merged
+
+
+def _metadata(run: RunRecord, repo_id: str) -> dict[str, Any]:
+    """Returns what a run says to the Hub's search, in the order of the card."""
+    data_name = _data_name(run)
     results = [
         EvalResult(
             task_type=PIPELINE_TAG,
@@ -92,162 +170,162 @@ def _metadata(
             metric_name=title,
             metric_value=round(value, 6),
         )
-        for metric, (title, value) in measured.items()
+        for metric, title, value in _results(run)
     ]
-    widget = [{"text": ", ".join(classes) or "samples", "output": {"url": grid}}]
-    options: dict[str, Any] = {
-        "license": summary["data_license"] or "unknown",
-        "library_name": "diffusers",
-        "pipeline_tag": PIPELINE_TAG,
-        "tags": ["diffusion", "ddpm", "class-conditional" if classes else "unconditional", "sprite-diffusion"],
-        "datasets": [data_name] if _is_on_the_hub(config) else None,
-        "model_name": name,
-        "eval_results": results or None,
-        "widget": widget if grid else None,
-    }
-    return ModelCardData(**options).to_dict()
+    widget = {"text": ", ".join(run.class_names) or "samples", "output": {"url": run.newest_grid}}
+    kind = "class-conditional" if run.class_names else "unconditional"
+    data = ModelCardData(
+        license=run.data_license or UNKNOWN_LICENSE,
+        library_name="diffusers",
+        pipeline_tag=PIPELINE_TAG,
+        tags=["diffusion", "ddpm", kind, "sprite-diffusion"],
+        datasets=[data_name] if _is_on_the_hub(run.dataset_name) else None,
+        model_name=repo_id.split("/")[-1],
+        eval_results=results or None,
+        widget=[widget] if run.newest_grid else None,
+    )
+    return data.to_dict()
 
 
-def _describe(
-    repo_id: str,
-    config: dict[str, Any],
-    summary: dict[str, Any],
-    metrics: dict[str, Any] | None,
-    index: dict[str, Any],
-    classes: list[str],
-    grid: str | None,
-) -> str:
-    width, _, height = config["resolution"].partition("x")
-    kind = "A class-conditional" if classes else "An unconditional"
-    weights = "moving average (EMA) of the weights" if config["use_ema"] else "weights of the last step"
-    picture = f"![Samples]({grid})\n\n" if grid else ""
+def _results(run: RunRecord) -> list[tuple[str, str, float]]:
+    """Returns name, title and value of each metric, with how it was measured."""
+    results = [] if run.loss is None else [("loss", "training loss", run.loss)]
+    if run.report is None:
+        return results
+    for metric, measurement in run.report.figures.items():
+        features = "" if metric in NOT_OF_FEATURES else f", features of the {run.report.extractor}"
+        title = f"{TITLES[metric]} ({measurement.num_images:,} images by {run.sampler}{features})"
+        results.append((metric, title, measurement.value))
+    return results
+
+
+def _describe(run: RunRecord, repo_id: str) -> str:
+    """Returns the text between the marks."""
+    width, _, height = run.resolution.partition("x")
+    kind = "A class-conditional" if run.class_names else "An unconditional"
+    weights = "moving average (EMA) of the weights" if run.use_ema else "weights of the last step"
     sections = [
-        f"# {repo_id.split('/')[-1]}\n\n{kind} diffusion model of {width}x{height or width} images: "
-        f"a {config['model_class']} of {summary['num_parameters'] / 1e6:.2f} M parameters, trained with "
-        f"{config['noise_scheduler_class']} by sprite-diffusion. It holds the {weights}.\n\n" + picture.rstrip(),
-        "## Use it\n\n" + _snippet(repo_id, index, classes),
-        "## Data\n\n" + _data_section(config, summary, classes),
-        "## Training\n\n" + _training_table(config, summary),
-        "## Metrics\n\n" + _metrics_section(config, summary, metrics),
-        f"## Repeat the run\n\n```bash\naccelerate launch {summary['script']} --config {CONFIG_FILE}\n```\n\n"
+        f"# {repo_id.split('/')[-1]}",
+        f"{kind} diffusion model of {width}x{height or width} images: a {run.model_class} of "
+        f"{run.num_parameters / 1e6:.2f} M parameters, trained with {run.noise_scheduler_class} by sprite-diffusion. "
+        f"It holds the {weights}.",
+        *([f"![Samples]({run.newest_grid})"] if run.newest_grid else []),
+        "## Use it",
+        _snippet(run, repo_id),
+        "## Data",
+        _data_section(run),
+        "## Training",
+        _training_table(run),
+        "## Metrics",
+        _metrics_section(run),
+        "## Repeat the run",
+        f"```bash\naccelerate launch {run.script} --config {CONFIG_FILE}\n```",
         "with the file of that name from this repository and the same data.",
-        "## Limits\n\nIt draws what its data holds and at its resolution only. A small model may reproduce training "
-        f"images; {_copies(metrics)}.",
+        "## Limits",
+        "It draws what its data holds and at its resolution only. A small model may reproduce training images; "
+        f"{_copies(run)}.",
     ]
     return "\n\n".join(sections)
 
 
-def _read_metrics(run_dir: Path, global_step: int) -> dict[str, Any] | None:
-    """What was measured of these weights, not of earlier ones."""
-    path = run_dir / METRICS_FILE
-    metrics = json.loads(path.read_text()) if path.is_file() else {}
-    return metrics if metrics.get("global_step") == global_step else None
-
-
-def _metrics_section(config: dict[str, Any], summary: dict[str, Any], metrics: dict[str, Any] | None) -> str:
-    parts = []
-    if metrics is not None:
-        guidance = f", guidance {metrics['guidance_scale']:g}" if "guidance_scale" in metrics else ""
-        rows = [
-            f"| {TITLES[name]} | {figure['value']:.4g} | {_interval(figure)} | {figure['real']:.4g} |"
-            for name, figure in metrics["figures"].items()
-        ]
-        parts.append(
-            f"{metrics['num_images']:,} images by {metrics['sampler']}{guidance}, against as many real ones; features "
-            f"of the {metrics['extractor']}. Beside it the same for real images that were held out from the "
-            "comparison: what a perfect model would get.\n\n"
-            "| metric | generated | 95% interval | held-out real |\n|---|---|---|---|\n" + "\n".join(rows)
-        )
-    if summary["loss"] is not None:
-        parts.append(
-            f"The training loss was {summary['loss']:.4f}, the mean over the last {config['logging_steps']} steps. It "
-            "says little about how good images look: see the samples."
-        )
-    return "\n\n".join(parts) or "None were computed."
-
-
-def _interval(figure: dict[str, Any]) -> str:
-    low, high = figure["interval"]
-    return f"{low:.4g} to {high:.4g}"
-
-
-def _copies(metrics: dict[str, Any] | None) -> str:
-    if metrics is None:
-        return "whether this one does was not measured"
-    copies = metrics["figures"]["near_copies"]
-    return (
-        f"of {copies['num_images']:,} samples, {copies['value']:.1%} were near-copies of one (of real images, "
-        f"{copies['real']:.1%} have such a double in the data)"
-    )
-
-
-def _snippet(repo_id: str, index: dict[str, Any], classes: list[str]) -> str:
-    trust = "" if isinstance(index["_class_name"], str) else ", trust_remote_code=True"
+def _snippet(run: RunRecord, repo_id: str) -> str:
+    """Returns a program that samples from the model, and what is to be known of it."""
+    trust = ", trust_remote_code=True" if run.needs_remote_code else ""
     lines = [
         "from diffusers import DiffusionPipeline",
         "",
         f'pipeline = DiffusionPipeline.from_pretrained("{repo_id}"{trust})',
     ]
-    if classes:
-        first, last = json.dumps(classes[0]), json.dumps(classes[-1])
+    note = ""
+    if run.class_names:
+        first, last = json.dumps(run.class_names[0]), json.dumps(run.class_names[-1])
         lines += [
             f'pipeline(class_labels=[{first}, {last}], guidance_scale=2.0).images[0].save("image.png")',
             f'pipeline(context={{{first}: 1, {last}: 0.6}}).images[0].save("mix.png")  # a mix of classes',
         ]
-        after = (
+        note = (
             "\n\nThe pipeline, the scheduler and, where it is not diffusers', the network come with this repository "
             "as code, hence `trust_remote_code`. `guidance_scale` above 1 makes images more typical of their class."
         )
     else:
         lines.append('pipeline(batch_size=4, num_inference_steps=250).images[0].save("image.png")')
-        after = ""
-        if not trust:
-            after = (
+        if not run.needs_remote_code:
+            note = (
                 '\n\nWith `custom_pipeline="pipeline", trust_remote_code=True` the same repository gives the pipeline '
                 "and the scheduler that it was trained with, which takes other samplers, one seed per image and "
                 "starting noise."
             )
-    return "```python\n" + "\n".join(lines) + "\n```" + after
+    return "```python\n" + "\n".join(lines) + "\n```" + note
 
 
-def _data_section(config: dict[str, Any], summary: dict[str, Any], classes: list[str]) -> str:
-    number = f"{summary['num_images']:,} images" if summary["num_images"] else "A stream of images"
-    said = f"licence: {summary['data_license']}" if summary["data_license"] else "its licence is not recorded"
-    named = f"\n\nClasses: {', '.join(classes)}." if classes else ""
-    return f"{number} from {_data_name(config, summary)}; {said}.{named}"
+def _data_section(run: RunRecord) -> str:
+    number = f"{run.num_images:,} images" if run.num_images else "A stream of images"
+    licence = f"licence: {run.data_license}" if run.data_license else "its licence is not recorded"
+    classes = f"\n\nClasses: {', '.join(run.class_names)}." if run.class_names else ""
+    return f"{number} from {_data_name(run)}; {licence}.{classes}"
 
 
-def _training_table(config: dict[str, Any], summary: dict[str, Any]) -> str:
-    batch = config["train_batch_size"] * config["gradient_accumulation_steps"] * summary["num_processes"]
-    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+def _training_table(run: RunRecord) -> str:
     rows = {
-        "steps": f"{summary['global_step']:,}",
-        "images seen": f"{summary['images_seen']:,}",
-        "batch size": f"{batch}",
-        "learning rate": f"{config['learning_rate']:g}, {config['lr_scheduler']}",
-        "prediction, schedule": f"{config['prediction_type']}, {config['ddpm_beta_schedule']}, "
-        f"T = {config['ddpm_num_steps']}",
-        "mixed precision": {"no": "none, float32"}.get(summary["precision"], summary["precision"]),
-        "hardware": f"{summary['num_processes']} process(es) on {summary['device']}",
-        "time": f"{summary['seconds'] / 60:.1f} min",
-        "seed": f"{config['seed']}",
-        "versions": versions,
+        "steps": f"{run.global_step:,}",
+        "images seen": f"{run.images_seen:,}",
+        "batch size": f"{run.train_batch_size * run.gradient_accumulation_steps * run.num_processes}",
+        "learning rate": f"{run.learning_rate:g}, {run.lr_scheduler}",
+        "prediction, schedule": f"{run.prediction_type}, {run.ddpm_beta_schedule}, T = {run.ddpm_num_steps}",
+        "mixed precision": "none, float32" if run.precision == "no" else run.precision,
+        "hardware": f"{run.num_processes} process(es) on {run.device}",
+        "time": f"{run.seconds / 60:.1f} min",
+        "seed": f"{run.seed}",
+        "versions": ", ".join(f"{name} {version}" for name, version in run.versions.items()),
     }
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
 
 
-def _data_name(config: dict[str, Any], summary: dict[str, Any]) -> str:
-    """What the data is called in public: of a path, the last part."""
-    source = summary["data_source"]
-    return source if _is_on_the_hub(config) else Path(source).name
+def _metrics_section(run: RunRecord) -> str:
+    parts = []
+    if run.report is not None:
+        guidance = "" if run.guidance_scale is None else f", guidance {run.guidance_scale:g}"
+        rows = [
+            f"| {TITLES[name]} | {figure.value:.4g} | {figure.format_interval()} | {figure.real:.4g} |"
+            for name, figure in run.report.figures.items()
+        ]
+        parts.append(
+            f"{run.report.num_images:,} images by {run.sampler}{guidance}, against as many real ones; features "
+            f"of the {run.report.extractor}. Beside it the same for real images that were held out from the "
+            "comparison: what a perfect model would get.\n\n"
+            "| metric | generated | 95% interval | held-out real |\n|---|---|---|---|\n" + "\n".join(rows)
+        )
+    if run.loss is not None:
+        parts.append(
+            f"The training loss was {run.loss:.4f}, the mean over the last {run.logging_steps} steps. It "
+            "says little about how good images look: see the samples."
+        )
+    return "\n\n".join(parts) or "None were computed."
 
 
-def _is_on_the_hub(config: dict[str, Any]) -> bool:
-    name = config["dataset_name"]
-    if not name or name == "sprites" or Path(name).exists() or name.endswith((".npy", ".parquet")):
+def _copies(run: RunRecord) -> str:
+    if run.report is None:
+        return "whether this one does was not measured"
+    copies = run.report.figures[NEAR_COPIES]
+    return (
+        f"of {copies.num_images:,} samples, {copies.value:.1%} were near-copies of one (of real images, "
+        f"{copies.real:.1%} have such a double in the data)"
+    )
+
+
+def _data_name(run: RunRecord) -> str:
+    """Returns what the data is called in public: of a path, the last part."""
+    return run.data_source if _is_on_the_hub(run.dataset_name) else Path(run.data_source).name
+
+
+def _is_on_the_hub(dataset_name: str | None) -> bool:
+    """Returns whether `--dataset_name` names a dataset of the Hub."""
+    if not dataset_name or dataset_name == BUILT_IN_DATASET or Path(dataset_name).exists():
+        return False
+    if dataset_name.endswith((".npy", ".parquet")):
         return False
     try:
-        validate_repo_id(name)
+        validate_repo_id(dataset_name)
     except HFValidationError:
         return False
     return True

@@ -3,12 +3,12 @@
 python -m sprite_diffusion.sharing.hub push runs/sprites me/sprites
 """
 
+import argparse
 import shutil
 import tempfile
 import time
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import EntryNotFoundError
@@ -16,29 +16,34 @@ from huggingface_hub.utils import disable_progress_bars, filter_repo_objects
 from tqdm.auto import tqdm
 
 from sprite_diffusion.common.errors import UserInputError, exits_on_user_error, first_line
+from sprite_diffusion.common.files import write_text
 from sprite_diffusion.common.flags import ArgumentParser
 from sprite_diffusion.common.run_files import (
     CARD_FILE,
     HISTORY_FILE,
+    INDEX_FILE,
     METRICS_FILE,
     PIPELINE_FILES,
+    SAMPLES_DIR,
     SUMMARY_FILE,
 )
 from sprite_diffusion.sharing.card import make_card
 
-# Never checkpoints, optimizer states, logs or data.
-UPLOADED = [*PIPELINE_FILES, "samples/*", SUMMARY_FILE, METRICS_FILE, HISTORY_FILE]
-# Code of an older version, which has another name. Other Python files in the repository are somebody's own.
+# Checkpoints, optimizer states, logs and data are never uploaded.
+UPLOADED = [*PIPELINE_FILES, f"{SAMPLES_DIR}/*", SUMMARY_FILE, METRICS_FILE, HISTORY_FILE]
+# Code of an older version has another name and would stay. Other Python files in the repository are not ours.
 REPLACED = ["pipeline_*.py", "scheduler/*.py", "unet/*.py"]
 RETRY_DELAYS = (1.0, 4.0, 16.0)  # seconds
-# The client's errors have no base in common: those of its network library come through (requests, then httpx), and a
-# failed upload of weights is a RuntimeError. Hence `except Exception` below, around nothing but calls of the client.
+# The errors of huggingface_hub have no base class in common: those of its network library come through (requests, then
+# httpx), and a failed upload of weights is a RuntimeError. Hence `except Exception` below, around its calls only.
 
 
 def create_repository(name: str, private: bool, token: str | None = None) -> str:
-    """Creates a repository if it is missing, and returns its id; `token` of None is that of `hf auth login`.
+    """Creates the repository `name` if it is missing, and returns its id, with the owner.
 
-    Called before training, so that a wrong token does not show after hours of it. Raises `UserInputError`.
+    A run calls this before it trains, so that a wrong token does not show after hours. A `token` of None is that of
+    `hf auth login`. Raises `UserInputError` if the Hub refuses, the token may only read, or a repository that is to
+    be private is public.
     """
     api = HfApi(token=token)
     try:
@@ -60,7 +65,7 @@ def create_repository(name: str, private: bool, token: str | None = None) -> str
 
 
 def copy_uploaded(run_dir: Path) -> Path:
-    """A temporary copy of what is to be uploaded: the training goes on to write these files."""
+    """Returns a temporary folder with a copy of what is to be uploaded, as the training goes on to write the files."""
     copy = Path(tempfile.mkdtemp(prefix="upload-"))
     files = (str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file())
     for name in filter_repo_objects(files, allow_patterns=[*UPLOADED, CARD_FILE]):
@@ -70,7 +75,10 @@ def copy_uploaded(run_dir: Path) -> Path:
 
 
 def upload(api: HfApi, repo_id: str, folder: Path, message: str, create_pr: bool = False) -> CommitInfo:
-    """One commit of a folder made by `copy_uploaded`, with a card that keeps what was written into the Hub's."""
+    """Uploads a folder made by `copy_uploaded` as one commit, or as a pull request.
+
+    Writes a card into the folder first, which keeps what people wrote into the card on the Hub.
+    """
     (folder / CARD_FILE).write_text(make_card(folder, repo_id, _read_card(api, repo_id)))
     return api.upload_folder(
         repo_id=repo_id,
@@ -82,15 +90,16 @@ def upload(api: HfApi, repo_id: str, folder: Path, message: str, create_pr: bool
 
 
 def _read_card(api: HfApi, repo_id: str) -> str | None:
+    """Returns the card on the Hub; None if the repository has none."""
     try:
-        # Without `force_download` a Hub that does not answer would be covered up by an older card from the cache.
+        # Without `force_download` the cache would answer for a Hub that does not, with a card that may be older.
         return Path(api.hf_hub_download(repo_id, CARD_FILE, force_download=True)).read_text()
     except EntryNotFoundError:
         return None
 
 
 class HubUploader:
-    """Uploads beside the training. Whatever the Hub does costs a warning, never the run, nor its time."""
+    """The uploads of a run, by a thread beside the training. A Hub that fails costs the run a warning and no time."""
 
     def __init__(self, repo_id: str, run_dir: Path, private: bool, token: str | None) -> None:
         self.repo_id = repo_id
@@ -98,12 +107,12 @@ class HubUploader:
         self.private = private
         self._api = HfApi(token=token)
         self._running: Future | None = None
-        self._tried: int | None = None  # the step of the last upload
+        self._tried: int | None = None  # the step of the last upload that was started
         self._unsent: int | None = None  # the step that is on the disk and not on the Hub
-        disable_progress_bars()  # they would write over that of the training
+        disable_progress_bars()  # of uploads, which would write over the bar of the training
 
     def push(self, global_step: int) -> None:
-        """Starts the upload of what the run has written. While another is under way, it is left to the next."""
+        """Starts to upload what the run has written at a step; while an upload is under way, leaves it to the next."""
         self._unsent = global_step
         if self._running is not None and not self._running.done():
             return
@@ -111,7 +120,7 @@ class HubUploader:
         self._running = self._api.run_as_future(self._send, copy_uploaded(self.run_dir), global_step)
 
     def finish(self) -> None:
-        """Waits until the last step is on the Hub, or says how to send it."""
+        """Waits until the last step is on the Hub. If that fails, prints the command that sends it."""
         while self._running is not None:
             if not self._running.done():
                 tqdm.write(f"uploading to {self.repo_id}")
@@ -127,29 +136,31 @@ class HubUploader:
             )
 
     def _send(self, folder: Path, global_step: int) -> None:
+        """Uploads a folder and removes it; tries again where the Hub fails."""
         for delay in (*RETRY_DELAYS, None):
             try:
                 commit = upload(self._api, self.repo_id, folder, f"Step {global_step}")
             except Exception as error:
-                later = "" if delay is None else f"; trying again in {delay:.0f} s"
-                tqdm.write(f"warning: {self.repo_id} was not updated ({first_line(error)}){later}")
+                next_try = "" if delay is None else f"; trying again in {delay:.0f} s"
+                tqdm.write(f"warning: {self.repo_id} was not updated ({first_line(error)}){next_try}")
                 if delay is not None:
                     time.sleep(delay)
             else:
                 tqdm.write(f"uploaded {commit.commit_url}")
-                if self._unsent == global_step:  # and nothing newer was left to the next upload
+                if self._unsent == global_step:  # else a newer step waits for the next upload
                     self._unsent = None
                 break
         shutil.rmtree(folder)
 
 
 def _push(run_dir: Path, repo_id: str, private: bool, create_pr: bool) -> None:
+    """Uploads a finished run. Raises `UserInputError` if the Hub refuses it."""
     api = HfApi()
-    if not create_pr:  # which may be for a repository of somebody else
+    if not create_pr:  # a pull request may go to a repository of somebody else
         repo_id = create_repository(repo_id, private)
     folder = copy_uploaded(run_dir)
     try:
-        commit: Any = upload(api, repo_id, folder, f"Upload {run_dir.resolve().name}", create_pr)
+        commit = upload(api, repo_id, folder, f"Upload {run_dir.resolve().name}", create_pr)
     except UserInputError:
         raise
     except Exception as error:
@@ -159,8 +170,8 @@ def _push(run_dir: Path, repo_id: str, private: bool, create_pr: bool) -> None:
     print(f"uploaded {commit.pr_url or commit.commit_url}")
 
 
-@exits_on_user_error
-def main() -> None:
+def parse_args() -> argparse.Namespace:
+    """Reads the command line. Raises `UserInputError` for a wrong one, and for a folder without a pipeline."""
     parser = ArgumentParser(prog="python -m sprite_diffusion.sharing.hub", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     push = commands.add_parser("push", help="Upload a run; the token is that of `hf auth login`, or HF_TOKEN.")
@@ -171,13 +182,19 @@ def main() -> None:
     card = commands.add_parser("card", help=f"Write {CARD_FILE} of a run, and upload nothing.")
     card.add_argument("run_dir", type=Path)
     args = parser.parse_args()
-    if not (args.run_dir / "model_index.json").is_file():
+    if not (args.run_dir / INDEX_FILE).is_file():
         raise UserInputError(f"{args.run_dir} holds no pipeline: name the output folder of a run that has saved one")
+    return args
+
+
+@exits_on_user_error
+def main() -> None:
+    args = parse_args()
     if args.command == "push":
         _push(args.run_dir, args.repo_id, args.private, args.pr)
         return
     path = args.run_dir / CARD_FILE
-    path.write_text(make_card(args.run_dir, None, None))
+    write_text(path, make_card(args.run_dir, None, None))
     print(f"wrote {path}")
 
 

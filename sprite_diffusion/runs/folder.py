@@ -1,0 +1,179 @@
+"""The output folder of a run: which run it holds, whether there is room, and which checkpoints are in it."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import torch
+
+from sprite_diffusion.common.errors import UserInputError, warn
+from sprite_diffusion.common.files import PARTIAL, check_writable, remove
+from sprite_diffusion.common.run_files import (
+    CONFIG_FILE,
+    HISTORY_FILE,
+    INDEX_FILE,
+    METRICS_FILE,
+    PAIRS_FILE,
+    SAMPLES_DIR,
+    SKIPPED_IMAGES_FILE,
+    SNAPSHOTS_DIR,
+    SUMMARY_FILE,
+    read_saved_config,
+)
+from sprite_diffusion.runs.config import TrainingConfig
+from sprite_diffusion.runs.manifest import find_damage
+
+BEST = "best-"
+# What a run writes: the only things that --overwrite_output_dir removes.
+RUN_FILES = (
+    CONFIG_FILE,
+    SUMMARY_FILE,
+    SKIPPED_IMAGES_FILE,
+    INDEX_FILE,
+    "unet",
+    "scheduler",
+    SAMPLES_DIR,
+    SNAPSHOTS_DIR,
+    METRICS_FILE,
+    HISTORY_FILE,
+    PAIRS_FILE,
+    "*.py",
+    "checkpoint-*",
+)
+
+
+def check_output_dir(config: TrainingConfig) -> None:
+    """Sets `config.resume_from_checkpoint` to the checkpoint that the run goes on from, None for a new run.
+
+    Raises `UserInputError` if the run would mix with what the folder holds. Writes nothing.
+    """
+    output_dir = Path(config.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserInputError(f"--output_dir {output_dir} is a file: name a folder")
+    check_writable("--output_dir", output_dir)
+    if config.resume_from_checkpoint is None and not config.overwrite_output_dir:
+        if not output_dir.is_dir() or all(path.name.endswith(PARTIAL) for path in output_dir.iterdir()):
+            return
+        _check_same_run(config)
+        config.resume_from_checkpoint = "latest"
+    if config.resume_from_checkpoint is not None:
+        checkpoint = find_checkpoint(output_dir, config.resume_from_checkpoint)
+        config.resume_from_checkpoint = None if checkpoint is None else checkpoint.name
+
+
+def _check_same_run(config: TrainingConfig) -> None:
+    """Raises `UserInputError` unless the folder holds an unfinished run of the same flags."""
+    output_dir = Path(config.output_dir)
+    others = "--overwrite_output_dir to start over, or name another folder"
+    saved = read_saved_config(output_dir)
+    if saved is None:
+        raise UserInputError(
+            f"--output_dir {output_dir} is not empty: add '--resume_from_checkpoint latest' to go on with the run in "
+            f"it, {others}"
+        )
+    if _is_finished(output_dir):
+        raise UserInputError(
+            f"--output_dir {output_dir} holds a finished run: add '--resume_from_checkpoint latest' and more epochs "
+            f"to train it on, {others}"
+        )
+    if differences := config.differences(saved):
+        changed = ", ".join(f"--{name} {old} is now {new}" for name, (old, new) in differences.items())
+        raise UserInputError(
+            f"--output_dir {output_dir} holds an unfinished run of other flags ({changed}): add "
+            f"'--resume_from_checkpoint latest' to go on with the new values, {others}"
+        )
+
+
+def _is_finished(output_dir: Path) -> bool:
+    """Returns whether the run in a folder wrote its last file, the summary, and was not trained on since."""
+    try:
+        summary = json.loads((output_dir / SUMMARY_FILE).read_text())
+    except (OSError, ValueError):
+        return False
+    finished = summary["global_step"] >= summary["total_steps"]
+    newest = [step_of(path) for path in list_checkpoints(output_dir)[-1:]]
+    return finished and all(step <= summary["global_step"] for step in newest)
+
+
+def prepare_output_dir(config: TrainingConfig) -> None:
+    """Makes the folder, without the earlier run if it is to be overwritten, and saves the configuration."""
+    output_dir = Path(config.output_dir)
+    leftovers = [name + PARTIAL for name in (*RUN_FILES, "samples/*", "snapshots/*", "staged*")]
+    overwritten = []
+    if config.overwrite_output_dir and config.resume_from_checkpoint is None:
+        overwritten = [*RUN_FILES, config.logging_dir]
+    for pattern in (*leftovers, *overwritten):
+        for path in output_dir.glob(pattern):
+            remove(path)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    config.save(output_dir / CONFIG_FILE)
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Returns the checkpoints of a run, oldest first, without the best one."""
+    found = [p for p in output_dir.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=step_of)
+
+
+def list_best(output_dir: Path) -> list[Path]:
+    """Returns the best checkpoint of a run; several where a kill came before an earlier one was removed."""
+    return list(output_dir.glob(f"checkpoint-{BEST}*[0-9]"))
+
+
+def step_of(checkpoint: Path) -> int:
+    """Returns the number of optimizer steps in the name of a checkpoint."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def find_checkpoint(output_dir: Path, name: str) -> Path | None:
+    """Returns the checkpoint of that name, or for 'latest' the newest sound one; None if there is none at all.
+
+    Raises `UserInputError` if it is damaged or, for 'latest', if all are; warns of the damaged ones that are passed
+    over.
+    """
+    checkpoints = list_checkpoints(output_dir)
+    if name != "latest":
+        path = output_dir / Path(name).name
+        checkpoints += list_best(output_dir)
+        if path not in checkpoints:
+            known = ", ".join(p.name for p in checkpoints) or "none"
+            raise UserInputError(f"--resume_from_checkpoint {path} is not a checkpoint; those of the run: {known}")
+        if damage := find_damage(path):
+            raise UserInputError(f"--resume_from_checkpoint {path} is damaged ({damage}): name another")
+        return path
+    damaged: list[str] = []
+    for path in reversed(checkpoints):
+        if not (damage := find_damage(path)):
+            if damaged:
+                warn(f"damaged: {', '.join(damaged)}; going on from {path}")
+            return path
+        damaged.append(f"{path.name} ({damage})")
+    if damaged:
+        raise UserInputError(
+            f"--output_dir {output_dir} has no sound checkpoint, damaged: {', '.join(damaged)}; restore one, give "
+            "--overwrite_output_dir to start over, or name another folder"
+        )
+    return None
+
+
+def check_room(config: TrainingConfig, model: torch.nn.Module, global_step: int, total_steps: int) -> None:
+    """Raises `UserInputError` if one checkpoint does not fit on the disk; warns if those that will be kept do not."""
+    output_dir = Path(config.output_dir).absolute()
+    folder = next(parent for parent in (output_dir, *output_dir.parents) if parent.is_dir())
+    # In float32 the weights, those of the pipeline in it (the EMA's), and AdamW's two moments.
+    size = 4 * 4 * sum(parameter.numel() for parameter in model.parameters()) / 1e6  # MB
+    free = shutil.disk_usage(folder).free / 1e6
+    remedy = "free some, or name another folder by --output_dir"
+    if free < size:
+        raise UserInputError(f"{folder} has {free:,.1f} MB free, a checkpoint takes {size:,.1f} MB: {remedy}")
+    to_come = math.ceil((total_steps - global_step) / config.checkpointing_steps)
+    if config.checkpoints_total_limit is not None:  # a new one is written before an old one goes
+        there = len(list_checkpoints(output_dir))
+        to_come = max(1, min(to_come, config.checkpoints_total_limit + 1 - there))
+    to_come += config.keep_best_checkpoint
+    if free < to_come * size:
+        warn(
+            f"{folder} has {free:,.1f} MB free, {to_come} checkpoints take {to_come * size:,.1f} MB: "
+            f"lower --checkpoints_total_limit, {remedy}"
+        )

@@ -1,0 +1,72 @@
+"""What a run says of itself: the lines at its start, and the summary beside the pipeline at its end."""
+
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from sprite_diffusion.common.files import write_text
+from sprite_diffusion.common.machine import describe_device
+from sprite_diffusion.data.dataset import ImageData
+from sprite_diffusion.runs.config import TrainingConfig
+from sprite_diffusion.runs.state import TrainState
+
+RECORDED_PACKAGES = ("torch", "diffusers", "accelerate", "datasets")
+
+
+def print_summary(
+    accelerator: Accelerator,
+    config: TrainingConfig,
+    data: ImageData,
+    model: torch.nn.Module,
+    total_steps: int,
+    start: str,
+) -> None:
+    """Prints what is about to be trained, on what and for how long; `start` names the checkpoint if there is one."""
+    height, width = config.image_size
+    images = "a stream of images" if data.num_images is None else f"{data.num_images:,} images"
+    skipped = f", {len(data.skipped_images)} skipped" if data.skipped_images else ""
+    classes = "" if data.id2label is None else f", {len(data.id2label)} classes"
+    total_batch_size = config.total_batch_size(accelerator.num_processes)
+    print(
+        f"data       {data.source}: {images} of {width}x{height}, {data.num_channels} channel(s){classes}{skipped}\n"
+        f"model      {config.model_class}, {count_parameters(model) / 1e6:.2f} M parameters\n"
+        f"device     {accelerator.device}, {accelerator.num_processes} process(es), "
+        f"precision {accelerator.mixed_precision}\n"
+        f"training   {total_steps:,} steps of {total_batch_size} images, seed {config.seed}, {start}\n"
+        f"output     {config.output_dir}"
+    )
+
+
+def write_summary(
+    path: Path,
+    accelerator: Accelerator,
+    data: ImageData,
+    model: torch.nn.Module,
+    state: TrainState,
+    total_steps: int,
+) -> None:
+    """Writes how a pipeline came to be: for its card, and for the next start of the same run."""
+    summary: dict[str, Any] = {
+        **state.record(is_end=state.global_step >= total_steps),
+        "total_steps": total_steps,
+        "script": Path(sys.argv[0]).name,
+        "num_parameters": count_parameters(model),
+        "num_images": data.num_images,
+        "data_source": data.source,
+        "data_license": data.license,
+        "num_processes": accelerator.num_processes,
+        "device": describe_device(accelerator.device),
+        "precision": accelerator.mixed_precision,
+        "versions": {name: version(name) for name in RECORDED_PACKAGES},
+    }
+    write_text(path, json.dumps(summary, indent=2) + "\n")
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Returns the number of a network's parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
