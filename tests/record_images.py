@@ -1,4 +1,7 @@
-"""train_conditional.py, which also records the images that this process trains on; for test_processes.py."""
+"""Runs train_conditional.py and records which images each process trains on, for test_processes.py.
+
+The index of an image is the red of its first pixel. Each process appends a line of JSON for each micro-batch.
+"""
 
 import json
 import os
@@ -6,6 +9,7 @@ import sys
 from pathlib import Path
 
 import train_conditional
+from sprite_diffusion.training import conditional
 from sprite_diffusion.training.loss import ddpm_loss
 
 
@@ -19,11 +23,11 @@ def main() -> None:
             file.write(json.dumps(indices) + "\n")
         return ddpm_loss(model, noise_scheduler, clean_images, *args, **kwargs)
 
-    train_conditional.ddpm_loss = recording_loss
+    conditional.ddpm_loss = recording_loss
     try:
         train_conditional.main()
     finally:
-        train_conditional.ddpm_loss = ddpm_loss
+        conditional.ddpm_loss = ddpm_loss
 
 
 if __name__ == "__main__":
