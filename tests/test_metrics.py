@@ -22,7 +22,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.dataset import load_image_data
-from sprite_diffusion.metrics import classifier, evaluation
+from sprite_diffusion.metrics import classifier, evaluation, real_images
 from sprite_diffusion.metrics.classifier import Classifier, is_weak, load_classifier
 from sprite_diffusion.metrics.distances import frechet_distance
 from sprite_diffusion.metrics.evaluation import (
@@ -34,7 +34,9 @@ from sprite_diffusion.metrics.evaluation import (
 )
 from sprite_diffusion.metrics.extractors import Extractor, make_extractor, real_features
 from sprite_diffusion.metrics.real_images import RealImages
+from sprite_diffusion.runs import outputs
 from sprite_diffusion.runs.config import TrainingConfig
+from sprite_diffusion.sampling import samplers
 from sprite_diffusion.sampling.pipeline_loading import load_pipeline
 from sprite_diffusion.sharing.card import make_card
 
@@ -102,7 +104,7 @@ class TestRealImages:
 
     @pytest.mark.parametrize("searched_at_once", [4096, 17])
     def test_nearest(self, monkeypatch, searched_at_once):
-        monkeypatch.setattr("sprite_diffusion.metrics.real_images.SEARCHED_AT_ONCE", searched_at_once)
+        monkeypatch.setattr(real_images, "SEARCHED_AT_ONCE", searched_at_once)
         real = sprites(60)
         everything = real[np.arange(60)].double() / 255
         images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -513,13 +515,47 @@ class TestCalculateMetrics:
         assert not (tmp_path / "out").exists()
 
 
+MAIN = """
+import sys
+from importlib import import_module
+sys.argv.pop(0)
+try:
+    import_module(sys.argv[0]).main()
+except SystemExit as exit:
+    print(exit.code, *sorted({"torch", "diffusers", "datasets"} & sys.modules.keys()))
+"""
+WAITS_FOR_TORCH = pytest.mark.xfail(
+    strict=True, reason="metrics/flags.py imports the names of the samplers and the speed flags beside torch"
+)
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        ("sprite_diffusion.sharing.hub --help", "0"),
+        ("sprite_diffusion.sharing.hub push --help", "0"),
+        ("sprite_diffusion.sharing.hub card . --no_such_flag", "2"),
+        pytest.param("calculate_metrics --help", "0", marks=WAITS_FOR_TORCH),
+        pytest.param("calculate_metrics --no_such_flag", "2", marks=WAITS_FOR_TORCH),
+        pytest.param("calculate_metrics model --num_images 3", "2", marks=WAITS_FOR_TORCH),
+        pytest.param("calculate_metrics model --scheduler no-such", "2", marks=WAITS_FOR_TORCH),
+        pytest.param("calculate_metrics model --dataset_nam x", "2", marks=WAITS_FOR_TORCH),
+    ],
+)
+def test_help_and_wrong_flags_do_not_wait_for_torch(command, status):
+    result = subprocess.run(
+        [sys.executable, "-c", MAIN, *command.split()], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.splitlines()[-1] == status
+
+
 class TestEvaluateEvery:
     FLAGS = f"{TINY} --max_train_samples 40 --num_epochs 3 --evaluate_every 2 --checkpointing_steps 8"
 
     @pytest.fixture(autouse=True)
     def quick(self, monkeypatch):
-        monkeypatch.setattr("sprite_diffusion.runs.outputs.IMAGES_PER_EVALUATION", 10)
-        monkeypatch.setattr("sprite_diffusion.sampling.samplers.FEW_STEPS", 2)
+        monkeypatch.setattr(outputs, "IMAGES_PER_EVALUATION", 10)
+        monkeypatch.setattr(samplers, "FEW_STEPS", 2)
 
     @pytest.mark.parametrize("script", ["train_unconditional", "train_conditional"])
     def test_history_last_figures_trackers_and_card(self, run_script, tmp_path, script):

@@ -15,8 +15,6 @@ from sprite_diffusion.common.files import cache_dir
 from sprite_diffusion.metrics.classifier import is_weak, load_classifier, load_tensors, save_tensors
 from sprite_diffusion.metrics.real_images import RealImages
 
-EXTRACTORS = ("classifier", "inception", "clip")
-CLIP_MODEL = "openai/clip-vit-large-patch14-336"  # that of CMMD
 BATCH_SIZE = 256
 
 
