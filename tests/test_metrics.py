@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ import torch
 from conftest import ENVIRONMENT, LAUNCH_TWO, REPOSITORY, TINY
 from huggingface_hub import ModelCard
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -23,7 +25,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.dataset import load_image_data
 from sprite_diffusion.metrics import classifier, evaluation, real_images
-from sprite_diffusion.metrics.classifier import Classifier, is_weak, load_classifier
+from sprite_diffusion.metrics.classifier import Classifier, is_weak, load_classifier, save_tensors
 from sprite_diffusion.metrics.distances import frechet_distance
 from sprite_diffusion.metrics.evaluation import (
     NEAR_COPY,
@@ -166,6 +168,21 @@ class TestClassifier:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
         with pytest.raises(UserInputError, match="set XDG_CACHE_HOME"):
             load_classifier(sprites(60), CPU)
+
+    def test_a_cache_file_may_be_written_twice_at_the_same_time(self, tmp_path, monkeypatch):
+        def save_slowly(tensors, path, metadata):
+            save_file(tensors, path, metadata)
+            time.sleep(0.2)
+
+        monkeypatch.setattr(classifier, "save_file", save_slowly)
+        with ThreadPoolExecutor() as threads:
+            writes = [
+                threads.submit(save_tensors, {"a": torch.full((3,), float(i))}, tmp_path / "a.safetensors", {})
+                for i in range(3)
+            ]
+        assert [write.exception() for write in writes] == [None] * 3
+        (tensor,) = load_file(tmp_path / "a.safetensors").values()
+        assert tensor.unique() in torch.arange(3.0)
 
     @pytest.mark.parametrize("size", [(1, 1), (8, 20), (16, 16), (28, 28), (64, 48)])
     def test_takes_images_of_any_size(self, size):

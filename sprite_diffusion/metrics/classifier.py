@@ -1,12 +1,12 @@
 """A small network trained on the data itself, whose features and classes the metrics use: nothing is downloaded."""
 
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -14,7 +14,7 @@ from torchvision.ops import Conv2dNormActivation
 from tqdm.auto import tqdm
 
 from sprite_diffusion.common.errors import UserInputError, first_line
-from sprite_diffusion.common.files import cache_dir
+from sprite_diffusion.common.files import DiskFullError, cache_dir, written_beside
 from sprite_diffusion.metrics.real_images import RealImages
 
 VERSION = 1  # of what is below: features of another version are not comparable
@@ -73,18 +73,20 @@ def is_weak(accuracy: float, real: RealImages) -> bool:
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Writes a file of the cache, whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    """Writes a file of the cache, whole or not at all; processes that write the same file do so one after another.
+
+    Raises `UserInputError` if the cache can't be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
+        with FileLock(path.with_suffix(".lock")), written_beside(path) as partial:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
+    except (OSError, SafetensorError, DiskFullError) as error:
         raise UserInputError(f"{path.parent} can't be written to ({first_line(error)}): set XDG_CACHE_HOME") from None
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """What `save_tensors` wrote."""
+    """Returns the tensors and the metadata of a file of `save_tensors`."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 - not a dict
 
