@@ -122,7 +122,7 @@ class TestRealImages:
         distances, indices = real.find_nearest(real[own])
         assert distances.tolist() == [0, 0, 0]
         assert indices.tolist() == own.tolist()
-        distances, indices = real.find_nearest(real[own], but=torch.from_numpy(own))
+        distances, indices = real.find_nearest(real[own], exclude=torch.from_numpy(own))
         assert (distances > 0).all()
         assert not set(indices.tolist()) & set(own.tolist())
 
