@@ -1,4 +1,3 @@
-from pipelines.pipeline_conditional_ddpm import ConditionalDDPMPipeline
-from pipelines.pipeline_unconditional_ddpm import UnconditionalDDPMPipeline
+from pipelines.pipeline_ddpm import ConditionalDDPMPipeline, UnconditionalDDPMPipeline
 
 __all__ = ["ConditionalDDPMPipeline", "UnconditionalDDPMPipeline"]

@@ -1,4 +1,8 @@
-"""train_conditional.py, which also records the images that this process trains on; for test_processes.py."""
+"""Runs train_conditional.py, and records the images that this process trains on; for test_processes.py.
+
+The images' first level is their number. A micro-batch becomes a line of numbers in OUTPUT_DIR-RANK.jsonl, beside the
+folder of the run.
+"""
 
 import json
 import os
@@ -6,6 +10,7 @@ import sys
 from pathlib import Path
 
 import train_conditional
+from sprite_diffusion.training import conditional
 from sprite_diffusion.training.loss import ddpm_loss
 
 
@@ -14,16 +19,16 @@ def main() -> None:
     record = output_dir.with_name(f"{output_dir.name}-{os.environ.get('RANK', '0')}.jsonl")
 
     def recording_loss(model, noise_scheduler, clean_images, *args, **kwargs):
-        indices = ((clean_images[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
+        numbers = ((clean_images[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
         with record.open("a") as file:
-            file.write(json.dumps(indices) + "\n")
+            file.write(json.dumps(numbers) + "\n")
         return ddpm_loss(model, noise_scheduler, clean_images, *args, **kwargs)
 
-    train_conditional.ddpm_loss = recording_loss
+    conditional.ddpm_loss = recording_loss
     try:
         train_conditional.main()
     finally:
-        train_conditional.ddpm_loss = ddpm_loss
+        conditional.ddpm_loss = ddpm_loss
 
 
 if __name__ == "__main__":

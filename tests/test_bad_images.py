@@ -1,17 +1,15 @@
-"""Folders with damaged, hostile and odd files: each bad one is named, each good one is used."""
+"""Folders with damaged, hostile and odd files: each bad file is named, each good file is used."""
 
 import errno
 import json
 import os
 import shutil
 import struct
-import subprocess
-import sys
 import zlib
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, TINY
+from launching import PYTHON, TINY, finish, start
 from PIL import Image
 
 from sprite_diffusion.common.errors import UserInputError
@@ -19,7 +17,7 @@ from sprite_diffusion.data.dataset import load_image_data
 from sprite_diffusion.data.decoding import to_model_range
 from sprite_diffusion.runs.config import TrainingConfig
 
-# Root may read every file, but not without these capabilities.
+# Without these capabilities root may not read every file.
 AS_USER = [] if os.geteuid() else ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]
 
 
@@ -28,7 +26,7 @@ def noise_image(side=16):
 
 
 def png_header(path, width, height):
-    """A PNG file of a few bytes that promises many pixels."""
+    """Writes a PNG file of a few bytes that promises many pixels."""
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -53,7 +51,7 @@ def linked_folder(path):
     path.symlink_to(path.parent.parent / "elsewhere")
 
 
-# name ending, how it is made, part of the reason
+# kind: the ending of the file's name, how the file is made, a part of the reason to be printed
 BAD = {
     "empty": (".png", lambda path: path.touch(), "not an image"),
     "text": (".png", lambda path: path.write_text("hello"), "not an image"),
@@ -73,7 +71,7 @@ BAD = {
     "broken\nname": (".png", lambda path: path.write_text("hello"), "not an image"),
     "unreadable": (".png", unreadable, os.strerror(errno.EACCES)),
 }
-# name, how it is made; each is red
+# an odd file's name, and how the file is made; each is red
 ODD = {
     "print.jpg": lambda path: Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(path, quality=100),
     "animated.gif": lambda path: save_animated(path, "P"),
@@ -109,7 +107,7 @@ def make_bad(folder, kind, number=0):
 
 
 def fill_folder(folder, num_good, num_bad):
-    """Returns the bad files, and what is to be said of each."""
+    """Makes good and bad images. Returns the bad files, each with a part of the reason to be printed."""
     for number in range(num_good):
         Image.new("RGB", (16, 16), (number % 256, number // 256, 0)).save(folder / f"{number:04}.png")
     kinds = [kind for kind in BAD if kind != "unreadable" or not AS_USER or shutil.which(AS_USER[0])]
@@ -121,23 +119,21 @@ def fill_folder(folder, num_good, num_bad):
 
 
 def check_skipping_run(folder, num_good, bad, output_dir):
-    own = f"--train_data_dir {folder} --on_bad_image skip --max_train_samples 5000 --max_train_steps 4"
-    flags = TINY.replace("--max_train_samples 20", own)
+    data_flags = f"--train_data_dir {folder} --on_bad_image skip --max_train_samples 5000 --max_train_steps 4"
+    flags = TINY.replace("--max_train_samples 20", data_flags)
     prefix = AS_USER if not AS_USER or shutil.which(AS_USER[0]) else []
-    command = [*prefix, sys.executable, "train_unconditional.py", *flags.split(), "--output_dir", str(output_dir)]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    result = finish(start("train_unconditional", flags, output_dir, [*prefix, *PYTHON]))
     assert f"{num_good:,} images of 16x16, 3 channel(s), {len(bad)} skipped\n" in result.stdout
     assert (output_dir / "model_index.json").is_file()
     lines = [json.loads(line) for line in (output_dir / "skipped_images.jsonl").read_text().splitlines()]
     assert sorted(line["image"] for line in lines) == sorted(bad)
-    said = result.stderr.replace("\r", "\n").splitlines()
+    error_lines = result.stderr.replace("\r", "\n").splitlines()
     for line in lines:
         assert bad[line["image"]] in line["reason"]
         image = line["image"].replace("\n", "\\n")
-        assert sum(f"skipped: {image} {line['reason']}" in error_line for error_line in said) == 1
-    assert sum("skipped: " in error_line for error_line in said) == len(bad)
-    assert not [line for line in said if "Warning" in line or "Traceback" in line]
+        assert sum(f"skipped: {image} {line['reason']}" in error_line for error_line in error_lines) == 1
+    assert sum("skipped: " in error_line for error_line in error_lines) == len(bad)
+    assert not [line for line in error_lines if "Warning" in line or "Traceback" in line]
 
 
 def test_training_goes_on_without_the_bad(pictures, tmp_path):
@@ -194,7 +190,7 @@ def test_odd_files_are_used(streaming, pictures, tmp_path):
     assert len(items) == len(ODD)
     assert data.skipped_images == []
     for item in items:
-        # Red, but for what JPEG loses: a level or two at quality 100.
+        # Red, up to the level or two that JPEG loses at quality 100.
         np.testing.assert_allclose(to_model_range(item["images"]).reshape(3, -1).mean(1), [1, -1, -1], atol=4 / 127.5)
 
 

@@ -5,20 +5,18 @@ import json
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, TINY
+from inspecting import UNET_WEIGHTS
+from launching import TINY, finish, start
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 PROGRESS_BAR = re.compile(r"\d+/\d+ \[")
-WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
@@ -163,7 +161,7 @@ def make_models(folder: Path, run_script) -> None:
     change("index_text", lambda run: change_json(run / "model_index.json", _class_name={"a": 1}))
     change("no_unet", lambda run: shutil.rmtree(run / "unet"))
     change("no_scheduler", lambda run: shutil.rmtree(run / "scheduler"))
-    change("no_weights", lambda run: (run / WEIGHTS).unlink())
+    change("no_weights", lambda run: (run / UNET_WEIGHTS).unlink())
     change("unet_broken", lambda run: (run / "unet/config.json").write_text("{"))
     change("unet_empty", lambda run: (run / "unet/config.json").write_text(""))
     change("unet_list", lambda run: (run / "unet/config.json").write_text("[1]"))
@@ -172,11 +170,14 @@ def make_models(folder: Path, run_script) -> None:
     change("unet_number", lambda run: change_json(run / "unet/config.json", block_out_channels=8))
     change("unet_wider", lambda run: change_json(run / "unet/config.json", block_out_channels=[16]))
     change("unet_channels", lambda run: change_json(run / "unet/config.json", in_channels="three"))
-    change("weights_text", lambda run: (run / WEIGHTS).write_text("mine"))
-    change("weights_cut", lambda run: (run / WEIGHTS).write_bytes((run / WEIGHTS).read_bytes()[:-1000]))
-    change("weights_empty", lambda run: (run / WEIGHTS).write_bytes(b""))
-    change("weights_other", lambda run: save_file({"a": torch.zeros(1)}, run / WEIGHTS))
-    change("weights_fewer", lambda run: save_file(dict(list(load_file(run / WEIGHTS).items())[1:]), run / WEIGHTS))
+    change("weights_text", lambda run: (run / UNET_WEIGHTS).write_text("mine"))
+    change("weights_cut", lambda run: (run / UNET_WEIGHTS).write_bytes((run / UNET_WEIGHTS).read_bytes()[:-1000]))
+    change("weights_empty", lambda run: (run / UNET_WEIGHTS).write_bytes(b""))
+    change("weights_other", lambda run: save_file({"a": torch.zeros(1)}, run / UNET_WEIGHTS))
+    change(
+        "weights_fewer",
+        lambda run: save_file(dict(list(load_file(run / UNET_WEIGHTS).items())[1:]), run / UNET_WEIGHTS),
+    )
     change("scheduler_broken", lambda run: (run / "scheduler/scheduler_config.json").write_text("{"))
     change("scheduler_steps", lambda run: change_json(run / "scheduler/scheduler_config.json", num_train_timesteps=-1))
     change("scheduler_text", lambda run: change_json(run / "scheduler/scheduler_config.json", beta_start="small"))
@@ -566,7 +567,7 @@ CASES = [
     *(("sample", *case) for case in SAMPLE),
     *(("calculate_metrics", *case) for case in CALCULATE_METRICS),
     *(("sprite_diffusion.sharing.hub", *case) for case in HUB),
-    *(("training.convert_course_checkpoint", *case) for case in CONVERT),
+    *(("sprite_diffusion.sampling.convert_course_checkpoint", *case) for case in CONVERT),
 ]
 
 
@@ -589,13 +590,7 @@ def test_one_line_names_what_to_change(case, run_script, folder, tmp_path, monke
 
 
 def test_no_traceback_from_the_program_itself(tmp_path):
-    result = subprocess.run(
-        [sys.executable, "train_unconditional.py", "--train_data_dir", str(tmp_path / "missing")],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = finish(start("train_unconditional", f"--train_data_dir {tmp_path / 'missing'}", tmp_path / "run"), 2)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert result.stderr.startswith("error: --train_data_dir")

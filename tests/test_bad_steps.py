@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY
+from launching import TINY
 from safetensors.torch import load_file
 
 from sprite_diffusion.common.errors import UserInputError

@@ -11,17 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
 from diffusers import DiffusionPipeline
+from inspecting import assert_same_runs, wait_for
+from launching import TINY, complaints, finish, kill, start
 from PIL import Image
-from reliability import assert_same_runs, finish, kill, start, wait_for
 from safetensors.torch import save_file
 
 from sprite_diffusion.common.files import DiskFullError, written_beside
+from sprite_diffusion.runs import outputs
 from sprite_diffusion.runs.folder import list_checkpoints
 from sprite_diffusion.runs.manifest import find_damage
+from sprite_diffusion.sampling import samplers
 
-EVERYTHING = "--num_epochs 6 --save_images_steps 5 --save_images_epochs 1 --save_model_epochs 1 --snapshot_epochs 2"
+EVERYTHING = (
+    f"{TINY} --num_epochs 6 --save_images_steps 5 --save_images_epochs 1 --save_model_epochs 1 --snapshot_epochs 2"
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +83,7 @@ def test_a_run_survives_many_kills(tmp_path, pictures, source):
     else:
         script, length = "train_unconditional", "--num_epochs 999 --max_train_steps 450"
         flags = f"{length} --train_data_dir {pictures} --max_train_samples 24 --streaming --dataloader_num_workers 2"
-    flags += " --save_images_steps 5 --save_images_epochs 3 --save_model_epochs 2 --snapshot_epochs 10"
+    flags = f"{TINY} {flags} --save_images_steps 5 --save_images_epochs 3 --save_model_epochs 2 --snapshot_epochs 10"
     flags += " --checkpoints_total_limit 3"
     finish(start(script, flags, tmp_path / "whole"))
     rng = random.Random(0)
@@ -96,7 +100,7 @@ def test_a_run_survives_many_kills(tmp_path, pictures, source):
 def run(tmp_path_factory):
     """A run that was killed after its second checkpoint."""
     output_dir = tmp_path_factory.mktemp("stopped") / "run"
-    process = start("train_unconditional", "--num_epochs 4", output_dir)
+    process = start("train_unconditional", f"{TINY} --num_epochs 4", output_dir)
     assert wait_for(process, output_dir, "checkpoint-6")
     kill(process)
     return output_dir
@@ -239,7 +243,7 @@ def test_a_finished_run_is_left_alone(refuses, run_script, stopped, capsys):
 
 
 def test_a_run_that_left_no_checkpoint_begins_again(run_script, tmp_path, capsys):
-    process = start("train_unconditional", "--checkpointing_steps 100 --num_epochs 50", tmp_path / "run")
+    process = start("train_unconditional", f"{TINY} --checkpointing_steps 100 --num_epochs 50", tmp_path / "run")
     assert wait_for(process, tmp_path / "run", "logs/*/events*")
     kill(process)
     flags = "--checkpointing_steps 100 --num_epochs 2"
@@ -267,8 +271,8 @@ def test_resuming_from_an_earlier_checkpoint_ends_the_later_ones(run_script, sto
 
 
 def test_the_best_checkpoint_is_that_of_the_lowest_distance(run_script, tmp_path, monkeypatch):
-    monkeypatch.setattr("sprite_diffusion.runs.outputs.IMAGES_PER_EVALUATION", 10)
-    monkeypatch.setattr("sprite_diffusion.sampling.samplers.FEW_STEPS", 2)
+    monkeypatch.setattr(outputs, "IMAGES_PER_EVALUATION", 10)
+    monkeypatch.setattr(samplers, "FEW_STEPS", 2)
     flags = f"{TINY} --max_train_samples 40 --num_epochs 6 --evaluate_every 1 --keep_best_checkpoint"
     flags += " --checkpoints_total_limit 2 --checkpointing_steps 20 --learning_rate 1e-2"
     run_script("train_unconditional", flags, tmp_path)
@@ -310,8 +314,8 @@ def fill(folder: Path, leave: int = 0) -> Path:
 @pytest.mark.parametrize("leave", [0, pytest.param(40_000, marks=pytest.mark.slow)])
 def test_a_full_disk_costs_what_there_is_no_room_for_and_no_more(small_disk, leave):
     """The disk is full from the second checkpoint to some time later; the run goes on all the while."""
-    flags = "--num_epochs 60 --checkpoints_total_limit 2 --checkpointing_steps 10 --logger none --logging_steps 100"
-    flags += " --save_images_epochs 1 --save_model_epochs 1 --ddpm_num_inference_steps 1"
+    flags = f"{TINY} --num_epochs 60 --checkpoints_total_limit 2 --checkpointing_steps 10 --logger none"
+    flags += " --logging_steps 100 --save_images_epochs 1 --save_model_epochs 1 --ddpm_num_inference_steps 1"
     output_dir = small_disk / "run"
     process = start("train_unconditional", flags, output_dir)
     assert wait_for(process, output_dir, "checkpoint-20")
@@ -323,10 +327,11 @@ def test_a_full_disk_costs_what_there_is_no_room_for_and_no_more(small_disk, lea
     DiffusionPipeline.from_pretrained(output_dir)
     assert not list(output_dir.rglob("*.partial")) or leave
     ballast.unlink()
-    printed, errors = finish(process)
+    ended = finish(process)
+    errors = complaints(ended.stderr)
     assert len(errors.splitlines()) <= 3  # of checkpoints, samples and the pipeline: each once
     assert "the disk is full; the run goes on without, and writes again when there is room" in errors
-    written = [int(line.rpartition("-")[2]) for line in printed.splitlines() if "checkpoint-" in line]
+    written = [int(line.rpartition("-")[2]) for line in ended.stdout.splitlines() if "checkpoint-" in line]
     assert len(written) < 24
     assert [path.name for path in list_checkpoints(output_dir)] == ["checkpoint-230", "checkpoint-240"]
     assert all(find_damage(checkpoint) == "" for checkpoint in list_checkpoints(output_dir))
@@ -334,18 +339,18 @@ def test_a_full_disk_costs_what_there_is_no_room_for_and_no_more(small_disk, lea
 
 @pytest.mark.slow
 def test_a_disk_that_is_full_at_the_end_is_said(small_disk):
-    flags = "--num_epochs 12 --logger none --checkpoints_total_limit 1"
+    flags = f"{TINY} --num_epochs 12 --logger none --checkpoints_total_limit 1"
     output_dir = small_disk / "run"
     process = start("train_unconditional", flags, output_dir)
     assert wait_for(process, output_dir, "checkpoint-6")
     while process.poll() is None:  # what is removed makes room again
         ballast = fill(small_disk)
         time.sleep(0.01)
-    _, errors = finish(process, 2)
+    errors = complaints(finish(process, 2).stderr)
     assert "the pipeline was not written; free some and give the same command again" in errors
     assert find_damage(list_checkpoints(output_dir)[-1]) == ""
     ballast.unlink()
-    printed, _ = finish(start("train_unconditional", flags, output_dir))
+    printed = finish(start("train_unconditional", flags, output_dir)).stdout
     assert f"from {output_dir}" in printed
     assert (output_dir / "model_index.json").is_file()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY
+from launching import REPOSITORY
 
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.runs.config import TrainingConfig, parse_config

@@ -1,21 +1,18 @@
 """The sprite course's checkpoints against a network and a sampling loop written as the course's."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
 from course_network import make_course_network
 from diffusers import DiffusionPipeline
 
-from sprite_diffusion.sampling.convert_course_checkpoint import course_scheduler, main
+from sprite_diffusion.sampling.convert_course_checkpoint import course_scheduler
 
 
 @pytest.fixture
-def convert(monkeypatch):
+def convert(run_script):
     def run(*arguments) -> None:
-        monkeypatch.setattr(sys, "argv", ["convert_course_checkpoint", *map(str, arguments)])
-        main()
+        run_script("sprite_diffusion.sampling.convert_course_checkpoint", " ".join(map(str, arguments)))
 
     return run
 

@@ -10,7 +10,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from sprite_diffusion.common.errors import UserInputError
-from sprite_diffusion.data.dataset import load_image_data, make_dataloader
+from sprite_diffusion.data import decoding
+from sprite_diffusion.data.config import DataConfig
+from sprite_diffusion.data.dataset import load_image_data, load_tensor, make_dataloader
 from sprite_diffusion.data.decoding import prepare_image, to_model_range
 from sprite_diffusion.data.sprites import CLASS_NAMES, draw_sprites
 from sprite_diffusion.runs.config import TrainingConfig
@@ -55,7 +57,7 @@ def random_pixels(*shape, seed=0, dtype=np.uint8):
 
 
 def to_levels(images, white=255):
-    """[-1, 1] -> 0..white, and exactly so: a level that is not a whole number fails."""
+    """Maps [-1, 1] to whole levels 0..white; fails if a level is not a whole number."""
     levels = (images.double().numpy() + 1) * white / 2
     # float32 in [-1, 1] is off by at most ATOL, a level by white / 2 times that: at most 0.008.
     np.testing.assert_allclose(levels, levels.round(), atol=white / 2 * ATOL)
@@ -63,7 +65,7 @@ def to_levels(images, white=255):
 
 
 def read_all(data):
-    """All images, in order, as (N, C, H, W)."""
+    """Returns all images, in order, (N, C, H, W)."""
     return to_model_range(data.dataset.__getitems__(list(range(len(data.dataset))))["images"])
 
 
@@ -72,7 +74,7 @@ def read_one(data, white=255):
 
 
 def compose(colour, alpha, background=255):
-    """round((alpha * colour + (255 - alpha) * background) / 255), in whole numbers, halves up."""
+    """Returns round((alpha * colour + (255 - alpha) * background) / 255), in whole numbers, halves up."""
     colour, alpha = np.asarray(colour, int), np.asarray(alpha, int)
     return (2 * (alpha * colour + (255 - alpha) * background) + 255) // 510
 
@@ -87,7 +89,7 @@ def encode(image, format="PNG"):
 
 
 def make_mode(mode):
-    """An 8x8 image and the levels (C, 8, 8) to expect from it, of 255 or 65535."""
+    """Returns an 8x8 image of a mode and the levels (C, 8, 8) to expect from it, of 255 or 65535."""
     a, b, c, d = random_pixels(4, 8, 8)
     deep = random_pixels(8, 8, dtype=np.uint16)
     deep[0, :2] = 0, 65535
@@ -164,7 +166,7 @@ def test_coloured_background_makes_grey_images_colour(load, pictures):
 
 
 def test_resize_does_not_mix_in_hidden_colours(load, pictures):
-    # White disc on white; what is hidden under its transparent surroundings is black.
+    # A white disc on white; under its transparent surroundings hides black.
     rgba = np.zeros((32, 32, 4), np.uint8)
     rgba[8:24, 8:24] = 255
     Image.fromarray(rgba).save(pictures / "a.png")
@@ -205,7 +207,7 @@ def test_16_bit_levels_survive_the_resize(load, pictures):
     Image.fromarray(deep).save(pictures / "a.png")
     levels = read_one(load(train_data_dir=str(pictures), resolution="32", interpolation="box"), 65535)[0]
     means = deep.reshape(32, 2, 32, 2).mean(axis=(1, 3))
-    # Rounded to a whole level; the mean itself is taken in float32, 2**-8 of a level at 65535.
+    # Half a level from rounding to a whole one, and float32's 2**-8 of a level (at 65535) for each of four values.
     np.testing.assert_allclose(levels, means, atol=0.5 + 4 * 2**-8)
     assert len(np.unique(levels)) == 32 * 32
 
@@ -215,7 +217,7 @@ def test_lanczos_overshoot_is_clipped(load, pictures):
     deep[:, 8:] = 65535
     Image.fromarray(deep).save(pictures / "a.png")
     levels = read_one(load(train_data_dir=str(pictures), resolution="32"), 65535)[0]
-    # Unclipped, the ringing beside the edge wraps round: dark where it should be white.
+    # Unclipped, the ringing beside the edge would wrap round from white to black.
     assert levels[:, :14].max() < 10000
     assert levels[:, 18:].min() > 55000
 
@@ -312,7 +314,7 @@ def test_other_filters_average(load, pictures, interpolation):
 
 
 def numbered_images(tmp_path, num_images, height, width):
-    """(path, images) with levels that name the image (channel 0), the row (1) and the column (2)."""
+    """Saves images whose levels are the number of the image (channel 0), of the row (1) and of the column (2)."""
     images = np.zeros((num_images, height, width, 3), np.uint8)
     images[..., 0] = (np.arange(num_images) % 256)[:, None, None]
     images[..., 1] = np.arange(height)[:, None]
@@ -347,7 +349,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(load, tmp_path, heig
 
     def read(seed, epoch):
         data = load(dataset_name=path, resolution="4", random_flip=True, seed=seed)
-        for passed_epoch in range(epoch % 3):  # whatever came before
+        for passed_epoch in range(epoch % 3):  # the epochs before must not matter
             data.dataset.begin_epoch(passed_epoch, seed, random_flip=True)
         data.dataset.begin_epoch(epoch, seed, random_flip=True)
         return data.dataset, read_all(data)
@@ -421,7 +423,7 @@ def test_npy_labels(load, tmp_path, one_hot):
 
 
 def save_tree(folder, names):
-    """Images of one level each, in the order of `names`, which may hold folders."""
+    """Saves an image of level k under the k-th of `names`, which may hold folders."""
     for level, name in enumerate(names):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -430,7 +432,7 @@ def save_tree(folder, names):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_folder_names_are_the_classes(load, pictures, streaming):
-    # "train" and "test" in a name make `datasets` see splits and drop the files without one.
+    # `datasets` takes "train" and "test" in names for splits, and drops the files without such a name.
     names = ["cat/my_train.png", "cat/other.png", "dog/1.png", "test/[2].png", "toy_test/3.png"]
     save_tree(pictures, names)
     data = load(with_labels=True, train_data_dir=str(pictures), resolution="8", streaming=streaming)
@@ -482,7 +484,7 @@ def test_label_columns_of_integers_and_strings(load, tmp_path):
     data = load(with_labels=True, label_column="word", **flags)
     assert data.dataset.class_labels.tolist() == [2, 1, 0]
     assert data.id2label == {0: "apple", 1: "fig", 2: "pear"}
-    # The ids of a part of the data are those of the whole.
+    # Labels of a part of the data have the ids that they have in the whole.
     data = load(with_labels=True, label_column="word", max_train_samples=2, **flags)
     assert data.dataset.class_labels.tolist() == [2, 1]
     data = load(with_labels=True, label_column="word", class_names=["fig", "pear", "apple"], **flags)
@@ -508,12 +510,93 @@ def test_bad_images_are_skipped_and_counted(load, pictures, capsys):
     assert "1.png" in capsys.readouterr().err
 
 
+# Images in memory
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["tensor", "array", "list", "names"])
+def test_tensor_arrives_unchanged_with_its_labels(channels, kind):
+    images = torch.from_numpy(random_pixels(50, 4, 6, channels)).permute(0, 3, 1, 2)  # as arrays mostly come
+    images[:, 0, 0, 0] = torch.arange(50)
+    ids = torch.arange(50) % 7
+    names = list("bcdefgh")
+    labels = {"tensor": ids, "array": ids.numpy(), "list": ids.tolist(), "names": [names[id] for id in ids]}[kind]
+    data = load_tensor(images, DataConfig(resolution="6x4"), labels)
+    assert (data.num_images, data.num_channels, data.skipped_images) == (50, channels, [])
+    assert data.id2label == dict(enumerate(names if kind == "names" else "0123456"))
+    batches = list(make_dataloader(data, 16))
+    assert [len(batch["images"]) for batch in batches] == [16, 16, 16, 2]
+    pixels, class_labels = (torch.cat([batch[key] for batch in batches]) for key in ("images", "class_labels"))
+    numbers = pixels[:, 0, 0, 0].long()
+    assert sorted(numbers.tolist()) == list(range(50))
+    assert (pixels.dtype, class_labels.dtype) == (torch.uint8, torch.int64)
+    assert torch.equal(pixels, images[numbers])
+    assert torch.equal(class_labels, ids[numbers])
+
+
+def test_tensor_without_labels_or_with_names_of_classes():
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    data = load_tensor(images, DataConfig(resolution="4"))
+    assert data.id2label is None
+    assert set(data.dataset.__getitems__([0, 1])) == {"images"}
+    data = load_tensor(images, DataConfig(resolution="4", class_names=["cat", "dog"]), [1, 0])
+    assert data.id2label == {0: "cat", 1: "dog"}
+
+
+def test_larger_tensor_is_cropped_at_random_places():
+    images = torch.zeros(400, 3, 6, 8, dtype=torch.uint8)
+    images[:, 1] = torch.arange(6)[:, None]
+    images[:, 2] = torch.arange(8)
+    data = load_tensor(images, DataConfig(resolution="4"))
+    places = []
+    for epoch in range(2):
+        data.dataset.begin_epoch(epoch)
+        pixels = data.dataset.__getitems__(list(range(400)))["images"].long()
+        assert pixels.shape == (400, 3, 4, 4)
+        tops, lefts = pixels[:, 1, :1, :1], pixels[:, 2, :1, :1]
+        assert torch.equal(pixels[:, 1], (tops + torch.arange(4)[:, None]).expand(400, 4, 4))
+        assert torch.equal(pixels[:, 2], (lefts + torch.arange(4)).expand(400, 4, 4))
+        places.append(list(zip(tops.flatten().tolist(), lefts.flatten().tolist(), strict=True)))
+    # 3 x 5 places: missing one of them has probability 15 * (14/15)**400 < 1e-10.
+    assert set(places[0]) == {(top, left) for top in range(3) for left in range(5)}
+    assert places[0] != places[1]
+
+
+BYTES = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
+TENSOR_ERRORS = {
+    "float": (BYTES.float(), None, ["torch.float32", "(3, 3, 8, 8)", "uint8"]),
+    "bfloat16": (BYTES.bfloat16(), None, ["torch.bfloat16", "uint8"]),
+    "three axes": (BYTES[:, :, 0], None, ["(3, 3, 8)", "(N, C, H, W)"]),
+    "channels last": (BYTES.movedim(1, 3), None, ["(3, 8, 8, 3)", "1 or 3 channels"]),
+    "no images": (BYTES[:0], None, ["(0, 3, 8, 8)"]),
+    "too low": (BYTES[:, :, :7], None, ["--resolution 8", "8x7"]),
+    "too narrow": (BYTES[:, :, :, :7], None, ["--resolution 8", "7x8"]),
+    "too few labels": (BYTES, [0, 1], ["2 class labels", "3 images"]),
+    "one label": (BYTES, torch.tensor(0), ["1 class labels", "3 images"]),
+    "one-hot labels": (BYTES, torch.eye(3), ["9 class labels", "3 images"]),
+    "fractional labels": (BYTES, torch.tensor([0, 0.5, 1]), ["class_labels", "integers or strings"]),
+    "negative label": (BYTES, torch.tensor([0, -1, 1]), ["class_labels, row 1", "label -1", "0 to 1"]),
+    "missing label": (BYTES, ["a", None, "b"], ["class_labels, row 1", "label None"]),
+}
+
+
+@pytest.mark.parametrize("case", TENSOR_ERRORS)
+def test_tensor_that_does_not_fit(case):
+    images, labels, parts = TENSOR_ERRORS[case]
+    with pytest.raises(UserInputError) as raised:
+        load_tensor(images, DataConfig(resolution="8"), labels)
+    message = str(raised.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
 # The store of decoded images
 
 
 @pytest.fixture
 def decoded(monkeypatch, tmp_path):
-    """The names of the images that were decoded, with a store that is empty at first."""
+    """Returns a list to which the name of each decoded image is added; the store is empty at first."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "store"))
     names = []
 
@@ -521,7 +604,7 @@ def decoded(monkeypatch, tmp_path):
         names.append(name)
         return prepare_image(image, name, config)
 
-    monkeypatch.setattr("sprite_diffusion.data.decoding.prepare_image", prepare)
+    monkeypatch.setattr(decoding, "prepare_image", prepare)
     return names
 
 
@@ -577,7 +660,7 @@ def test_damaged_store_is_written_anew(load, pictures, decoded, tmp_path, damage
         (folder / "skipped.json").unlink()
     elif damage == "table":
         (folder / "table.npy").write_bytes(b"")
-    else:  # a process that was killed while it wrote
+    else:  # a process was killed while it wrote
         folder.rename(folder.with_suffix(".partial"))
     decoded.clear()
     torch.testing.assert_close(read_all(load(train_data_dir=str(pictures), resolution="8")), first, rtol=0, atol=0)
@@ -592,7 +675,7 @@ def test_store_that_cannot_be_written(load, tmp_path, monkeypatch):
 
 
 def test_images_are_mapped_not_loaded(load, tmp_path, decoded):
-    """Of 64 MB of pixels, a batch costs the pages that it reads."""
+    """Reads 64 MB of pixels in batches, which take no memory but that of a batch."""
     np.save(tmp_path / "images.npy", np.zeros((4000, 73, 73, 3), np.uint8))
     flags = {"dataset_name": str(tmp_path / "images.npy"), "resolution": "73"}
     load(**flags)
@@ -611,7 +694,7 @@ def test_images_are_mapped_not_loaded(load, tmp_path, decoded):
 
 
 def as_multiset(data):
-    """The images' levels and labels, in a fixed order."""
+    """Returns the images' levels and labels, sorted."""
     if data.num_images is None:
         items = [(item["images"][None], item.get("class_labels")) for item in data.dataset]
     else:
@@ -644,7 +727,7 @@ def test_stream_depends_on_seed_and_epoch(load, coloured_tree):
         data.dataset.begin_epoch(epoch, seed, random_flip)
         return [tuple(item["images"].flatten().tolist()) for item in data.dataset]
 
-    whole = read(0, center_crop=True)  # nothing but the order is random
+    whole = read(0, center_crop=True)  # without random crops only the order is random
     assert read(0, center_crop=True) == whole
     for other in (read(1, center_crop=True), read(0, center_crop=True, seed=1)):
         assert other != whole

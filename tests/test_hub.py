@@ -1,11 +1,9 @@
 """Pushing to the Hub and loading from it: the real clients, in processes of their own, against a loopback server."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,9 +12,9 @@ from urllib.request import ProxyHandler, Request, build_opener
 import numpy as np
 import pytest
 import yaml
-from conftest import REPOSITORY, TINY
 from hub_server import DROP, TOKEN, HubServer, Repository
 from huggingface_hub import ModelCard
+from launching import PYTHON, REPOSITORY, TINY, run_command
 from PIL import Image
 
 from sprite_diffusion.common.errors import UserInputError
@@ -40,22 +38,9 @@ class User:
         (self.home / "token").write_text(TOKEN)
 
     def run(self, *command: str, cwd: Path = REPOSITORY, status: int = 0) -> subprocess.CompletedProcess:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        environment |= {"HF_ENDPOINT": self.server.url, "HF_HOME": str(self.home), "HF_HUB_DISABLE_XET": "1"}
+        environment = {"HF_ENDPOINT": self.server.url, "HF_HOME": str(self.home), "HF_HUB_DISABLE_XET": "1"}
         environment |= {"NO_PROXY": "*", "no_proxy": "*"}
-        # With threads that wait in a loop, steps of milliseconds take seconds on a machine that is busy otherwise.
-        environment |= {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
-        result = subprocess.run(
-            [sys.executable, *command],
-            cwd=cwd,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=600,
-        )
-        assert result.returncode == status, result.stderr
-        return result
+        return run_command([*PYTHON, *command], status, environment=environment, cwd=cwd)
 
 
 @pytest.fixture
@@ -113,7 +98,7 @@ def test_private_repository_holds_the_pipeline_and_nothing_else(pushed):
     server, folder, _ = pushed
     assert server.repos["me/sprites"].private
     files = shared_files(server, "me/sprites")
-    assert unversioned(files) == OF_EVERY_RUN | {"pipeline.py", "scheduler/pipeline_unconditional_ddpm_VERSION.py"}
+    assert unversioned(files) == OF_EVERY_RUN | {"pipeline.py", "scheduler/pipeline_ddpm_VERSION.py"}
     for name in files - {"README.md"}:
         assert server.repos["me/sprites"].files[name] == (folder / "sprites" / name).read_bytes(), name
 
@@ -122,7 +107,7 @@ def test_public_repository_has_the_code_in_its_index(pushed):
     server, _, _ = pushed
     assert not server.repos["me/sprites-by-class"].private
     files = shared_files(server, "me/sprites-by-class")
-    assert unversioned(files) == OF_EVERY_RUN | {"pipeline_conditional_ddpm_VERSION.py"}
+    assert unversioned(files) == OF_EVERY_RUN | {"pipeline_ddpm_VERSION.py"}
 
 
 def test_token_is_nowhere(pushed):
@@ -328,7 +313,7 @@ def test_two_versions_of_the_code_in_one_process_keep_apart(pushed, tmp_path, ki
     for package in ("pipelines", "schedulers", "models", "sprite_diffusion"):
         shutil.copytree(REPOSITORY / package, project / package)
     for file, old, new in [
-        (f"pipelines/pipeline_{kind}_ddpm.py", "it must be at least 1", "it must be more"),
+        ("pipelines/pipeline_ddpm.py", "it must be at least 1", "it must be more"),
         (
             "schedulers/scheduling_closed_form_ddpm.py",
             'return self.config["num_train_timesteps"]',
@@ -338,7 +323,7 @@ def test_two_versions_of_the_code_in_one_process_keep_apart(pushed, tmp_path, ki
         text = (project / file).read_text()
         assert old in text
         (project / file).write_text(text.replace(old, new))
-    subprocess.run([sys.executable, "-c", SAVE_AGAIN, str(source), "changed"], cwd=project, check=True)
+    run_command([*PYTHON, "-c", SAVE_AGAIN, str(source), "changed"], cwd=project)
     loading = {"custom_pipeline": "pipeline"} if kind == "unconditional" else {}
     stranger = User(pushed[0], tmp_path / "stranger")
     folders = [str(source), str(project / "changed")]
@@ -684,7 +669,7 @@ def test_push_command(author, pipeline_folder):
     assert repository.private
     assert unversioned(shared_files(author.server, "me/later")) == OF_EVERY_RUN | {
         "pipeline.py",
-        "scheduler/pipeline_unconditional_ddpm_VERSION.py",
+        "scheduler/pipeline_ddpm_VERSION.py",
     }
     assert sorted(path.name for path in pipeline_folder.iterdir()) == before
 

@@ -1,22 +1,22 @@
 """What makes training and sampling fast changes the speed alone."""
 
 import json
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, TINY
 from diffusers import UNet2DModel
+from diffusers.models import attention_processor
 from diffusers.models.attention_processor import Attention
+from inspecting import weights
+from launching import PYTHON, REPOSITORY, TINY, run_command
 from PIL import Image
-from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 
 from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.sampling.pipeline_loading import load_pipeline
+from sprite_diffusion.sharing.trackers import Trackers
 from sprite_diffusion.training.build import build_model
 from sprite_diffusion.training.performance import Float32AttnProcessor, compile_model, prepare_attention
 
@@ -51,7 +51,7 @@ class AttentionTypes(TorchFunctionMode):
 
 def test_attention_is_float32_under_bf16_on_a_cpu(monkeypatch):
     warnings = []  # diffusers warns of arguments that a processor does not take
-    monkeypatch.setattr("diffusers.models.attention_processor.logger.warning", warnings.append)
+    monkeypatch.setattr(attention_processor.logger, "warning", warnings.append)
     unet = tiny_unet()
     images = torch.randn(2, 3, 8, 8)
     outputs, seen = [], []
@@ -96,8 +96,7 @@ prepare_cpu()
 faults()
 print(before, faults())
 """
-    result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    before, after = map(int, result.stdout.split())
+    before, after = map(int, run_command([*PYTHON, "-c", code]).stdout.split())
     assert before > 10_000  # or this test shows nothing; up to 20 * 8 * 2048
     assert after < 1000
 
@@ -157,7 +156,7 @@ def test_compiled_training_is_the_same(run_script, tmp_path, precision):
     for choice in ("off", "on"):
         flags = f"{TINY} --num_epochs 1 --seed 3 --compile {choice} --mixed_precision {precision}"
         run_script("train_unconditional", flags, tmp_path / choice)
-    off, on = (load_file(tmp_path / c / "unet/diffusion_pytorch_model.safetensors") for c in ("off", "on"))
+    off, on = (weights(tmp_path / choice) for choice in ("off", "on"))
     # Four steps of Adam at a learning rate of up to 1e-3: a weight whose gradient is rounding noise may go either way.
     bound = {"no": 1e-5, "bf16": 4e-3}[precision]
     assert off.keys() == on.keys()
@@ -188,7 +187,7 @@ def test_loss_of_the_fast_path_stays_within_the_spread_of_seeds(run_script, tmp_
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(REPOSITORY)
-        monkeypatch.setattr("sprite_diffusion.sharing.trackers.Trackers.log", log)
+        monkeypatch.setattr(Trackers, "log", log)
         for precision, seed in (("no", 0), ("no", 1), ("no", 2), ("bf16", 0), ("bf16", 1), ("bf16", 2)):
             monitor.clear()
             flags = f"{preset} --mixed_precision {precision} --seed {seed}"

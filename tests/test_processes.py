@@ -13,10 +13,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import ENVIRONMENT, LAUNCH, LAUNCH_TWO, REPOSITORY
+from inspecting import assert_same_weights, read_scalars, weights
+from launching import LAUNCH, LAUNCH_TWO, REPOSITORY, finish, start
 from PIL import Image
-from reliability import open_process
-from test_training import assert_same_weights, read_scalars, weights
 
 from sprite_diffusion.training.steps import Step, take_share
 from sprite_diffusion.training.training_loop import draw_randomness
@@ -46,19 +45,6 @@ def data(tmp_path_factory) -> str:
     np.save(folder / "images.npy", images)
     np.save(folder / "labels.npy", np.arange(NUM_IMAGES) % 3)
     return f"--dataset_name {folder / 'images.npy'} --labels_file {folder / 'labels.npy'} {FLAGS}"
-
-
-def start(launcher: list[str], script: str, flags: str, output_dir: Path, prefix: str = "") -> subprocess.Popen:
-    command = [*prefix.split(), *launcher, script, *flags.split(), "--output_dir", str(output_dir)]
-    return open_process(command, env={**os.environ, **ENVIRONMENT})
-
-
-def finish(*processes: subprocess.Popen) -> str:
-    """Waits for all of them; what the first printed."""
-    outputs = [process.communicate(timeout=300) for process in processes]
-    for process, (_, errors) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, errors
-    return outputs[0][0]
 
 
 def copy_checkpoint(run: Path, step: int, resumed: Path) -> str:
@@ -103,7 +89,7 @@ def kill_in_training(launchers: list[subprocess.Popen], output_dir: Path, rank: 
 def two(data, tmp_path_factory) -> Path:
     """A run of two processes."""
     output_dir = tmp_path_factory.mktemp("two") / "run"
-    printed = finish(start(LAUNCH_TWO, "tests/record_images.py", f"{data} --train_batch_size 8", output_dir))
+    printed = finish(start("tests/record_images", f"{data} --train_batch_size 8", output_dir, LAUNCH_TWO)).stdout
     assert "2 process(es)" in printed
     assert f"{NUM_STEPS} steps of 16 images" in printed
     return output_dir
@@ -163,7 +149,7 @@ def test_every_process_leaves_its_random_state(two):
 
 def test_one_process_where_several_were_asked_for_is_an_error(data, tmp_path):
     """`accelerate launch` starts one on CPUs, unless it is told that there are several GPUs."""
-    process = start([*LAUNCH, "--cpu", "--num_processes", "2"], "train_conditional.py", data, tmp_path / "run")
+    process = start("train_conditional", data, tmp_path / "run", [*LAUNCH, "--cpu", "--num_processes", "2"])
     errors = process.communicate()[1]
     assert process.returncode != 0
     assert "error: --num_processes" in errors
@@ -221,14 +207,14 @@ def test_divided_steps_are_the_same_steps(data, run_script, tmp_path, flags, pro
     batch_size, accumulation = divided
     flags += f" --train_batch_size {batch_size} --gradient_accumulation_steps {accumulation}"
     launcher = [*LAUNCH, "--multi_gpu", "--num_processes", str(processes)]
-    finish(start(launcher, "train_conditional.py", f"{data} {flags}", tmp_path / "divided"))
+    finish(start("train_conditional", f"{data} {flags}", tmp_path / "divided", launcher))
     assert_same_run(tmp_path / "one", tmp_path / "divided")
 
 
 @pytest.mark.slow
 def test_two_processes_without_classes(data, run_script, tmp_path):
     run_script("train_unconditional", f"{data} --train_batch_size 16", tmp_path / "one")
-    finish(start(LAUNCH_TWO, "train_unconditional.py", f"{data} --train_batch_size 8", tmp_path / "two"))
+    finish(start("train_unconditional", f"{data} --train_batch_size 8", tmp_path / "two", LAUNCH_TWO))
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
@@ -240,7 +226,7 @@ def test_two_processes_read_a_stream_as_one_does(run_script, tmp_path):
         Image.fromarray(image).save(tmp_path / "images" / f"{index}.png")
     flags = f"--train_data_dir {tmp_path / 'images'} --streaming --max_train_steps {NUM_STEPS} {FLAGS}"
     run_script("train_unconditional", f"{flags} --train_batch_size 16", tmp_path / "one")
-    finish(start(LAUNCH_TWO, "train_unconditional.py", f"{flags} --train_batch_size 8", tmp_path / "two"))
+    finish(start("train_unconditional", f"{flags} --train_batch_size 8", tmp_path / "two", LAUNCH_TWO))
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
@@ -248,7 +234,7 @@ def test_two_processes_read_a_stream_as_one_does(run_script, tmp_path):
 def test_two_resumed_processes_are_the_uninterrupted_two(data, two, tmp_path):
     """Bit for bit."""
     resume = copy_checkpoint(two, 4, tmp_path / "resumed")
-    finish(start(LAUNCH_TWO, "train_conditional.py", f"{data} --train_batch_size 8 {resume}", tmp_path / "resumed"))
+    finish(start("train_conditional", f"{data} --train_batch_size 8 {resume}", tmp_path / "resumed", LAUNCH_TWO))
     assert_equal_runs(two, tmp_path / "resumed")
 
 
@@ -257,7 +243,7 @@ def test_two_processes_go_on_with_the_run_of_one(data, run_script, tmp_path):
     run_script("train_conditional", f"{data} --train_batch_size 16", tmp_path / "one")
     resume = copy_checkpoint(tmp_path / "one", 4, tmp_path / "resumed")
     flags = f"{data} --train_batch_size 2 --gradient_accumulation_steps 4 {resume}"
-    finish(start(LAUNCH_TWO, "train_conditional.py", flags, tmp_path / "resumed"))
+    finish(start("train_conditional", flags, tmp_path / "resumed", LAUNCH_TWO))
     assert_same_run(tmp_path / "one", tmp_path / "resumed", first_step=5)
 
 
@@ -265,14 +251,14 @@ def test_two_processes_go_on_with_the_run_of_one(data, run_script, tmp_path):
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_others_and_the_run_resumes(data, two, tmp_path, killed):
     flags = f"{data} --train_batch_size 8"
-    launcher = start(LAUNCH_TWO, "tests/record_images.py", flags, tmp_path / "run")
+    launcher = start("tests/record_images", flags, tmp_path / "run", LAUNCH_TWO)
     workers = kill_in_training([launcher], tmp_path / "run", killed)
     started = time.monotonic()
     launcher.communicate(timeout=60)
     print(f"ended after {time.monotonic() - started:.1f} s")
     assert launcher.returncode != 0
     assert not any(worker.is_running() for worker in workers)
-    finish(start(LAUNCH_TWO, "train_conditional.py", f"{flags} --resume_from_checkpoint latest", tmp_path / "run"))
+    finish(start("train_conditional", f"{flags} --resume_from_checkpoint latest", tmp_path / "run", LAUNCH_TWO))
     assert_equal_runs(two, tmp_path / "run")
 
 
@@ -289,9 +275,9 @@ def on_two_machines(address: str) -> list[list[str]]:
 def test_two_machines_train_what_one_trains(data, run_script, tmp_path):
     """Two launches on this machine, which share the output folder."""
     flags = f"{data} --train_batch_size 8"
-    finish(
-        *[start(machine, "train_conditional.py", flags, tmp_path / "two") for machine in on_two_machines("127.0.0.1")]
-    )
+    machines = on_two_machines("127.0.0.1")
+    for process in [start("train_conditional", flags, tmp_path / "two", machine) for machine in machines]:
+        finish(process)
     run_script("train_conditional", f"{data} --train_batch_size 16", tmp_path / "one")
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
@@ -304,9 +290,10 @@ def test_machines_with_folders_of_their_own(data, two, tmp_path):
 
     def launch(flags: str) -> list[subprocess.Popen]:
         machines = zip(on_two_machines("127.0.0.1"), folders, strict=True)
-        return [start(machine, "train_conditional.py", flags, folder) for machine, folder in machines]
+        return [start("train_conditional", flags, folder, machine) for machine, folder in machines]
 
-    finish(*launch(flags))
+    for process in launch(flags):
+        finish(process)
     assert (folders[0] / "checkpoint-4" / "model.safetensors").is_file()
     assert not list(folders[1].rglob("*.safetensors"))
     flags = f"{data} --train_batch_size 8 --resume_from_checkpoint latest"
@@ -315,14 +302,15 @@ def test_machines_with_folders_of_their_own(data, two, tmp_path):
         assert process.returncode != 0
     shutil.rmtree(folders[0] / "checkpoint-6")
     shutil.copytree(folders[0] / "checkpoint-4", folders[1] / "checkpoint-4")
-    finish(*launch(flags))
+    for process in launch(flags):
+        finish(process)
     assert_same_run(two, folders[0])  # not bit for bit: alone on its machine, a process has more threads
 
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_other_machine(data, tmp_path):
     flags = f"{data} --train_batch_size 8"
-    machines = [start(m, "tests/record_images.py", flags, tmp_path / "run") for m in on_two_machines("127.0.0.1")]
+    machines = [start("tests/record_images", flags, tmp_path / "run", m) for m in on_two_machines("127.0.0.1")]
     kill_in_training(machines, tmp_path / "run", 1)
     started = time.monotonic()
     for machine in machines:
@@ -362,18 +350,12 @@ def ip(command: str) -> None:
 @pytest.mark.skipif(not may_make_network_namespaces(), reason="may not make network name spaces")
 def test_machines_apart_train_what_one_trains(data, namespaces, run_script, tmp_path):
     names, cable = namespaces
-    machines = zip(on_two_machines("10.213.7.1"), names, cable, strict=True)
-    finish(
-        *[
-            start(
-                machine,
-                "train_conditional.py",
-                f"{data} --train_batch_size 8",
-                tmp_path / "two",
-                prefix=f"ip netns exec {name} env GLOO_SOCKET_IFNAME={interface}",
-            )
-            for machine, name, interface in machines
-        ]
-    )
+    launchers = [
+        ["ip", "netns", "exec", name, "env", f"GLOO_SOCKET_IFNAME={interface}", *machine]
+        for machine, name, interface in zip(on_two_machines("10.213.7.1"), names, cable, strict=True)
+    ]
+    flags = f"{data} --train_batch_size 8"
+    for process in [start("train_conditional", flags, tmp_path / "two", launcher) for launcher in launchers]:
+        finish(process)
     run_script("train_conditional", f"{data} --train_batch_size 16", tmp_path / "one")
     assert_same_run(tmp_path / "one", tmp_path / "two")

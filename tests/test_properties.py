@@ -1,4 +1,4 @@
-"""What holds for every input: drawn by hypothesis, the shrunken counterexample is what a failure shows."""
+"""Properties that hold for every input; hypothesis makes the inputs, and shows the smallest that fails."""
 
 import contextlib
 import warnings
@@ -23,7 +23,7 @@ settings.register_profile(
 )
 settings.load_profile("quick")
 
-# The process against diffusers'
+# The diffusion process, compared with diffusers' own
 
 SCHEDULER_OPTIONS = st.fixed_dictionaries(
     {
@@ -61,7 +61,7 @@ def test_steps_agree_with_diffusers(options, data):
     ]
     for name in ("pred_original_sample", "prev_sample"):
         mine, reference = (getattr(step, name) for step in steps)
-        if not reference.isfinite().all():  # diffusers divides by an alpha_bar of 0
+        if not reference.isfinite().all():  # diffusers has divided by an alpha_bar of 0
             continue
         size = reference.abs().max().clamp(min=1)
         torch.testing.assert_close(mine / size, reference / size, rtol=5e-3, atol=5e-3)
@@ -117,13 +117,13 @@ def images(draw):
     center_crop=st.booleans(),
     background=st.sampled_from(["white", "black", "#ff8000"]),
 )
-def test_prepared_image_keeps_its_promise(image, resolution, **flags):
+def test_prepared_image_has_the_promised_shape_and_type(image, resolution, **flags):
     width, height = resolution
     config = TrainingConfig(resolution=f"{width}x{height}", **flags)
     try:
-        pixels = prepare_image(image, "it", config)
+        pixels = prepare_image(image, "image", config)
     except BadImageError:
-        assert image.mode in ("La", "LAB")  # which Pillow does not convert to every mode
+        assert image.mode in ("La", "LAB")  # Pillow converts these to few modes
         return
     channels, rows, columns = pixels.shape
     assert pixels.dtype == (np.uint16 if image.mode in ("I", "F", "I;16") else np.uint8)
@@ -158,7 +158,7 @@ KEYS = st.sampled_from([field.name for field in fields(TrainingConfig)]) | st.te
 
 
 def parse(path):
-    """A valid configuration, or the line of a user's error."""
+    """Checks that a file gives a valid configuration or a `UserInputError`."""
     try:
         with warnings.catch_warnings(action="ignore"):
             config = parse_config(["--config", str(path)], default_preset="")

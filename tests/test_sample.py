@@ -1,6 +1,8 @@
 """sample.py and what it is made of, on networks whose right answer is known, or on tiny ones with random weights."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,12 +16,15 @@ from PIL import Image
 
 from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline
 from schedulers import ClosedFormDDPMScheduler, LinearCorruptionScheduler
+from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.sampling.conditions import Condition, choose_conditions
 from sprite_diffusion.sampling.figures import compare_samplers, find_snapshots, interpolate, show_collapse, slerp
-from sprite_diffusion.sampling.generation import Request, frame_indices, sample_images
+from sprite_diffusion.sampling.flags import SAMPLERS
+from sprite_diffusion.sampling.generation import Request, Trajectory, frame_indices, sample_images
 from sprite_diffusion.sampling.pictures import to_pixels
-from sprite_diffusion.sampling.samplers import SAMPLERS, make_sampler
+from sprite_diffusion.sampling.samplers import make_sampler
 
+ROOT = Path(__file__).parents[1]
 NAMES = ("hero", "non-hero", "food")
 ALPHAS_CUMPROD = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 
@@ -101,6 +106,24 @@ def labelled_cells(path, side: int = 64) -> list[np.ndarray]:
     return [canvas[-side - 2 : -2, -side - 2 - k * (side + 4) :][:, :side] for k in range(3)]
 
 
+LIGHT = """
+import runpy, sys
+sys.argv = ["sample.py", *sys.argv[1:]]
+try:
+    runpy.run_path("sample.py", run_name="__main__")
+except SystemExit as exit:
+    loaded = {"torch", "diffusers", "datasets"} & sys.modules.keys()
+    print("status", exit.code, "loaded", sorted(loaded))
+"""
+
+
+@pytest.mark.parametrize(("flags", "status"), [("--help", 0), ("model --eta 2", 2), ("model --scale 0", 2)])
+def test_help_and_wrong_flags_wait_for_no_library(flags, status):
+    command = [sys.executable, "-c", LIGHT, *flags.split()]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == f"status {status} loaded []"
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_finds_the_image_that_the_model_knows(name):
     """With the exact predictor of a single image, each goes there, if it runs the model's own process."""
@@ -126,6 +149,16 @@ def test_samplers_of_few_steps_clip_as_the_model_was_trained_to():
 
         pipeline(num_inference_steps=5, generator=torch.Generator().manual_seed(0), callback_on_step_end=record)
         assert largest[-1] < 1.01, name
+
+
+def test_sampling_that_fails_leaves_the_pipeline_its_scheduler():
+    pipeline = gaussian_pipeline()
+    scheduler = pipeline.scheduler
+    sampler = make_sampler("--scheduler", pipeline, "unipc", 2)
+    animated = Trajectory(max_frames=2, predicted=True)  # of predictions, which this sampler does not return
+    with pytest.raises(UserInputError):
+        sample_images(pipeline, sampler, Request([0], [Condition()]), trajectory=animated)
+    assert pipeline.scheduler is scheduler
 
 
 def test_images_depend_on_their_own_seed_only(sample):

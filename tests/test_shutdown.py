@@ -8,16 +8,19 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from inspecting import assert_same_runs, wait_for
+from launching import LAUNCH, PYTHON, TINY, complaints, finish, start
 from PIL import Image
-from reliability import assert_same_runs, finish, start, wait_for
 
 from sprite_diffusion.runs.folder import list_checkpoints
 from sprite_diffusion.runs.manifest import find_damage
 from sprite_diffusion.runs.signals import SAME_KEYPRESS_SECONDS
 
-FLAGS = "--num_epochs 20 --checkpoints_total_limit 2 --gradient_accumulation_steps 2 --checkpointing_steps 20"
+FLAGS = f"{TINY} --num_epochs 20 --checkpoints_total_limit 2 --gradient_accumulation_steps 2 --checkpointing_steps 20"
 # A step of seconds, so that a signal finds the main thread in the middle of one.
-SLOW_STEP = "--resolution 128 --train_batch_size 20 --block_out_channels 64 64 --layers_per_block 2 --num_epochs 9"
+SLOW_STEP = (
+    f"{TINY} --resolution 128 --train_batch_size 20 --block_out_channels 64 64 --layers_per_block 2 --num_epochs 9"
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +36,15 @@ def test_a_signal_writes_a_checkpoint_and_changes_no_number(whole, tmp_path, num
     assert wait_for(process, tmp_path / "run", "logs/*/events*")
     time.sleep(0.3)
     process.send_signal(number)
-    printed, errors = finish(process, status)
+    ended = finish(process, status)
+    errors = complaints(ended.stderr)
     assert errors == ""
-    steps = {int(line.rpartition("-")[2]) for line in printed.splitlines() if "checkpoint-" in line}
+    steps = {int(line.rpartition("-")[2]) for line in ended.stdout.splitlines() if "checkpoint-" in line}
     assert len(steps - {20, 40}) == 1  # not where one was due
     assert all(find_damage(checkpoint) == "" for checkpoint in list_checkpoints(tmp_path / "run"))
     if number != signal.SIGUSR1:
         assert "training_summary.json" not in os.listdir(tmp_path / "run")
-        printed, _ = finish(start("train_unconditional", FLAGS, tmp_path / "run"))
+        printed = finish(start("train_unconditional", FLAGS, tmp_path / "run")).stdout
         assert f"from {tmp_path / 'run' / 'checkpoint-'}{max(steps)}" in printed
     assert_same_runs(whole, tmp_path / "run")
 
@@ -50,7 +54,7 @@ def test_a_signal_writes_a_checkpoint_and_changes_no_number(whole, tmp_path, num
     ["--save_images_epochs 1", pytest.param("--save_images_steps 2 --num_epochs 1", marks=pytest.mark.slow)],
 )
 def test_sampling_is_interrupted_and_done_again(tmp_path, place):
-    flags = f"{place} --ddpm_num_inference_steps 300 --checkpoints_total_limit 1"
+    flags = f"{TINY} {place} --ddpm_num_inference_steps 300 --checkpoints_total_limit 1"
     finish(start("train_unconditional", flags, tmp_path / "whole"))
     process = start("train_unconditional", flags, tmp_path / "run")
     while "sampling" not in process.stderr.readline(300):
@@ -63,8 +67,7 @@ def test_sampling_is_interrupted_and_done_again(tmp_path, place):
 
 
 def test_the_end_of_the_launcher_ends_the_run_with_a_checkpoint(tmp_path):
-    launcher = ("-m", "accelerate.commands.accelerate_cli", "launch", "--cpu")
-    process = start("train_unconditional", FLAGS, tmp_path / "run", launcher)
+    process = start("train_unconditional", FLAGS, tmp_path / "run", [*LAUNCH, "--cpu"])
     assert wait_for(process, tmp_path / "run", "logs/*/events*")
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
@@ -110,7 +113,7 @@ def test_interrupt_while_the_data_is_read(tmp_path):
     (tmp_path / "pictures").mkdir()
     for i in range(2000):
         Image.new("RGB", (64, 64), (i % 256, 0, 0)).save(tmp_path / "pictures" / f"{i}.png")
-    flags = f"--train_data_dir {tmp_path / 'pictures'} --max_train_samples 2000"
+    flags = f"{TINY} --train_data_dir {tmp_path / 'pictures'} --max_train_samples 2000"
     process = start("train_unconditional", flags, tmp_path / "run")
     while "reading images" not in process.stderr.readline(300):
         pass
@@ -126,23 +129,20 @@ def test_a_terminals_interrupt_does_not_break_workers(tmp_path):
     """It is sent to the whole group, the workers that read a stream among them."""
     for i in range(8):
         Image.new("RGB", (16, 16), (30 * i, 0, 0)).save(tmp_path / f"{i}.png")
-    flags = f"--train_data_dir {tmp_path} --max_train_samples 8 --streaming --dataloader_num_workers 2"
+    flags = f"{TINY} --train_data_dir {tmp_path} --max_train_samples 8 --streaming --dataloader_num_workers 2"
     flags += " --max_train_steps 5000 --num_epochs 5000 --checkpointing_steps 1000"
     process = start("train_unconditional", flags, tmp_path / "run", start_new_session=True)
     assert wait_for(process, tmp_path / "run", "logs/*/events*")
     time.sleep(1)
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = finish(process, 130)
+    errors = complaints(finish(process, 130).stderr)
     assert errors == ""
     assert len(list_checkpoints(tmp_path / "run")) == 1
 
 
-LAUNCH = ("-m", "accelerate.commands.accelerate_cli", "launch", "--cpu")
-
-
 def test_a_terminals_interrupt_under_accelerate_launch(tmp_path):
     """The launcher goes with it, and its program writes its checkpoint beside."""
-    process = start("train_unconditional", FLAGS, tmp_path / "run", LAUNCH, start_new_session=True)
+    process = start("train_unconditional", FLAGS, tmp_path / "run", [*LAUNCH, "--cpu"], start_new_session=True)
     assert wait_for(process, tmp_path / "run", "logs/*/events*")
     time.sleep(0.3)
     os.killpg(process.pid, signal.SIGINT)
@@ -153,7 +153,7 @@ def test_a_terminals_interrupt_under_accelerate_launch(tmp_path):
 
 def test_processes_stop_at_the_same_step(tmp_path):
     """One of two gets the signal: the other writes its part of the checkpoint at that step, and both end."""
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
+    launcher = [*PYTHON, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     process = start("train_unconditional", f"{FLAGS} --save_images_steps 2", tmp_path / "run", launcher)
     assert wait_for(process, tmp_path / "run", "samples/step-000002.png")  # by then both listen
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

@@ -1,4 +1,4 @@
-"""The procedural artist keeps its promises: the same sprites everywhere, varied, balanced and truly captioned."""
+"""The procedural artist's promises: the same sprites everywhere, varied, balanced and truly captioned."""
 
 import colorsys
 import hashlib
@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from sprite_diffusion.data.sprites import CLASS_NAMES, draw_sprite, draw_sprites
+from sprite_diffusion.data.sprites import CLASS_NAMES, draw_sprite, draw_sprites, read_drawings
 
 # Hues in degrees on the colour wheel, neighbours sharing a margin for the tints. Brown, black, grey and white are
 # left out: skin, outline, metal and background would satisfy them in any sprite.
@@ -30,11 +30,11 @@ def eight_thousand():
 
 def colour_mask(image: np.ndarray, name: str) -> np.ndarray:  # (H, W, 3) uint8 -> (H, W) bool
     low, high = HUES[name]
-    colours, where = np.unique(image.reshape(-1, 3), axis=0, return_inverse=True)
+    colours, inverse = np.unique(image.reshape(-1, 3), axis=0, return_inverse=True)
     hues, saturations, values = np.array([colorsys.rgb_to_hsv(*colour) for colour in colours / 255]).T
-    # Vivid pixels only: outlines are darker than value 0.3 and shaded white is paler than saturation 0.25.
+    # Vivid pixels only: outlines have a value of less than 0.3, shaded white a saturation of less than 0.25.
     matches = (saturations > 0.25) & (values > 0.3) & ((hues * 360 - low) % 360 <= high - low)
-    return matches[where.reshape(image.shape[:2])]
+    return matches[inverse.reshape(image.shape[:2])]
 
 
 def test_the_same_sprites_on_every_machine():
@@ -43,6 +43,23 @@ def test_the_same_sprites_on_every_machine():
     digest = hashlib.sha256(images.tobytes() + "\n".join(captions).encode()).hexdigest()
     assert digest == "8ec1e1b415ac16b639178178cea54a133efc2a0c9bb11aa33a59f60dbed15f47"
     assert class_labels.tolist() == [0, 1, 2, 3, 4] * 100
+
+
+@pytest.mark.parametrize(
+    ("drawing", "is_wrong"),
+    [(".3.\n3w3", False), (".3.\n3x3", True), (".3.\n3w", True), ("", True)],
+    ids=["right", "unknown letter", "uneven rows", "no rows"],
+)
+def test_wrong_drawings_are_named_with_their_file(tmp_path, drawing, is_wrong):
+    (tmp_path / "moons.txt").write_text(f"// Moons.\n\na {{0}} dot | red\n.3.\n\n\na {{0}} moon | red\n{drawing}\n")
+    if is_wrong:
+        with pytest.raises(ValueError, match=re.escape("moons.txt: 'a {0} moon | red' needs rows of one length")):
+            read_drawings("moons.txt", tmp_path)
+    else:
+        assert [fields for fields, _ in read_drawings("moons.txt", tmp_path)] == [
+            ("a {0} dot", "red"),
+            ("a {0} moon", "red"),
+        ]
 
 
 def test_a_sprite_depends_on_seed_and_index_only():

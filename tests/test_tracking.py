@@ -1,18 +1,16 @@
 """The trackers' own records, read back after runs."""
 
 import json
-import os
 import re
 import sqlite3
 import struct
-import subprocess
-import sys
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, TINY
+from inspecting import read_events
+from launching import PYTHON, TINY, finish, run_command, start
 from PIL import Image
 from wandb.proto import wandb_internal_pb2 as pb
 
@@ -63,49 +61,17 @@ def artifacts(records: list) -> list:
     return [record.artifact for record in records if record.WhichOneof("record_type") == "artifact"]
 
 
-def launch(script: str, *flags: str, **environment: str) -> subprocess.CompletedProcess:
-    result = subprocess.run(
-        [sys.executable, f"{script}.py", *flags],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stderr
-    return result
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run that is stopped, resumed from a step before its last, and compared: all of it tracked."""
     folder = tmp_path_factory.mktemp("tracked")
     output_dir = folder / "sprites run"
     environment = {"WANDB_MODE": "offline", "WANDB_DATA_DIR": str(folder), "TRACKIO_DIR": str(folder / "trackio")}
-    flags = [
-        *TINY.split(),
-        "--logger",
-        "all",
-        "--use_ema",
-        "--save_model_epochs",
-        "1",
-        "--output_dir",
-        str(output_dir),
-    ]
-    launch("train_conditional", *flags, "--max_train_steps", "7", **environment)
-    launch("train_conditional", *flags, "--resume_from_checkpoint", "checkpoint-3", **environment)
-    launch(
-        "sample",
-        str(output_dir),
-        "--compare",
-        "ddpm:3,ddim:2",
-        "--logger",
-        "all",
-        "--output",
-        str(folder),
-        **environment,
-    )
+    flags = f"{TINY} --logger all --use_ema --save_model_epochs 1"
+    for part in ("--max_train_steps 7", "--resume_from_checkpoint checkpoint-3"):
+        finish(start("train_conditional", f"{flags} {part}", output_dir, environment=environment))
+    compare = "--compare ddpm:3,ddim:2 --logger all --output".split()
+    run_command([*PYTHON, "sample.py", str(output_dir), *compare, str(folder)], environment=environment)
     return folder, output_dir
 
 
@@ -165,7 +131,7 @@ def test_wandb_has_the_model(run):
         # files of code are named after their content
         assert {re.sub(r"_[0-9a-f]{8}\.py", ".py", entry.path) for entry in model.manifest.contents} == {
             "model_index.json",
-            "pipeline_conditional_ddpm.py",
+            "pipeline_ddpm.py",
             "scheduler/scheduler_config.json",
             "scheduler/scheduling_closed_form_ddpm.py",
             "training_config.yaml",
@@ -175,8 +141,6 @@ def test_wandb_has_the_model(run):
 
 
 def test_tensorboard_hides_what_the_resumed_run_logs_again(run):
-    from test_training import read_events
-
     _, output_dir = run
     events = read_events(output_dir / "logs")
     assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6, 7, 8]
@@ -235,8 +199,6 @@ def test_tracker_without_an_account_does_not_stop_training(tmp_path):
     """W&B without a key, or a terminal to ask for one."""
     output_dir = tmp_path / "run"
     environment = {"WANDB_MODE": "online", "HOME": str(tmp_path), "WANDB_API_KEY": ""}
-    result = launch(
-        "train_unconditional", *TINY.split(), "--logger", "wandb", "--output_dir", str(output_dir), **environment
-    )
+    result = finish(start("train_unconditional", f"{TINY} --logger wandb", output_dir, environment=environment))
     assert result.stderr.count("warning: wandb failed (No API key configured") == 1
     assert (output_dir / "model_index.json").is_file()

@@ -2,40 +2,18 @@
 
 import io
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, TINY
 from diffusers import DiffusionPipeline, UNet2DModel
+from inspecting import assert_same_weights, read_events, read_scalars, weights
+from launching import LAUNCH, TINY, finish, start
 from PIL import Image
-from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sprite_diffusion.common.machine import choose_precision
 from sprite_diffusion.sampling.pipeline_loading import load_pipeline
 from sprite_diffusion.training.training_loop import draw_randomness
-
-
-def weights(folder, name="unet/diffusion_pytorch_model.safetensors"):
-    return load_file(folder / name)
-
-
-def assert_same_weights(first, second):
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
-
-
-def read_events(folder) -> EventAccumulator:
-    return EventAccumulator(str(folder / "sprite-diffusion"), size_guidance={"scalars": 0, "images": 0}).Reload()
-
-
-def read_scalars(folder) -> dict[str, list[tuple[int, float]]]:
-    events = read_events(folder)
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 @pytest.mark.parametrize("script", [pytest.param("train_unconditional", marks=pytest.mark.slow), "train_conditional"])
@@ -43,16 +21,7 @@ def test_launched_run_leaves_its_files_and_resumes(script, tmp_path):
     output_dir = tmp_path / "run"
 
     def launch(flags: str) -> str:
-        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", f"{script}.py"]
-        result = subprocess.run(
-            [*command, *TINY.split(), *flags.split(), "--output_dir", str(output_dir)],
-            cwd=REPOSITORY,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert result.returncode == 0, result.stderr
-        return result.stdout
+        return finish(start(script, f"{TINY} {flags}", output_dir, [*LAUNCH, "--cpu"])).stdout
 
     launch("")
     assert {p.name for p in output_dir.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6", "checkpoint-8"}

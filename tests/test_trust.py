@@ -3,20 +3,19 @@
 import contextlib
 import io
 import json
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, TINY
 from hub_server import TOKEN, HubServer
+from launching import REPOSITORY, TINY, finish, start
 from PIL import Image
+
+from sprite_diffusion.metrics import classifier
 
 EVIL_NAMES = ["../../evil", "/tmp/evil/abs", "..", "a/b/c", "~/evil", "evil\n../evil", "$(touch evil)", "evil.png"]
 
@@ -46,8 +45,7 @@ def test_the_pickle_would_do_harm(victim):
 def trained(tmp_path_factory):
     """A finished run, to be copied."""
     output_dir = tmp_path_factory.mktemp("trained") / "run"
-    command = [sys.executable, "train_unconditional.py", *TINY.split(), "--output_dir", str(output_dir)]
-    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+    finish(start("train_unconditional", TINY, output_dir))
     return output_dir
 
 
@@ -94,13 +92,13 @@ YAML = "no_such_key: !!python/object/apply:os.mkdir [{}]\n"
 TRAP = {  # how it is set, script, flags, part of the line
     "pickled course checkpoint": (
         lambda tmp_path, victim: (tmp_path / "a.pth").write_bytes(pickle.dumps(Evil(victim))),
-        "training.convert_course_checkpoint",
+        "sprite_diffusion.sampling.convert_course_checkpoint",
         "{0}/a.pth {0}/out",
         "a.pth is not a state dict",
     ),
     "course checkpoint of torch.save": (
         lambda tmp_path, victim: torch.save({"init_conv.weight": Evil(victim)}, tmp_path / "a.pth"),
-        "training.convert_course_checkpoint",
+        "sprite_diffusion.sampling.convert_course_checkpoint",
         "{0}/a.pth {0}/out",
         "a.pth is not a state dict",
     ),
@@ -181,35 +179,27 @@ def test_pickles_of_a_checkpoint_do_not_run(file, run_script, run_dir, victim):
     ],
 )
 def test_token_is_written_nowhere(given_by, tmp_path):
-    flags = [*TINY.split(), "--num_epochs", "1", "--push_to_hub", "--hub_model_id", "me/sprites", "--logger", "all"]
+    flags = f"{TINY} --num_epochs 1 --push_to_hub --hub_model_id me/sprites --logger all"
     outside = tmp_path / "outside"
     outside.mkdir()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*", "no_proxy": "*", "OMP_WAIT_POLICY": "PASSIVE"}
-    environment |= {"WANDB_MODE": "offline", "HF_HOME": str(outside), "TRACKIO_DIR": str(outside / "trackio")}
+    environment = {"HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*", "no_proxy": "*", "HF_HOME": str(outside)}
+    environment |= {"WANDB_MODE": "offline", "TRACKIO_DIR": str(outside / "trackio")}
     environment |= {"HOME": str(outside), "TMPDIR": str(outside)}
     match given_by:
         case "--hub_token":
-            flags += ["--hub_token", TOKEN]
+            flags += f" --hub_token {TOKEN}"
         case "--hub_token=":
-            flags += [f"--hub_token={TOKEN}"]
+            flags += f" --hub_token={TOKEN}"
         case "HF_TOKEN":
             environment["HF_TOKEN"] = TOKEN
         case "config":
             preset = (REPOSITORY / "configs/smoke_cpu.yaml").read_text()
             (tmp_path / "own.yaml").write_text(f"{preset}hub_token: {TOKEN}\n")
-            flags[flags.index("--config") + 1] = str(tmp_path / "own.yaml")
+            flags += f" --config {tmp_path / 'own.yaml'}"
     with HubServer().running() as server:
-        result = subprocess.run(
-            [sys.executable, "train_unconditional.py", *flags, "--output_dir", str(tmp_path / "run")],
-            cwd=REPOSITORY,
-            env={**environment, "HF_ENDPOINT": server.url},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        environment["HF_ENDPOINT"] = server.url
+        result = finish(start("train_unconditional", flags, tmp_path / "run", environment=environment))
         uploaded = server.repos["me/sprites"].files
-    assert result.returncode == 0, result.stderr
     assert "warning" not in result.stderr
     assert TOKEN not in result.stdout + result.stderr
     assert "model_index.json" in uploaded
@@ -240,7 +230,7 @@ def test_class_names_never_become_paths(run_script, tmp_path, monkeypatch):
     work = tmp_path / "one" / "two" / "work"
     work.mkdir(parents=True)
     monkeypatch.chdir(work)
-    monkeypatch.setattr("sprite_diffusion.metrics.classifier.TRAINING_STEPS", 5)
+    monkeypatch.setattr(classifier, "TRAINING_STEPS", 5)
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=EVIL_NAMES))
     buffers = [io.BytesIO() for _ in range(5 * len(EVIL_NAMES))]
     for number, buffer in enumerate(buffers):

@@ -49,18 +49,29 @@ SEED_RANGE = Range(at_least=0, at_most=MAX_SEED)
 FROM_ONE = Range(at_least=1)
 
 
-def flag(default: Any, help: str, *, range: Range = Range(), changes: Changes = "numbers", saved: bool = True) -> Any:
+def flag(
+    default: Any,
+    help: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    changes: Changes = "numbers",
+    saved: bool = True,
+) -> Any:
     """Declares a flag: a field of a dataclass.
 
     Args:
-        default: Its value where neither the command line nor a file gives one.
+        default: The value where neither the command line nor a file gives one.
         help: What `--help` says.
-        range: The values that a number may have.
+        at_least, above, at_most, below: The limits of a number.
         changes: What another value changes: "pixels" (a decoded image, and with it the numbers), "numbers" (weights,
             samples or figures of a run), or "nothing" of these.
-        saved: Whether `save_flags` writes the flag. A flag that says how to start is not part of a run.
+        saved: Whether the flag stands in the saved configuration. How to start is not part of a run, nor is a token.
     """
-    metadata = {"help": help, "range": range, "changes": changes, "saved": saved}
+    limits = Range(at_least, above, at_most, below)
+    metadata = {"help": help, "range": limits, "changes": changes, "saved": saved}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -105,7 +116,7 @@ def make_parser(config_class: type) -> argparse.ArgumentParser:
             flag.type,
             field(
                 default=flag.default,
-                default_factory=flag.default_factory,  # type: ignore[arg-type]  # one of the two is MISSING
+                default_factory=flag.default_factory,  # one of the two is MISSING
                 metadata={"help": flag.metadata["help"]},
             ),
         )

@@ -5,6 +5,9 @@ from typing import Any
 
 import yaml
 
+from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.common.flags import read_yaml
+
 CARD_FILE = "README.md"
 CONFIG_FILE = "training_config.yaml"
 HISTORY_FILE = "metrics.jsonl"  # a line for each evaluation of a run
@@ -24,6 +27,21 @@ def find_run(path: Path) -> Path | None:
     """Returns the folder of the run that a model is from: `path`, or a folder above that of a checkpoint; or None."""
     folders = (path, *path.absolute().parents[:2])
     return next((folder for folder in folders if (folder / CONFIG_FILE).is_file()), None)
+
+
+def check_logging_dir(name: str) -> None:
+    """Raises `UserInputError` if `--logging_dir` is not a folder inside of the run's."""
+    parts = Path(name).parts
+    # Nor a pattern: --overwrite_output_dir removes what it names.
+    if not parts or ".." in parts or Path(name).is_absolute() or {*"*?["} & {*name}:
+        raise UserInputError(f"--logging_dir {name}: name a folder inside of --output_dir, such as logs")
+
+
+def find_logging_dir(run_dir: Path) -> Path:
+    """Returns the folder of a run's trackers. Raises `UserInputError` if the saved configuration can't be read."""
+    name = str(read_yaml(run_dir / CONFIG_FILE).get("logging_dir", "logs"))
+    check_logging_dir(name)
+    return run_dir / name
 
 
 def read_saved_config(run_dir: Path) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Which images there are, and how one of them is read: the flags of every program that reads images."""
+"""The flags that say which images there are and how an image is decoded, for every program that reads images."""
 
 import re
 from dataclasses import dataclass, fields
@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Literal
 
 from sprite_diffusion.common.errors import UserInputError
-from sprite_diffusion.common.flags import FROM_ONE, as_flags, check_ranges, flag, make_parser, read_yaml, suggest
+from sprite_diffusion.common.flags import as_flags, check_ranges, flag, make_parser, read_yaml, suggest
 
 BUILT_IN_DATASET = "sprites"
 
 
 @dataclass
 class DataConfig:
-    """The images of a run, of a comparison or of a figure, and how they are decoded."""
+    """The images of a run, of a comparison or of a figure, and how each image is decoded."""
 
     dataset_name: str | None = flag(
         None,
@@ -24,7 +24,7 @@ class DataConfig:
     train_data_dir: str | None = flag(
         None, "Folder of images; subfolder names are the classes. Ignored if `dataset_name` is given."
     )
-    cache_dir: str | None = flag(None, "Where `datasets` keeps what it downloads.", changes="nothing")
+    cache_dir: str | None = flag(None, "Folder in which `datasets` keeps its downloads.", changes="nothing")
     image_column: str | None = flag(None, "Column of the images; found from the features if not given.")
     label_column: str | None = flag(None, "Column of the class labels; found if not given.")
     labels_file: str | None = flag(None, ".npy file of the labels, (N,) or one-hot (N, K), of a .npy dataset.")
@@ -32,7 +32,7 @@ class DataConfig:
     max_train_samples: int | None = flag(
         None,
         "Use the first N images; for 'sprites', how many are drawn (8,000 if not given).",
-        range=FROM_ONE,
+        at_least=1,
         changes="pixels",
     )
     resolution: str = flag("64", "Side of the images, or WIDTHxHEIGHT.", changes="pixels")
@@ -61,11 +61,11 @@ class DataConfig:
         class_names = self.class_names or []
         if len(set(class_names)) < len(class_names):
             raise UserInputError(f"--class_names {' '.join(class_names)} has a name twice: each class needs its own")
-        self.image_size  # noqa: B018 - raises if it can't be parsed
+        self.image_size  # noqa: B018 - raises if --resolution can't be parsed
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
+        """Returns (height, width) in pixels. Raises `UserInputError` if `--resolution` is not a size."""
         match = re.fullmatch(r"(\d+)(?:x(\d+))?", self.resolution)
         if match is None or min(sides := [int(side) for side in match.groups(match[1])]) < 1:
             raise UserInputError(f"--resolution is '{self.resolution}': give a side (32) or WIDTHxHEIGHT (24x16)")
@@ -74,7 +74,15 @@ class DataConfig:
 
 
 def parse_data_flags(argv: list[str], run_config: Path | None) -> DataConfig:
-    """Returns the data that flags name or, if they name none, that of a run's saved configuration."""
+    """Returns the data that flags name or, if the flags name none, the data of a run.
+
+    Args:
+        argv: Flags of `DataConfig`.
+        run_config: The saved configuration of a run; None if there is none.
+
+    Raises:
+        UserInputError: For an unknown flag or a wrong value, or if neither names the data.
+    """
     parser = make_parser(DataConfig)
     known = [flag.name for flag in fields(DataConfig)]
     names = [argument.removeprefix("--").split("=")[0] for argument in argv if argument.startswith("--")]

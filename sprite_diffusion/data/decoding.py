@@ -1,4 +1,4 @@
-"""One image: from a file, bytes or an array to the pixels that a network is trained on."""
+"""Decodes one image: from a file, bytes or an array to the pixels that a network is trained on."""
 
 import sys
 import warnings
@@ -18,18 +18,21 @@ GREY_MODES = ("1", "L", "LA", "La", *DEEP_MODES)
 
 
 class SkippedImage(NamedTuple):
-    """An image that can't be used, in a run that goes on without it."""
+    """An image that can't be used, and that a run goes on without."""
 
     name: str
     reason: str
 
 
 class BadImageError(Exception):
-    """An image that can't be decoded; the message is part of a line."""
+    """An image that can't be decoded. The message goes on after the image's name: "is not an image ..."."""
 
 
 def load_image_file(path: str, config: DataConfig) -> torch.Tensor:
-    """One image, (C, H, W) float32 in [-1, 1], treated as those of a dataset."""
+    """Returns the image of a file, treated as those of a dataset are: (C, H, W) float32 in [-1, 1].
+
+    H and W are as in `prepare_image`. Raises `UserInputError` if the file can't be decoded.
+    """
     try:
         return to_model_range(torch.from_numpy(prepare_image(open_image(path), path, config)))
     except BadImageError as error:
@@ -37,6 +40,16 @@ def load_image_file(path: str, config: DataConfig) -> torch.Tensor:
 
 
 def prepare_or_skip(value: Any, name: str, config: DataConfig) -> np.ndarray | SkippedImage:
+    """Returns an image's pixels, as `prepare_image` does, or what `skip_image` returns if it can't be decoded.
+
+    Args:
+        value: What `open_image` takes.
+        name: The name of the image in messages.
+        config: How to decode the image, and whether to go on without a bad one.
+
+    Raises:
+        UserInputError: For an image that can't be decoded, unless `--on_bad_image` is 'skip'.
+    """
     try:
         return prepare_image(open_image(value), name, config)
     except BadImageError as error:
@@ -44,24 +57,39 @@ def prepare_or_skip(value: Any, name: str, config: DataConfig) -> np.ndarray | S
 
 
 def skip_image(name: str, reason: str, config: DataConfig) -> SkippedImage:
-    """An image that can't be used, as it is listed; raises where that is to stop the run."""
+    """Prints that an image can't be used, and returns its entry in the list of skipped images.
+
+    Raises `UserInputError` instead if `--on_bad_image` is 'error'.
+    """
     if config.on_bad_image == "error":
         raise UserInputError(f"{name} {reason}: replace it, or give --on_bad_image skip")
     tqdm.write(printable(f"skipped: {name} {reason}"), file=sys.stderr)
     return SkippedImage(name, reason)
 
 
-def name_image(value: Any, where: str) -> str:
-    """The file of an image; where it lies inside of a parquet file, `where` and the name that it had."""
+def name_image(value: Any, position: str) -> str:
+    """Returns the name of an image for messages: its file, or its position in a table and the name of its file.
+
+    Args:
+        value: A file name, a file's bytes or a `datasets` example.
+        position: What to call the image if `value` holds no file name, such as "row 3 of data.parquet".
+    """
     if isinstance(value, str):
         return value
     if not isinstance(value, dict) or not value["path"]:
-        return where
-    return value["path"] if value["bytes"] is None else f"{where} ({value['path']})"
+        return position
+    return value["path"] if value["bytes"] is None else f"{position} ({value['path']})"
 
 
 def open_image(value: Any) -> Image.Image:
-    """A decoded image, upright, from an (H, W, C) array, a file name, a file's bytes or a `datasets` example."""
+    """Decodes an image, and turns it upright as its EXIF orientation says.
+
+    Args:
+        value: An (H, W, C) uint8 array of 1, 3 or 4 channels, a file name, a file's bytes or a `datasets` example.
+
+    Raises:
+        BadImageError: If `value` is nothing of these, or can't be decoded.
+    """
     if isinstance(value, np.ndarray):
         return Image.fromarray(value[..., 0] if value.shape[2] == 1 else value)
     if isinstance(value, str | bytes):
@@ -70,21 +98,31 @@ def open_image(value: Any) -> Image.Image:
         raise BadImageError(f"is not an image but {type(value).__name__}")
     try:
         with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
-            return datasets.Image().decode_example(value)  # applies the EXIF orientation
+            return datasets.Image().decode_example(value)  # which turns the image upright
     except UnidentifiedImageError:
         raise BadImageError("is not an image that Pillow can read") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise BadImageError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
-    except Exception as error:  # decoders raise whatever a broken file leads them to
+    except Exception as error:  # Pillow's decoders raise errors of many types on broken files
         if isinstance(error, OSError) and error.strerror:
             raise BadImageError(f"can't be read ({error.strerror})") from None
         raise BadImageError(f"can't be decoded ({first_line(error)})") from None
 
 
 def prepare_image(image: Image.Image, name: str, config: DataConfig) -> np.ndarray:
-    """-> (C, H, W) uint8, or uint16 where the image has more than 8 bits.
+    """Returns an image's pixels (C, H, W), with its transparency composed, resized as `config` says.
 
-    H and W are `config.image_size`, or one of them is larger where a random place is to be cropped.
+    The pixels are uint8 or, if the image has more than 8 bits, uint16. H and W are `config.image_size`, except that
+    H or W is larger if training is to crop the image at a random place.
+
+    Args:
+        image: An image of any mode.
+        name: The name of the image in messages.
+        config: How to resize the image, its channels and its background.
+
+    Raises:
+        BadImageError: If the image can't be converted.
+        UserInputError: If the image is not of the resolution and `--resize_mode` is 'none'.
     """
     height, width = config.image_size
     if 0 in image.size:
@@ -115,6 +153,7 @@ def prepare_image(image: Image.Image, name: str, config: DataConfig) -> np.ndarr
 
 
 def _choose_mode(image: Image.Image, config: DataConfig) -> str:
+    """Returns 'L' or 'RGB', the mode to train on."""
     if config.image_mode != "auto":
         return config.image_mode
     red, green, blue = ImageColor.getrgb(config.background)[:3]
@@ -122,7 +161,10 @@ def _choose_mode(image: Image.Image, config: DataConfig) -> str:
 
 
 def _flatten(image: Image.Image, mode: str, background: str) -> Image.Image:
-    """Any mode -> `mode`, or 'F' in 0..65535 where it has more than 8 bits: Pillow resizes no other deep mode well."""
+    """Lays an image of any mode on the background. Returns it in `mode` or, if it has more than 8 bits, in 'F'.
+
+    The levels of 'F' are 0 to 65535. It is the only mode of more than 8 bits that Pillow resizes well.
+    """
     if image.mode in DEEP_MODES:
         white = 1 if image.mode == "F" else 65535
         values = np.asarray(image, dtype=np.float32)  # (H, W)
@@ -136,11 +178,12 @@ def _flatten(image: Image.Image, mode: str, background: str) -> Image.Image:
             canvas = Image.new("RGBA", image.size, ImageColor.getrgb(background)[:3])
             image = Image.alpha_composite(canvas, image.convert("RGBA"))
         return image.convert(mode)
-    except ValueError as error:  # such as LAB
+    except ValueError as error:  # Pillow converts some modes, such as LAB, to few others
         raise BadImageError(f"can't be used ({first_line(error)})") from None
 
 
 def _pad(pixels: np.ndarray, image_size: tuple[int, int], colour: int | tuple[int, ...]) -> np.ndarray:
+    """Puts pixels (C, h, w) into the middle of a canvas (C, H, W) of `colour`, in levels of 0 to 255."""
     level = np.reshape(colour, (-1, 1, 1)) * (257 if pixels.dtype == np.uint16 else 1)  # 257 * 255 = 65535
     padded = np.empty((len(pixels), *image_size), pixels.dtype)
     padded[:] = level
@@ -150,13 +193,14 @@ def _pad(pixels: np.ndarray, image_size: tuple[int, int], colour: int | tuple[in
 
 
 def crop_and_flip(pixels: np.ndarray, offsets: np.ndarray, flip: bool, image_size: tuple[int, int]) -> np.ndarray:
+    """Returns a view of pixels (C, >= H, >= W): (C, H, W) from `offsets`, top and left, on, mirrored if `flip`."""
     top, left = offsets
     pixels = pixels[:, top : top + image_size[0], left : left + image_size[1]]
     return pixels[:, :, ::-1] if flip else pixels
 
 
 def to_model_range(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 or uint16 -> float32 in [-1, 1]; what is there already passes."""
+    """Maps all levels of uint8 or uint16 to float32 in [-1, 1]; floating-point pixels are returned as they are."""
     if pixels.is_floating_point():
         return pixels
     return pixels.float().div_(torch.iinfo(pixels.dtype).max / 2).sub_(1)

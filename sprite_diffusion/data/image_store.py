@@ -1,8 +1,9 @@
-"""Decoded images in a file that is mapped into memory: decoded once, and shared by all processes."""
+"""Decoded images in a file that is mapped into memory: each image is decoded once, for all runs and processes."""
 
 import json
 from array import array
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +17,16 @@ PIXELS_FILE, TABLE_FILE, SKIPPED_FILE = "pixels.bin", "table.npy", "skipped.json
 
 
 class ImageStore:
-    """Images (C, H, W) of any sizes, uint8 or uint16, read from a folder that `write` has filled.
+    """Images (C, H, W) of any sizes, uint8 or uint16, in a folder that `write` has filled, or in memory.
 
-    Nothing is read before it is asked for. The pages are the system's file cache: it drops them where memory is
-    short, and all processes of a machine share them.
+    An image of a folder is read when it is asked for. Its pages lie in the system's file cache, which drops pages when
+    memory is short, and which all processes of a machine share.
     """
 
     def __init__(self, table: np.ndarray, pixels: np.ndarray, skipped: list[tuple[int, SkippedImage]]) -> None:
         self.table = table  # (N, 5) int64: first byte, C, H, W, bytes of a value
         self.pixels = pixels  # uint8, the bytes of all images
-        self.skipped = skipped  # with their rows in the source
+        self.skipped = skipped  # each with its row in the source
 
     @classmethod
     def open(cls, folder: Path) -> "ImageStore":
@@ -33,14 +34,14 @@ class ImageStore:
         table = np.load(folder / TABLE_FILE)
         size = int(table[:, 1:].prod(axis=1).sum())
         if (folder / PIXELS_FILE).stat().st_size != size:
-            raise ValueError(f"{folder / PIXELS_FILE} has not the {size} bytes of its images")
+            raise ValueError(f"{folder / PIXELS_FILE} does not have the {size} bytes of its images")
         pixels = np.memmap(folder / PIXELS_FILE, np.uint8, "r") if size else np.empty(0, np.uint8)
         rows = json.loads((folder / SKIPPED_FILE).read_text())
         return cls(table, pixels, [(row, SkippedImage(name, reason)) for row, name, reason in rows])
 
     @classmethod
     def from_array(cls, images: np.ndarray) -> "ImageStore":
-        """Holds images (N, C, H, W), uint8 or uint16, that are in memory."""
+        """Returns a store of images (N, C, H, W), uint8 or uint16, that are in memory."""
         table = np.empty((len(images), 5), np.int64)
         table[:, 0] = np.arange(len(images)) * images[0].nbytes
         table[:, 1:] = (*images.shape[1:], images.itemsize)
@@ -50,14 +51,15 @@ class ImageStore:
         return len(self.table)
 
     def __getitem__(self, row: int) -> np.ndarray:
+        """Returns an image (C, H, W), uint8 or uint16."""
         start, *shape, value_size = self.table[row].tolist()
         pixels = self.pixels[start : start + shape[0] * shape[1] * shape[2] * value_size]
         return pixels.view(np.uint16 if value_size == 2 else np.uint8).reshape(shape)
 
     @staticmethod
     def write(folder: Path, images: Iterable[np.ndarray | SkippedImage]) -> None:
-        """Fills the folder, one image at a time; a `SkippedImage` stands for one that can't be used."""
-        table, skipped, start = array("q"), [], 0  # not a list: of a million images it would weigh 200 MB
+        """Fills an empty folder, one image at a time; a `SkippedImage` stands for an image that can't be used."""
+        table, skipped, start = array("q"), [], 0  # a list of a million images' numbers would weigh 200 MB
         with open(folder / PIXELS_FILE, "wb") as file:
             for row, image in enumerate(images):
                 if isinstance(image, SkippedImage):
@@ -71,20 +73,19 @@ class ImageStore:
 
 
 def decode_once(key: str, images: Iterable[np.ndarray | SkippedImage]) -> ImageStore:
-    """The store of this key; if there is none yet, or a damaged one, `images` are written into it.
+    """Returns the store of `key`. If there is none or it is damaged, `images` are decoded into a new one.
 
-    One process writes while others wait for it. Raises `UserInputError` if the cache can't be written.
+    One process decodes while others wait for it. Raises `UserInputError` if the cache can't be written.
     """
     folder = cache_dir() / "images" / key
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):
-            try:
+            with suppress(OSError, ValueError, EOFError):
                 return ImageStore.open(folder)
-            except (OSError, ValueError, EOFError):
-                with written_beside(folder) as partial:
-                    partial.mkdir()
-                    ImageStore.write(partial, images)
+            with written_beside(folder) as partial:
+                partial.mkdir()
+                ImageStore.write(partial, images)
             return ImageStore.open(folder)
     except (OSError, DiskFullError) as error:
         raise UserInputError(

@@ -1,10 +1,10 @@
-"""Where images come from: the built-in sprites, arrays, folders, parquet files and datasets of the Hub."""
+"""Sources of images: the built-in sprites, arrays, folders, parquet files and datasets of the Hub."""
 
 import glob
 import hashlib
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,38 @@ class Source:
     """Images that are not decoded yet."""
 
     name: str
-    identity: tuple[Any, ...]  # changes if an image does
+    identity: tuple[Any, ...]  # another one if an image changes
     num_images: int
-    images: Iterable[tuple[str, Any]]  # what errors call the image, and an array, file name or encoded image
-    class_labels: np.ndarray | None = None  # int64, of these images or more
+    images: Iterable[tuple[str, Any]]  # an image's name in messages, and what `open_image` takes
+    class_labels: np.ndarray | None = None  # int64, of these images and perhaps of more that follow them
     class_names: list[str] | None = None
     license: str | None = None
+    skipped_images: Sequence[SkippedImage] = ()  # those that are known before any image is decoded
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of a dataset that is read by the `datasets` library, at once or as a stream."""
+
+    name: str
+    rows: datasets.Dataset | datasets.IterableDataset
+    image_column: str
+    label_column: str | None  # None if no labels are wanted, or there are none
+    skipped_images: list[SkippedImage]  # files of a folder that are in no row
+
+    @property
+    def labels_name(self) -> str:
+        """Returns the name of the labels, for messages."""
+        return f"{self.name}, column '{self.label_column}'"
+
+    @property
+    def known_class_names(self) -> list[str] | None:
+        """Returns the names of the classes if the label column's type records them, else None."""
+        return getattr(self.rows.features[self.label_column], "names", None)
 
 
 def draw_built_in(config: DataConfig, with_labels: bool | None) -> Source:
+    """Draws the built-in sprites. `with_labels` is as in `load_image_data`."""
     images, class_labels, _ = draw_sprites(config.max_train_samples or BUILT_IN_SIZE)
     return Source(
         f"{BUILT_IN_DATASET} (built in)",
@@ -50,6 +73,10 @@ def draw_built_in(config: DataConfig, with_labels: bool | None) -> Source:
 
 
 def open_arrays(config: DataConfig, with_labels: bool | None) -> Source:
+    """Opens the .npy files of images (N, H, W, C) uint8 and of labels, (N,) or one-hot (N, K).
+
+    `with_labels` is as in `load_image_data`. Raises `UserInputError` if a file is missing or holds something else.
+    """
     path = config.dataset_name
     assert path is not None
     images = _load_array(path, "dataset_name")  # (N, H, W, C)
@@ -76,26 +103,28 @@ def open_arrays(config: DataConfig, with_labels: bool | None) -> Source:
 
 
 def _read_label_array(path: str, num_images: int, config: DataConfig) -> tuple[np.ndarray, list[str]]:
-    labels = _load_array(path, "labels_file")  # (N,) or (N, K)
-    where = f"--labels_file {path}"
+    """Returns what `to_class_ids` does, for the labels (N,) or one-hot (N, K) of an .npy file."""
+    labels = _load_array(path, "labels_file")
+    source = f"--labels_file {path}"
     if len(labels.shape) not in (1, 2) or labels.dtype.kind not in "biuf":
         raise UserInputError(
-            f"{where} holds {labels.dtype} {labels.shape}: it must be integers (N,) or one-hot (N, K)"
+            f"{source} holds {labels.dtype} {labels.shape}: it must be integers (N,) or one-hot (N, K)"
         )
     if len(labels) != num_images:
-        raise UserInputError(f"{where} has {len(labels)} labels for the {num_images} images of {config.dataset_name}")
+        raise UserInputError(f"{source} has {len(labels)} labels for the {num_images} images of {config.dataset_name}")
     known_names = None
     if labels.ndim == 2:
         is_one_hot = ((labels == 0) | (labels == 1)).all(axis=1) & (labels.sum(axis=1) == 1)
         if not is_one_hot.all():
             row = is_one_hot.argmin()
-            raise UserInputError(f"{where}, row {row}: {labels[row].tolist()} is not one-hot: a single 1, the rest 0")
+            raise UserInputError(f"{source}, row {row}: {labels[row].tolist()} is not one-hot: a single 1, the rest 0")
         known_names = [str(k) for k in range(labels.shape[1])]
         labels = labels.argmax(axis=1)
-    return to_class_ids(labels.tolist(), known_names, config, where)
+    return to_class_ids(labels.tolist(), known_names, config, source)
 
 
 def _load_array(path: str, flag: str) -> np.ndarray:
+    """Maps the array of an .npy file, named by `--flag`, into memory."""
     try:
         array = np.load(path, allow_pickle=False, mmap_mode="r")
     except FileNotFoundError:
@@ -107,53 +136,95 @@ def _load_array(path: str, flag: str) -> np.ndarray:
     return array
 
 
-def open_dataset(
+def open_table(config: DataConfig, with_labels: bool | None, streaming: bool) -> Table:
+    """Opens a folder of images, a parquet file, a local dataset or one of the Hub.
+
+    `with_labels` and `streaming` are as in `load_image_data`. Raises `UserInputError` if the dataset can't be read, or
+    its columns can't be found.
+    """
+    name, rows, skipped_images = _open_dataset(config, streaming)
+    if rows.features is None:
+        raise UserInputError(f"--streaming: the columns of {name} are not known in advance: leave it out")
+    image_column = _find_column(rows.features, datasets.Image, "image_column", config.image_column, name)
+    if image_column is None:
+        raise UserInputError(
+            f"{name} has no image column: name one by --image_column (columns: {', '.join(rows.features)})"
+        )
+    label_column = None
+    if with_labels is not False:
+        label_column = _find_column(rows.features, datasets.ClassLabel, "label_column", config.label_column, name)
+    if label_column is None and with_labels:
+        raise UserInputError(
+            f"{name} has no label column: name one by --label_column "
+            f"(columns: {', '.join(rows.features)}), or put the images of each class into a folder of its own"
+        )
+    if isinstance(rows.features[image_column], datasets.Image):
+        # `datasets` would decode the images too, but not name the image that it can't decode.
+        rows = rows.cast_column(image_column, datasets.Image(decode=False))
+    return Table(name, rows, image_column, label_column, skipped_images)
+
+
+def _open_dataset(
     config: DataConfig, streaming: bool
-) -> tuple[datasets.Dataset | datasets.IterableDataset, str, list[SkippedImage]]:
-    """The dataset, its name, and what can't be used of a folder of images."""
-    name, split = config.dataset_name, config.dataset_split
-    is_local = True
-    skipped_images: list[SkippedImage] = []
-    files: dict[str, str] | None = None
-    if name is None:
+) -> tuple[str, datasets.Dataset | datasets.IterableDataset, list[SkippedImage]]:
+    """Returns the name of a dataset, the dataset, and the files of a folder of images that can't be used."""
+    if config.dataset_name is None:
         assert config.train_data_dir is not None
-        folder, split = _find_image_folder(Path(config.train_data_dir), split), "train"
+        folder = _find_image_folder(Path(config.train_data_dir), config.dataset_split)
         skipped_images = _check_image_files(folder, config)
-        builder, flag, source_name = "imagefolder", "train_data_dir", str(folder)
-        # A pattern, as `data_dir` drops the files whose names don't hold "train" where some names do.
-        files = {"train": glob.escape(str(folder)) + "/**"}
-    elif name.endswith(".parquet"):
-        builder, flag, source_name = "parquet", "dataset_name", name
-        files = {"train": glob.escape(name) if Path(name).is_file() else name}
-    else:
-        builder, flag, source_name = name, "dataset_name", name
-        is_local = Path(name).is_dir()
-        if not is_local:
-            try:
-                validate_repo_id(name)
-            except HFValidationError:
-                raise UserInputError(f"--dataset_name {name}: no such folder, nor a name on the Hub") from None
-    if is_local:  # these bars would flash past; a download's is worth seeing
+        # Not by `data_dir`: if some names hold "train", `datasets` would drop the files whose names don't.
+        pattern = glob.escape(str(folder)) + "/**"
+        rows = _load("imagefolder", f"--train_data_dir {folder}", pattern, "train", config, streaming)
+        return str(folder), rows, skipped_images
+    name = config.dataset_name
+    flag = f"--dataset_name {name}"
+    if name.endswith(".parquet"):
+        pattern = glob.escape(name) if Path(name).is_file() else name
+        return name, _load("parquet", flag, pattern, config.dataset_split, config, streaming), []
+    if not Path(name).is_dir():
+        try:
+            validate_repo_id(name)
+        except HFValidationError:
+            raise UserInputError(f"{flag}: no such folder, nor a name on the Hub") from None
+    return name, _load(name, flag, None, config.dataset_split, config, streaming), []
+
+
+def _load(
+    builder: str, flag: str, pattern: str | None, split: str, config: DataConfig, streaming: bool
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Loads a dataset with the `datasets` library.
+
+    Args:
+        builder: A builder of `datasets`, a local folder of data files or a name on the Hub.
+        flag: The flag that names the dataset, and its value, for messages.
+        pattern: The data files, which make the split 'train'; None for those that `datasets` finds itself.
+        split: The split to load.
+        config: Gives the dataset's configuration and the folder for downloads.
+        streaming: Whether to read the dataset while it is used.
+
+    Raises:
+        UserInputError: If the dataset can't be loaded.
+    """
+    is_local = pattern is not None or Path(builder).is_dir()
+    if is_local:  # the bars of local files would flash past; the bar of a download is worth seeing
         datasets.disable_progress_bars()
     try:
-        dataset = datasets.load_dataset(
+        return datasets.load_dataset(
             builder,
             config.dataset_config_name,
-            data_files=files,
+            data_files=None if pattern is None else {"train": pattern},
             split=split,
             cache_dir=config.cache_dir,
             streaming=streaming,
         )
-    except Exception as error:  # builders raise whatever broken data, archives and the network lead them to
-        where = f"--{flag} {source_name}" + ("" if split == "train" else f", --dataset_split {split}")
+    except Exception as error:  # builders raise errors of many types on broken data, archives and networks
+        split_flag = "" if split == "train" else f", --dataset_split {split}"
         reason = "" if is_local else "no such folder, and on the Hub: "
-        raise UserInputError(f"{where}: {reason}{first_line(error.__cause__ or error)}") from None
-    if dataset.features is None:
-        raise UserInputError(f"--streaming: the columns of {source_name} are not known in advance: leave it out")
-    return dataset, source_name, skipped_images
+        raise UserInputError(f"{flag}{split_flag}: {reason}{first_line(error.__cause__ or error)}") from None
 
 
 def _find_image_folder(folder: Path, split: str) -> Path:
+    """Returns the subfolder of a split or, for 'train' without a subfolder, the folder itself."""
     if not folder.is_dir():
         raise UserInputError(f"--train_data_dir {folder}: no such folder")
     if (folder / split).is_dir():
@@ -164,7 +235,11 @@ def _find_image_folder(folder: Path, split: str) -> Path:
 
 
 def _check_image_files(folder: Path, config: DataConfig) -> list[SkippedImage]:
-    """Finds what `datasets` would pass over in silence: broken links, linked folders, folders that can't be read."""
+    """Returns what `datasets` would pass over in silence: broken links, linked folders, folders that can't be read.
+
+    Raises `UserInputError` for the first of these unless `--on_bad_image` is 'skip', if there is no image, and for a
+    name that `datasets` can't read.
+    """
     endings = Image.registered_extensions()
     errors: list[OSError] = []
     skipped_images = []
@@ -177,7 +252,7 @@ def _check_image_files(folder: Path, config: DataConfig) -> list[SkippedImage]:
         for path in (Path(parent, name) for name in sorted(names) if not name.startswith(".")):
             try:
                 str(path).encode()
-            except UnicodeEncodeError:  # one such name, of whatever file, and `datasets` refuses the folder
+            except UnicodeEncodeError:  # `datasets` refuses a folder that holds one such name, of whatever file
                 raise UserInputError(f"{path}: the name is not UTF-8, rename this file") from None
             if path.suffix.lower() not in endings:
                 continue
@@ -195,65 +270,37 @@ def _check_image_files(folder: Path, config: DataConfig) -> list[SkippedImage]:
     return skipped_images
 
 
-def find_image_column(dataset: Any, given: str | None, source_name: str) -> str:
-    """Returns the column of the images: `--image_column`, or the only one of images. Raises `UserInputError`."""
-    column = _find_column(dataset, datasets.Image, "image_column", given, source_name)
-    if column is None:
-        raise UserInputError(
-            f"{source_name} has no image column: name one by --image_column (columns: {', '.join(dataset.features)})"
-        )
-    return column
-
-
-def find_label_column(dataset: Any, given: str | None, source_name: str, with_labels: bool | None) -> str | None:
-    """Returns the column of the class labels: `--label_column`, or the only one of labels; None if none are wanted.
-
-    Raises `UserInputError` if there is none and `with_labels` is True.
-    """
-    if with_labels is False:
-        return None
-    column = _find_column(dataset, datasets.ClassLabel, "label_column", given, source_name)
-    if column is None and with_labels:
-        raise UserInputError(
-            f"{source_name} has no label column: name one by --label_column "
-            f"(columns: {', '.join(dataset.features)}), or put the images of each class into a folder of its own"
-        )
-    return column
-
-
-def _find_column(dataset: Any, feature_type: type, flag: str, given: str | None, source_name: str) -> str | None:
-    columns = dataset.features
+def _find_column(
+    features: datasets.Features, feature_type: type, flag: str, given: str | None, source_name: str
+) -> str | None:
+    """Returns the column that `--flag` gives or, if it gives none, the only one of a type; None if there is none."""
     if given is not None:
-        if given not in columns:
-            raise UserInputError(f"--{flag} {given}: {source_name} has the columns {', '.join(columns)}")
+        if given not in features:
+            raise UserInputError(f"--{flag} {given}: {source_name} has the columns {', '.join(features)}")
         return given
-    found = [name for name, feature in columns.items() if isinstance(feature, feature_type)]
+    found = [name for name, feature in features.items() if isinstance(feature, feature_type)]
     if len(found) > 1:
         raise UserInputError(f"{source_name} has the columns {', '.join(found)}: name one of them by --{flag}")
     return found[0] if found else None
 
 
-def open_table(
-    dataset: datasets.Dataset,
-    source_name: str,
-    image_column: str,
-    label_column: str | None,
-    config: DataConfig,
-) -> Source:
+def read_table(table: Table, config: DataConfig) -> Source:
+    """Returns the images and labels of a table that is not streamed. Raises `UserInputError` for wrong labels."""
     class_labels = class_names = None
-    if label_column is not None:
-        known_names = getattr(dataset.features[label_column], "names", None)
-        where = f"{source_name}, column '{label_column}'"
-        # Of all rows, so that the ids don't depend on `max_train_samples`.
-        class_labels, class_names = to_class_ids(dataset[label_column][:], known_names, config, where)
-    num_images = min(len(dataset), config.max_train_samples or len(dataset))
-    values = (row[image_column] for row in dataset.select_columns(image_column).select(range(num_images)))
+    if table.label_column is not None:
+        # The labels of all rows, so that the ids don't depend on `max_train_samples`.
+        labels = table.rows[table.label_column][:]
+        class_labels, class_names = to_class_ids(labels, table.known_class_names, config, table.labels_name)
+    num_images = min(len(table.rows), config.max_train_samples or len(table.rows))
+    images = table.rows.select_columns(table.image_column).select(range(num_images))
+    values = (row[table.image_column] for row in images)
     return Source(
-        source_name,
-        (dataset._fingerprint, image_column),
+        table.name,
+        (table.rows._fingerprint, table.image_column),
         num_images,
-        ((name_image(value, f"row {row} of {source_name}"), value) for row, value in enumerate(values)),
+        ((name_image(value, f"row {row} of {table.name}"), value) for row, value in enumerate(values)),
         class_labels,
         class_names,
-        dataset.info.license or None,
+        table.rows.info.license or None,
+        table.skipped_images,
     )

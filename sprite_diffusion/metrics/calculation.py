@@ -40,7 +40,7 @@ def calculate(
     resolution = choose_resolution(pipeline, args.model, config, data_flags)
     config = replace(config, resolution=resolution)
     if pipeline is not None:
-        config = replace(config, image_mode=mode_of(pipeline.unet.config.in_channels))
+        config = replace(config, image_mode=mode_of(pipeline.sample_shape[0]))
     real = RealImages(load_image_data(config, with_labels=None))
     num_images = choose_num_images(real, args.num_images)
     facts = {
@@ -91,8 +91,7 @@ def choose_resolution(pipeline: Pipeline | None, model: str, config: DataConfig,
     image. Raises `UserInputError` if the folder holds no images, or the first can't be decoded.
     """
     if pipeline is not None:
-        side = pipeline.unet.config.sample_size
-        height, width = (side, side) if isinstance(side, int) else side
+        _, height, width = pipeline.sample_shape
         return f"{width}x{height}"
     suffixes = Image.registered_extensions()
     files = sorted(path for path in Path(model).rglob("*") if path.suffix.lower() in suffixes)

@@ -6,6 +6,7 @@ from pathlib import Path
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.common.files import check_writable
 from sprite_diffusion.common.flags import SEED_RANGE, ArgumentParser, Range
+from sprite_diffusion.sampling.flags import SAMPLERS, add_speed_flags
 
 EXTRACTORS = ("classifier", "inception", "clip")
 CLIP_MODEL = "openai/clip-vit-large-patch14-336"  # that of CMMD
@@ -16,9 +17,6 @@ def parse_args(description: str | None) -> tuple[argparse.Namespace, list[str]]:
 
     Raises `UserInputError` for a value out of range, and for an output folder that can't be written.
     """
-    from sprite_diffusion.sampling.pipeline_loading import add_speed_flags
-    from sprite_diffusion.sampling.samplers import SAMPLERS
-
     parser = ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("model", help="Folder of a run, checkpoint or snapshot; a Hub id; or a folder of images.")
     parser.add_argument("--num_images", type=int, default=5000, help="At most; and at most half of the real images.")

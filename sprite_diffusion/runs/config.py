@@ -1,6 +1,7 @@
 """The flags of a training run: defaults < `--config FILE.yaml` < flags."""
 
 import sys
+from argparse import ArgumentParser
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -10,9 +11,7 @@ import yaml
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.common.files import write_text
 from sprite_diffusion.common.flags import (
-    FROM_ONE,
-    SEED_RANGE,
-    Range,
+    MAX_SEED,
     as_flags,
     default_of,
     flag,
@@ -20,11 +19,8 @@ from sprite_diffusion.common.flags import (
     parse_known,
     read_yaml,
 )
+from sprite_diffusion.common.run_files import check_logging_dir
 from sprite_diffusion.data.config import BUILT_IN_DATASET, DataConfig
-
-ABOVE_ZERO = Range(above=0)
-FROM_ZERO = Range(at_least=0)
-SHARE = Range(at_least=0, below=1)
 
 
 @dataclass
@@ -45,8 +41,11 @@ class TrainingConfig(DataConfig):
     )
     random_flip: bool = flag(False, "Mirror half of the images, left to right.")
     preserve_input_precision: bool = flag(
-        False, "Accepted for the official script's users: 16-bit images always keep their range here.", changes="nothing")
-    dataloader_num_workers: int = flag(0, "Processes that read a streamed dataset.", range=FROM_ZERO)
+        False,
+        "Accepted for the official script's users: 16-bit images always keep their range here.",
+        changes="nothing",
+    )
+    dataloader_num_workers: int = flag(0, "Processes that read a streamed dataset.", at_least=0)
 
     # Network
     model_class: Literal["UNet2DModel", "ContextUNet2DModel", "BasicUNet2DModel"] = flag(
@@ -59,8 +58,8 @@ class TrainingConfig(DataConfig):
         [128, 128, 256, 256, 512, 512], "Channels of each level; ContextUNet2DModel takes one number."
     )
     attention_levels: list[int] = flag([5], "Levels with self-attention, 1 = full resolution; 0 = none.")
-    layers_per_block: int = flag(2, "Residual blocks per level.", range=FROM_ONE)
-    attention_head_dim: int = flag(8, "Channels per attention head; 32 or 64 is faster than the default.", range=FROM_ONE)
+    layers_per_block: int = flag(2, "Residual blocks per level.", at_least=1)
+    attention_head_dim: int = flag(8, "Channels per attention head; 32 or 64 is faster than the default.", at_least=1)
     norm_type: Literal["group", "batch"] = flag("group", "Normalisation of ContextUNet2DModel.")
     gradient_checkpointing: bool = flag(
         False, "Less memory: activations of UNet2DModel's blocks are calculated again in the backward pass."
@@ -74,33 +73,36 @@ class TrainingConfig(DataConfig):
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = flag(
         "epsilon", "What the network predicts: the noise, the clean image, or the velocity."
     )
-    ddpm_num_steps: int = flag(1000, "Steps of the forward process, T.", range=FROM_ONE)
-    ddpm_num_inference_steps: int = flag(1000, "Steps of the sample grids.", range=FROM_ONE)
+    ddpm_num_steps: int = flag(1000, "Steps of the forward process, T.", at_least=1)
+    ddpm_num_inference_steps: int = flag(1000, "Steps of the sample grids.", at_least=1)
     ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] = flag(
         "linear", "How beta grows from `beta_start` to `beta_end`."
     )
-    beta_start: float = flag(0.0001, "First beta.", range=ABOVE_ZERO)
+    beta_start: float = flag(0.0001, "First beta.", above=0)
     beta_end: float = flag(0.02, "Last beta.")
     noise_type: Literal["gaussian", "uniform"] = flag("gaussian", "Noise of LinearCorruptionScheduler.")
 
     # Optimisation
-    train_batch_size: int = flag(16, "Images per process and micro-batch.", range=FROM_ONE)
-    num_epochs: int = flag(100, "Passes over the data.", range=FROM_ONE)
-    max_train_steps: int | None = flag(None, "Optimizer steps; ends the run before `num_epochs` if smaller.", range=FROM_ONE)
-    gradient_accumulation_steps: int = flag(1, "Micro-batches per optimizer step.", range=FROM_ONE)
-    learning_rate: float = flag(1e-4, "Learning rate after the warm-up.", range=ABOVE_ZERO)
+    train_batch_size: int = flag(16, "Images per process and micro-batch.", at_least=1)
+    num_epochs: int = flag(100, "Passes over the data.", at_least=1)
+    max_train_steps: int | None = flag(
+        None, "Optimizer steps; ends the run before `num_epochs` if smaller.", at_least=1
+    )
+    gradient_accumulation_steps: int = flag(1, "Micro-batches per optimizer step.", at_least=1)
+    learning_rate: float = flag(1e-4, "Learning rate after the warm-up.", above=0)
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
     ] = flag("cosine", "Learning-rate schedule, counted in optimizer steps.")
-    lr_warmup_steps: int = flag(500, "Optimizer steps of the warm-up.", range=FROM_ZERO)
-    adam_beta1: float = flag(0.95, "AdamW's beta1.", range=SHARE)
-    adam_beta2: float = flag(0.999, "AdamW's beta2.", range=SHARE)
-    adam_weight_decay: float = flag(1e-6, "AdamW's weight decay; 0 makes it Adam.", range=FROM_ZERO)
-    adam_epsilon: float = flag(1e-8, "AdamW's epsilon.", range=ABOVE_ZERO)
-    max_grad_norm: float = flag(1.0, "Gradients are scaled down to this norm.", range=ABOVE_ZERO)
-    snr_gamma: float | None = flag(None, "Min-SNR weighting of the loss with this gamma (5 is usual).", range=ABOVE_ZERO)
+    lr_warmup_steps: int = flag(500, "Optimizer steps of the warm-up.", at_least=0)
+    adam_beta1: float = flag(0.95, "AdamW's beta1.", at_least=0, below=1)
+    adam_beta2: float = flag(0.999, "AdamW's beta2.", at_least=0, below=1)
+    adam_weight_decay: float = flag(1e-6, "AdamW's weight decay; 0 makes it Adam.", at_least=0)
+    adam_epsilon: float = flag(1e-8, "AdamW's epsilon.", above=0)
+    max_grad_norm: float = flag(1.0, "Gradients are scaled down to this norm.", above=0)
+    snr_gamma: float | None = flag(None, "Min-SNR weighting of the loss with this gamma (5 is usual).", above=0)
     label_dropout: float = flag(
-        0.1, "Share of labels replaced by 'no class' (train_conditional.py): what guidance needs.", range=SHARE)
+        0.1, "Share of labels replaced by 'no class' (train_conditional.py): what guidance needs.", at_least=0, below=1
+    )
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] = flag(
         "no", "'auto': bf16 where the hardware does it well, else fp16 on a GPU, else 'no'."
     )
@@ -108,54 +110,83 @@ class TrainingConfig(DataConfig):
         "auto", "torch.compile; 'auto': on a GPU, for runs that are long enough to earn it back."
     )
     use_ema: bool = flag(False, "Sample from and save the moving average of the weights.")
-    ema_inv_gamma: float = flag(1.0, "EMA warm-up: decay = 1 - (1 + step / inv_gamma) ** -power.", range=ABOVE_ZERO)
-    ema_power: float = flag(0.75, "EMA warm-up, see `ema_inv_gamma`.", range=FROM_ZERO)
-    ema_max_decay: float = flag(0.9999, "Largest EMA decay.", range=SHARE)
-    seed: int = flag(0, "Seed of the weights, the data order, the noise and the samples.", range=SEED_RANGE)
+    ema_inv_gamma: float = flag(1.0, "EMA warm-up: decay = 1 - (1 + step / inv_gamma) ** -power.", above=0)
+    ema_power: float = flag(0.75, "EMA warm-up, see `ema_inv_gamma`.", at_least=0)
+    ema_max_decay: float = flag(0.9999, "Largest EMA decay.", at_least=0, below=1)
+    seed: int = flag(
+        0, "Seed of the weights, the data order, the noise and the samples.", at_least=0, at_most=MAX_SEED
+    )
     max_skipped_steps: int = flag(
-        10, "Stop after N steps in a row whose loss or gradient is not finite; fewer are skipped.", range=FROM_ONE, changes="nothing")
+        10,
+        "Stop after N steps in a row whose loss or gradient is not finite; fewer are skipped.",
+        at_least=1,
+        changes="nothing",
+    )
     local_rank: int = flag(-1, "Accepted for old launchers; accelerate finds the rank itself.", changes="nothing")
 
     # Output
     output_dir: str = flag("ddpm-model-64", "Folder of the run.", changes="nothing")
-    overwrite_output_dir: bool = flag(False, "Remove the earlier run in `output_dir` first.", changes="nothing", saved=False)
-    save_images_epochs: int = flag(10, "A sample grid every N epochs and at the end.", range=FROM_ONE, changes="nothing")
-    save_images_steps: int | None = flag(None, "A sample grid every N optimizer steps as well.", range=FROM_ONE, changes="nothing")
-    eval_batch_size: int = flag(16, "Images per sample grid (train_conditional.py: per class).", range=FROM_ONE)
+    overwrite_output_dir: bool = flag(
+        False, "Remove the earlier run in `output_dir` first.", changes="nothing", saved=False
+    )
+    save_images_epochs: int = flag(10, "A sample grid every N epochs and at the end.", at_least=1, changes="nothing")
+    save_images_steps: int | None = flag(
+        None, "A sample grid every N optimizer steps as well.", at_least=1, changes="nothing"
+    )
+    eval_batch_size: int = flag(16, "Images per sample grid (train_conditional.py: per class).", at_least=1)
     guidance_scale: float = flag(
-        1.0, "Classifier-free guidance of the sample grids (train_conditional.py); 1 = none.", range=FROM_ONE)
-    save_model_epochs: int = flag(10, "Write the pipeline every N epochs and at the end.", range=FROM_ONE, changes="nothing")
+        1.0, "Classifier-free guidance of the sample grids (train_conditional.py); 1 = none.", at_least=1
+    )
+    save_model_epochs: int = flag(
+        10, "Write the pipeline every N epochs and at the end.", at_least=1, changes="nothing"
+    )
     evaluate_every: int | None = flag(
-        None, "Calculate metrics every N epochs and at the end, of fewer images than calculate_metrics.py.", range=FROM_ONE, changes="nothing")
-    snapshot_epochs: int | None = flag(None, "Keep a pipeline under `snapshots/` every N epochs.", range=FROM_ONE, changes="nothing")
-    checkpointing_steps: int = flag(500, "Write a checkpoint to resume from every N optimizer steps.", range=FROM_ONE, changes="nothing")
-    checkpoints_total_limit: int | None = flag(None, "Keep the newest N checkpoints.", range=FROM_ONE, changes="nothing")
+        None,
+        "Calculate metrics every N epochs and at the end, of fewer images than calculate_metrics.py.",
+        at_least=1,
+        changes="nothing",
+    )
+    snapshot_epochs: int | None = flag(
+        None, "Keep a pipeline under `snapshots/` every N epochs.", at_least=1, changes="nothing"
+    )
+    checkpointing_steps: int = flag(
+        500, "Write a checkpoint to resume from every N optimizer steps.", at_least=1, changes="nothing"
+    )
+    checkpoints_total_limit: int | None = flag(None, "Keep the newest N checkpoints.", at_least=1, changes="nothing")
     keep_best_checkpoint: bool = flag(
-        False, "Keep the checkpoint of the lowest Frechet distance besides. Needs `evaluate_every`.", changes="nothing")
+        False, "Keep the checkpoint of the lowest Frechet distance besides. Needs `evaluate_every`.", changes="nothing"
+    )
     resume_from_checkpoint: str | None = flag(
-        None, "'latest', or a checkpoint folder inside `output_dir`; an unfinished run of the same flags needs none.", changes="nothing", saved=False)
-    shutdown_grace: float = flag(30.0, "Seconds from SIGTERM or SIGINT to the end, with a checkpoint or without.", range=ABOVE_ZERO, changes="nothing")
+        None,
+        "'latest', or a checkpoint folder inside `output_dir`; an unfinished run of the same flags needs none.",
+        changes="nothing",
+        saved=False,
+    )
+    shutdown_grace: float = flag(
+        30.0, "Seconds from SIGTERM or SIGINT to the end, with a checkpoint or without.", above=0, changes="nothing"
+    )
     logger: Literal["tensorboard", "wandb", "trackio", "all", "none"] = flag(
-        "tensorboard", "Experiment tracker; 'all': each of the three that is installed.", changes="nothing")
+        "tensorboard", "Experiment tracker; 'all': each of the three that is installed.", changes="nothing"
+    )
     logging_dir: str = flag("logs", "Folder of the trackers, inside `output_dir`.", changes="nothing")
-    logging_steps: int = flag(10, "Log the mean loss every N optimizer steps.", range=FROM_ONE, changes="nothing")
+    logging_steps: int = flag(10, "Log the mean loss every N optimizer steps.", at_least=1, changes="nothing")
 
     # Hub
     push_to_hub: bool = flag(False, "Upload the pipeline, beside the training.", changes="nothing")
     hub_strategy: Literal["end", "every_save", "checkpoint"] = flag(
-        "every_save", "Upload at the end, also every time the pipeline is written, or also at every checkpoint.", changes="nothing")
-    hub_token: str | None = flag(None, "Token for the Hub; better: `hf auth login`. Never saved.", changes="nothing", saved=False)
+        "every_save",
+        "Upload at the end, also every time the pipeline is written, or also at every checkpoint.",
+        changes="nothing",
+    )
+    hub_token: str | None = flag(
+        None, "Token for the Hub; better: `hf auth login`. Never saved.", changes="nothing", saved=False
+    )
     hub_model_id: str | None = flag(None, "Repository; the name of `output_dir` if not given.", changes="nothing")
     hub_private_repo: bool = flag(False, "Create the repository as private.", changes="nothing")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parts = Path(self.logging_dir).parts
-        # Also a pattern: --overwrite_output_dir removes what it names.
-        if not parts or ".." in parts or Path(self.logging_dir).is_absolute() or {*"*?["} & {*self.logging_dir}:
-            raise UserInputError(
-                f"--logging_dir {self.logging_dir}: name a folder inside of --output_dir, such as logs"
-            )
+        check_logging_dir(self.logging_dir)
         if not self.beta_start <= self.beta_end < 1:
             raise UserInputError(f"--beta_end is {self.beta_end}: it must lie between --beta_start and 1")
         if min(self.block_out_channels) < 1:
@@ -199,8 +230,7 @@ def parse_config(argv: list[str], default_preset: str) -> TrainingConfig:
     sprites is named: with data of one's own, the defaults are the official script's.
     """
     parser = make_parser(TrainingConfig)
-    names = [flag.name for flag in fields(TrainingConfig)]
-    flags = parse_known(parser, argv, names)
+    flags = parse_known(parser, argv, [flag.name for flag in fields(TrainingConfig)])
     path = None if flags.config is None else find_preset(flags.config)
     if path is None and flags.train_data_dir is None and flags.dataset_name in (None, BUILT_IN_DATASET):
         path = presets_dir() / default_preset
@@ -210,10 +240,30 @@ def parse_config(argv: list[str], default_preset: str) -> TrainingConfig:
         sys.argv[:] = [hidden.get(argument, argument) for argument in sys.argv]
     if path is None:
         return TrainingConfig(**vars(flags))
-    yaml_argv = as_flags(read_yaml(path), path, parser, [name for name in names if name != "config"])
+    yaml_argv = _read_as_flags(path, parser)
     if flags.train_data_dir is not None and flags.dataset_name is None:  # else a preset's dataset would win over it
         yaml_argv = [argument for argument in yaml_argv if not argument.startswith("--dataset_name=")]
     return TrainingConfig(**vars(parser.parse_args(yaml_argv + argv)))
+
+
+def load_preset(name: str, **changes: Any) -> TrainingConfig:
+    """Returns the configuration of a file in configs/, or of any `--config` file, with some flags changed.
+
+    Args:
+        name: Such as "sprites_unconditional.yaml".
+        **changes: Flags by name, which win over the file.
+
+    Raises:
+        UserInputError: If there is no such file, or a value in it or in `changes` is wrong.
+    """
+    path, parser = find_preset(name), make_parser(TrainingConfig)
+    values = parser.parse_args(_read_as_flags(path, parser))
+    return TrainingConfig(**{**vars(values), **changes})
+
+
+def _read_as_flags(path: Path, parser: ArgumentParser) -> list[str]:
+    names = [flag.name for flag in fields(TrainingConfig) if flag.name != "config"]
+    return as_flags(read_yaml(path), path, parser, names)
 
 
 def presets_dir() -> Path:

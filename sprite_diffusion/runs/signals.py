@@ -72,7 +72,7 @@ class Signals:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Raises `SamplingInterrupted` inside if the run is to stop: for work that takes long and can be done again."""
+        """Raises `SamplingInterrupted` inside if the run is to stop: for long work that can be done again."""
         self._interruptible = True
         try:
             self._handle(self._received, None)

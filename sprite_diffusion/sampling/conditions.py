@@ -1,13 +1,12 @@
-"""What is to be drawn: classes, and mixes of classes."""
+"""What is to be sampled: classes, and mixes of classes."""
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from pipelines import ConditionalDDPMPipeline
 from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.sampling.pipeline_loading import Pipeline
 
 
 @dataclass(frozen=True)
@@ -18,25 +17,28 @@ class Condition:
     weights: torch.Tensor | None = None  # (K,)
 
 
-def choose_conditions(pipeline: Any, classes: list[str] | None, mixes: list[str] | None) -> list[Condition]:
-    """Those of `--class` and `--mix`; every class of the model where neither is given."""
-    if not isinstance(pipeline, ConditionalDDPMPipeline):
+def choose_conditions(pipeline: Pipeline, classes: list[str] | None, mixes: list[str] | None) -> list[Condition]:
+    """Returns the conditions of `--class` and `--mix`; every class of the model where neither is given.
+
+    Raises `UserInputError` for a class that the model does not have.
+    """
+    if pipeline.num_classes == 0:
         for flag, values in (("--class", classes), ("--mix", mixes)):
             if values:
                 raise UserInputError(f"{flag} {values[0]}: this is an unconditional model, it has no classes")
         return [Condition()]
     if not classes and not mixes:
         classes = [str(id) for id in range(pipeline.num_classes)]
-    named = [_read_class(pipeline, name) for name in classes or []]
-    return named + [_read_mix(pipeline, text) for text in mixes or []]
+    single = [_read_class(pipeline, name) for name in classes or []]
+    return single + [_read_mix(pipeline, text) for text in mixes or []]
 
 
-def _read_class(pipeline: ConditionalDDPMPipeline, name: str) -> Condition:
+def _read_class(pipeline: Pipeline, name: str) -> Condition:
     id = _class_id(pipeline, "--class", name)
     return Condition(pipeline.id2label.get(id, str(id)), torch.eye(pipeline.num_classes)[id])
 
 
-def _read_mix(pipeline: ConditionalDDPMPipeline, text: str) -> Condition:
+def _read_mix(pipeline: Pipeline, text: str) -> Condition:
     weights: dict[int, float] = {}
     for item in text.split(","):
         name, _, number = item.rpartition("=")
@@ -55,7 +57,7 @@ def _read_mix(pipeline: ConditionalDDPMPipeline, text: str) -> Condition:
     return Condition(text, context)
 
 
-def _class_id(pipeline: ConditionalDDPMPipeline, flag: str, name: str) -> int:
+def _class_id(pipeline: Pipeline, flag: str, name: str) -> int:
     try:
         return pipeline.get_class_id(int(name) if name.isdecimal() else name)
     except ValueError as error:

@@ -21,7 +21,7 @@ from sprite_diffusion.data.decoding import load_image_file, to_model_range
 from sprite_diffusion.sampling.conditions import Condition
 from sprite_diffusion.sampling.generation import Request, sample_images, sample_noise, to_unit_range
 from sprite_diffusion.sampling.pictures import choose_scale, labelled_grid, to_pixels
-from sprite_diffusion.sampling.pipeline_loading import load_pipeline
+from sprite_diffusion.sampling.pipeline_loading import Pipeline, load_pipeline
 from sprite_diffusion.sampling.samplers import NoiselessDDPMScheduler, Sampler
 
 FORWARD_COLUMNS = 10
@@ -40,7 +40,7 @@ class Figure:
         return labelled_grid(self.rows, self.row_labels, self.column_labels, scale)
 
 
-def compare_samplers(pipeline: Any, samplers: list[Sampler], request: Request) -> Figure:
+def compare_samplers(pipeline: Pipeline, samplers: list[Sampler], request: Request) -> Figure:
     """A row per sampler, all from the same noise, with what it took."""
     generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
     figure = Figure([to_unit_range(sample_noise(pipeline, generators))], ["noise"], _class_names(request))
@@ -63,16 +63,16 @@ def compare_samplers(pipeline: Any, samplers: list[Sampler], request: Request) -
     return figure
 
 
-def comparison_table(figure: Figure, samplers: list[Sampler]) -> tuple[list[str], list[list[Any]]]:
-    """The columns and rows for trackers: a row per image."""
+def comparison_table(figure: Figure) -> tuple[list[str], list[list[Any]]]:
+    """Returns the columns and rows of a comparison, for trackers: a row per image."""
     scale = choose_scale(figure.rows[0])
     pictures = [[to_pil_image(image) for image in to_pixels(row, scale)] for row in figure.rows]
     names = figure.column_labels or [""] * len(pictures[0])
-    columns = ["input_noise", *(sampler.label for sampler in samplers), "class"]
-    return columns, [list(cells) for cells in zip(*pictures, names, strict=True)]
+    samplers = [f"{sampler['scheduler']}:{sampler['num_inference_steps']}" for sampler in figure.record["samplers"]]
+    return ["input_noise", *samplers, "class"], [list(cells) for cells in zip(*pictures, names, strict=True)]
 
 
-def show_learning(pipeline: Any, snapshots: list[Path], sampler: Sampler, request: Request) -> Figure:
+def show_learning(pipeline: Pipeline, snapshots: list[Path], sampler: Sampler, request: Request) -> Figure:
     """A row per snapshot of a run, all from the same noise."""
     record = {**sampler.record, **request.record, "snapshots": [str(folder) for folder in snapshots]}
     figure = Figure([], [], _class_names(request), record)
@@ -92,7 +92,7 @@ def find_snapshots(run_dir: Path) -> list[Path]:
     return folders
 
 
-def show_forward_process(pipeline: Any, clean_images: torch.Tensor, seed: int) -> Figure:
+def show_forward_process(pipeline: Pipeline, clean_images: torch.Tensor, seed: int) -> Figure:
     """Images (N, C, H, W) in [-1, 1] on their way to noise, a row each, with the share of signal at each step."""
     scheduler = pipeline.scheduler
     timesteps = np.linspace(0, len(scheduler) - 1, FORWARD_COLUMNS).round().astype(int).tolist()
@@ -111,17 +111,16 @@ def show_forward_process(pipeline: Any, clean_images: torch.Tensor, seed: int) -
     return Figure(list(rows), [""] * len(rows), labels, record)
 
 
-def load_clean_images(source: str, num_images: int, pipeline: Any) -> torch.Tensor:
+def load_clean_images(source: str, num_images: int, pipeline: Pipeline) -> torch.Tensor:
     """The first images of a file, folder or dataset, (N, C, H, W) in [-1, 1], in the size of the model's."""
-    config = pipeline.unet.config
-    height, width = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
+    channels, height, width = pipeline.sample_shape
     path = Path(source)
     options = DataConfig(
         dataset_name=None if path.is_dir() else source,
         train_data_dir=source if path.is_dir() else None,
         resolution=f"{width}x{height}",
         center_crop=True,
-        image_mode="L" if config.in_channels == 1 else "RGB",
+        image_mode="L" if channels == 1 else "RGB",
         max_train_samples=num_images,
     )
     try:
@@ -137,7 +136,7 @@ def load_clean_images(source: str, num_images: int, pipeline: Any) -> torch.Tens
         raise UserInputError(message) from None
 
 
-def show_collapse(pipeline: Any, sampler: Sampler, request: Request) -> Figure:
+def show_collapse(pipeline: Pipeline, sampler: Sampler, request: Request) -> Figure:
     """DDPM's reverse process beside the same without the noise that each step adds."""
     if not hasattr(sampler.scheduler, "alphas_cumprod"):
         name = type(sampler.scheduler).__name__
@@ -151,7 +150,7 @@ def show_collapse(pipeline: Any, sampler: Sampler, request: Request) -> Figure:
 
 
 def interpolate(
-    pipeline: Any, sampler: Sampler, seeds: list[int], ends: list[Condition], size: int, request: Request
+    pipeline: Pipeline, sampler: Sampler, seeds: list[int], ends: list[Condition], size: int, request: Request
 ) -> Figure:
     """From the noise of one seed to that of another, left to right; from one class or mix to another, downwards."""
     if len(ends) > 2:

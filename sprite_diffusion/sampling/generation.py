@@ -8,12 +8,13 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.sampling.conditions import Condition
+from sprite_diffusion.sampling.pipeline_loading import Pipeline
 from sprite_diffusion.sampling.samplers import Sampler
 
 
 @dataclass(frozen=True)
 class Request:
-    """The images to draw: image i has `seeds[i]` and `conditions[i]`."""
+    """The images to sample: image i has `seeds[i]` and `conditions[i]`."""
 
     seeds: list[int]
     conditions: list[Condition]
@@ -23,7 +24,7 @@ class Request:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What a picture of these images says of them; its "images" is a list of its own."""
+        """What the file of a picture says of these images; each call makes the list of "images" anew."""
         images = [{"seed": s, "class": c.name} for s, c in zip(self.seeds, self.conditions, strict=True)]
         return {"guidance_scale": self.guidance_scale, "eta": self.eta, "images": images}
 
@@ -38,17 +39,23 @@ class Trajectory:
 
     @property
     def tensor_name(self) -> str:
+        """The pipeline's name for the images of a step."""
         return "pred_original_sample" if self.predicted else "latents"
 
     @property
     def frames(self) -> list[torch.Tensor]:
+        """The images (N, C, H, W) of each recorded step, of all batches."""
         return [torch.cat(parts) for parts in zip(*self._batches, strict=True)]
 
     def begin_batch(self, noise: torch.Tensor) -> None:
+        """Begins the frames of a batch, with its noise (B, C, H, W) as the first one unless they are predictions."""
         self._batches.append([] if self.predicted else [to_unit_range(noise)])
 
-    def record(self, pipeline: Any, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
-        """The pipeline's callback after each step."""
+    def record(self, pipeline: Pipeline, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Records a step, as the pipeline's callback after it.
+
+        Raises `UserInputError` if predictions are to be recorded and the scheduler does not return its own.
+        """
         timesteps = pipeline.scheduler.timesteps
         images = tensors[self.tensor_name]
         if images is None:
@@ -63,69 +70,90 @@ class Trajectory:
 
 
 def sample_images(
-    pipeline: Any,
+    pipeline: Pipeline,
     sampler: Sampler,
     request: Request,
     noise: torch.Tensor | None = None,
     trajectory: Trajectory | None = None,
     show_progress: bool = True,
 ) -> torch.Tensor:
-    """Images (N, C, H, W) in [0, 1] on the CPU. Each depends on its own seed and condition alone.
+    """Samples images. Each depends on its own seed and condition alone.
 
-    `noise` (N, C, H, W) takes the place of the noise of the seeds; what a sampler adds on its way is still theirs.
+    Args:
+        pipeline: The model; afterwards it has its own scheduler again, however sampling ends.
+        sampler: The scheduler to sample with.
+        request: The images to sample.
+        noise: x_T, (N, C, H, W), in place of the noise of the seeds; what a sampler adds on its way is still theirs.
+        trajectory: Records the steps.
+        show_progress: Whether to show a bar.
+
+    Returns:
+        The images (N, C, H, W) in [0, 1] on the CPU, float32.
     """
-    own_scheduler, pipeline.scheduler = pipeline.scheduler, sampler.scheduler
     pipeline.set_progress_bar_config(
         desc=sampler.label, unit="step", dynamic_ncols=True, leave=False, disable=not show_progress
     )
-    images = []
-    for start in range(0, len(request.seeds), request.batch_size):
-        batch = slice(start, start + request.batch_size)
-        generators = [torch.Generator().manual_seed(seed) for seed in request.seeds[batch]]
-        # Drawn here also where other noise is used: the generators go on from there, or a step would add x_T again.
-        latents = sample_noise(pipeline, generators)
-        if noise is not None:
-            latents = noise[batch]
-        kwargs: dict[str, Any] = {}
-        if request.conditions[0].weights is not None:
-            weights = [condition.weights for condition in request.conditions[batch]]
-            kwargs = {"context": torch.stack(weights), "guidance_scale": request.guidance_scale}  # type: ignore
-        if trajectory is not None:
-            trajectory.begin_batch(latents)
-            kwargs["callback_on_step_end"] = trajectory.record
-            kwargs["callback_on_step_end_tensor_inputs"] = (trajectory.tensor_name,)
-        output = pipeline(
-            batch_size=len(latents),
-            num_inference_steps=sampler.num_inference_steps,
-            eta=request.eta,
-            generator=generators,
-            latents=latents,
-            output_type="pt",
-            **kwargs,
-        )
-        images.append(output.images.float().cpu())
-    pipeline.scheduler = own_scheduler
+    model_scheduler, pipeline.scheduler = pipeline.scheduler, sampler.scheduler
+    try:
+        images = []
+        for start in range(0, len(request.seeds), request.batch_size):
+            batch = slice(start, start + request.batch_size)
+            batch_noise = None if noise is None else noise[batch]
+            images.append(_sample_batch(pipeline, sampler, request, batch, batch_noise, trajectory))
+    finally:
+        pipeline.scheduler = model_scheduler
     return torch.cat(images)
 
 
-def sample_noise(pipeline: Any, generators: list[torch.Generator]) -> torch.Tensor:
-    """x_T (N, C, H, W), standard normal: the first that each generator gives, as in the pipeline itself."""
-    config = pipeline.unet.config
-    side = config.sample_size
-    height, width = (side, side) if isinstance(side, int) else side
-    return randn_tensor((len(generators), config.in_channels, height, width), generator=generators)
+def _sample_batch(
+    pipeline: Pipeline,
+    sampler: Sampler,
+    request: Request,
+    batch: slice,
+    noise: torch.Tensor | None,
+    trajectory: Trajectory | None,
+) -> torch.Tensor:
+    """Samples the images (B, C, H, W) of a slice of the request, from `noise` (B, C, H, W) if it is given."""
+    generators = [torch.Generator().manual_seed(seed) for seed in request.seeds[batch]]
+    # Drawn also where other noise is given: the generators go on from there, or a step would add x_T again.
+    latents = sample_noise(pipeline, generators)
+    if noise is not None:
+        latents = noise
+    kwargs: dict[str, Any] = {}
+    weights = [condition.weights for condition in request.conditions[batch] if condition.weights is not None]
+    if weights:
+        kwargs = {"context": torch.stack(weights), "guidance_scale": request.guidance_scale}
+    if trajectory is not None:
+        trajectory.begin_batch(latents)
+        kwargs["callback_on_step_end"] = trajectory.record
+        kwargs["callback_on_step_end_tensor_inputs"] = (trajectory.tensor_name,)
+    output = pipeline(
+        batch_size=len(latents),
+        num_inference_steps=sampler.num_inference_steps,
+        eta=request.eta,
+        generator=generators,
+        latents=latents,
+        output_type="pt",
+        **kwargs,
+    )
+    return output.images.float().cpu()
+
+
+def sample_noise(pipeline: Pipeline, generators: list[torch.Generator]) -> torch.Tensor:
+    """Returns x_T (N, C, H, W), standard normal: the first numbers of each generator, as in the pipeline itself."""
+    return randn_tensor((len(generators), *pipeline.sample_shape), generator=generators)
 
 
 def frame_indices(num_steps: int, max_frames: int) -> list[int]:
-    """At most `max_frames` of the steps 0..num_steps-1: every one of the last, and ever fewer before.
+    """Returns at most `max_frames` of the steps 0..num_steps-1: each of the last ones, and ever fewer before.
 
-    The steps left grow as a square: little is to be seen in the first half, and the picture appears late.
+    The number of steps left grows as a square: little is to be seen in the first half, and the picture appears late.
     """
     squares = (round((num_steps - 1) * (k / max(1, max_frames - 1)) ** 2) for k in range(max_frames))
-    left = {min(num_steps - 1, max(k, square)) for k, square in enumerate(squares)}
-    return sorted(num_steps - 1 - steps for steps in left)
+    steps_left = {min(num_steps - 1, max(k, square)) for k, square in enumerate(squares)}
+    return sorted(num_steps - 1 - left for left in steps_left)
 
 
 def to_unit_range(images: torch.Tensor) -> torch.Tensor:
-    """[-1, 1], or noise, to [0, 1] on the CPU."""
+    """Returns images in [-1, 1], or noise, as [0, 1] on the CPU, clipped."""
     return (images / 2 + 0.5).clamp(0, 1).float().cpu()

@@ -2,7 +2,7 @@
 
 import warnings
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import diffusers
 import torch
@@ -16,17 +16,30 @@ from sprite_diffusion.common.machine import prepare_cpu
 
 
 class Pipeline(Protocol):
-    """What both of this project's pipelines have."""
+    """What is used of this project's two pipelines."""
 
-    unet: Any
-    scheduler: Any
-    num_classes: int  # 0 without classes
+    unet: ModelMixin
+    scheduler: SchedulerMixin
+    id2label: dict[int, str]  # of a model with classes, as is `get_class_id`
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def num_classes(self) -> int: ...  # 0 without classes
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]: ...  # channels, height and width of an image
 
     def __call__(self, **kwargs: Any) -> Any: ...
 
     def get_class_id(self, label: int | str) -> int: ...
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None: ...
+
+    def set_progress_bar_config(self, **kwargs: Any) -> None: ...
+
+    def to(self, device: torch.device | str) -> Self: ...
 
 
 OWN_CLASSES = {
@@ -42,13 +55,16 @@ OWN_CLASSES = {
 }
 
 
-def load_pipeline(
-    model: str, dtype: torch.dtype = torch.float32
-) -> UnconditionalDDPMPipeline | ConditionalDDPMPipeline:
-    """Loads a pipeline of the kinds that this project writes, its network in `dtype`.
+def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Pipeline:
+    """Loads a pipeline of the kinds that this project writes.
 
-    `model` is an output folder, a checkpoint or a snapshot inside one, the id of a repository on the Hub, or
-    `wandb:ENTITY/PROJECT/ARTIFACT:ALIAS`.
+    Args:
+        model: An output folder, a checkpoint or a snapshot inside one, the id of a repository on the Hub, or
+            `wandb:ENTITY/PROJECT/ARTIFACT:ALIAS`.
+        dtype: The number format of the network.
+
+    Raises:
+        UserInputError: If `model` is something else, or is damaged.
     """
     if model.startswith("wandb:"):
         model = _download_artifact(model)
@@ -74,16 +90,8 @@ def load_pipeline(
     return pipeline_class(unet=unet, scheduler=scheduler, **options)
 
 
-def add_speed_flags(parser: Any) -> None:
-    """`--dtype`, for `load_pipeline`, and `--compile`, for `speed_up`."""
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="Of the network; bfloat16 is faster."
-    )
-    parser.add_argument("--compile", action="store_true", help="torch.compile the network: pays for many steps.")
-
-
-def speed_up(pipeline: DiffusionPipeline, compiles: bool) -> None:
-    """Sets the machine up for the pipeline's device and, if asked for, compiles the network."""
+def speed_up(pipeline: Pipeline, compiles: bool) -> None:
+    """Sets the machine up for the pipeline's device and, if `compiles`, compiles the network."""
     on_cuda = pipeline.device.type == "cuda"
     if not on_cuda:
         prepare_cpu()
@@ -96,19 +104,21 @@ def speed_up(pipeline: DiffusionPipeline, compiles: bool) -> None:
 
 
 def _download_artifact(model: str) -> str:
+    """Downloads an artifact of W&B, and returns its folder."""
     if find_spec("wandb") is None:
         raise UserInputError(f"{model}: run 'pip install wandb' first")
     import wandb
 
     try:
         return wandb.Api().artifact(model.removeprefix("wandb:"), type="model").download()
-    except Exception as error:  # its own, those of its network library, and of the disk
+    except Exception as error:  # W&B's errors, those of its network library, and of the disk
         raise UserInputError(f"{model}: W&B does not give this artifact ({first_line(error)})") from None
 
 
-def _find_class(model: str, name: Any, kind: type) -> Any:
+def _find_class(model: str, name: str | list[str], base: type) -> Any:
+    """Returns the class that an index names, ours before diffusers'. Raises `UserInputError` if it is no `base`."""
     name = name[1] if isinstance(name, list) else name  # [file, class] for classes shipped as code
     found = OWN_CLASSES.get(name) or getattr(diffusers, name, None)
-    if not (isinstance(found, type) and issubclass(found, kind)):
+    if not (isinstance(found, type) and issubclass(found, base)):
         raise UserInputError(f"{model} holds a {name}, which neither diffusers nor this project has")
     return found

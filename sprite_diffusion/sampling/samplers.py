@@ -1,4 +1,4 @@
-"""Samplers by short name: the schedulers that can take the place of the one that a model was trained with."""
+"""Samplers: the schedulers that can take the place of the one that a model was trained with."""
 
 import inspect
 from dataclasses import dataclass
@@ -6,25 +6,14 @@ from typing import Any
 
 import diffusers
 import numpy as np
+from diffusers import SchedulerMixin
+from diffusers.configuration_utils import FrozenDict
 
 from schedulers import ClosedFormDDPMScheduler
 from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.sampling.flags import SAMPLERS
+from sprite_diffusion.sampling.pipeline_loading import OWN_CLASSES, Pipeline
 
-SAMPLERS: dict[str, Any] = {
-    "ddpm": ClosedFormDDPMScheduler,
-    "ddim": diffusers.DDIMScheduler,
-    "dpmsolver++": diffusers.DPMSolverMultistepScheduler,
-    "dpmsolver++_singlestep": diffusers.DPMSolverSinglestepScheduler,
-    "unipc": diffusers.UniPCMultistepScheduler,
-    "deis": diffusers.DEISMultistepScheduler,
-    "pndm": diffusers.PNDMScheduler,
-    "euler": diffusers.EulerDiscreteScheduler,
-    "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,
-    "heun": diffusers.HeunDiscreteScheduler,
-    "lms": diffusers.LMSDiscreteScheduler,
-    "kdpm2": diffusers.KDPM2DiscreteScheduler,
-    "kdpm2_ancestral": diffusers.KDPM2AncestralDiscreteScheduler,
-}
 FEW_STEPS = 50  # of a sampler that needs few, where their number is not given
 
 
@@ -43,42 +32,59 @@ class Sampler:
     """A scheduler, and the steps to take with it."""
 
     name: str
-    scheduler: Any
+    scheduler: SchedulerMixin
     num_inference_steps: int
 
     @property
     def label(self) -> str:
+        """The sampler in one word, such as ddim:25."""
         return f"{self.name}:{self.num_inference_steps}"
 
     @property
     def record(self) -> dict[str, Any]:
+        """What the file of a picture says of the sampler."""
         return {"scheduler": self.name, "num_inference_steps": self.num_inference_steps}
 
 
-def make_sampler(flag: str, pipeline: Any, name: str | None, num_inference_steps: int | None) -> Sampler:
-    """The sampler called `name`, or the pipeline's own, on the noise process that the model was trained with."""
-    own = pipeline.scheduler
-    if name is None or SAMPLERS.get(name) is type(own):
-        name, scheduler = name or own_name(own), own
+def make_sampler(flag: str, pipeline: Pipeline, name: str | None, num_inference_steps: int | None) -> Sampler:
+    """Returns a sampler on the noise process that the model was trained with.
+
+    Args:
+        flag: The flag that asks for the sampler, for messages.
+        pipeline: The model.
+        name: A name in `SAMPLERS`; None for the scheduler that the model was trained with.
+        num_inference_steps: The number of steps. None for all of the process with the model's own scheduler, else
+            for `FEW_STEPS`.
+
+    Raises:
+        UserInputError: For an unknown name, a sampler of another process, and a number of steps out of range.
+    """
+    model_scheduler = pipeline.scheduler
+    if name is None or SAMPLERS.get(name) == type(model_scheduler).__name__:
+        name, scheduler = name or short_name(model_scheduler), model_scheduler
     elif name not in SAMPLERS:
         raise UserInputError(f"{flag}: unknown sampler '{name}'; known are {', '.join(SAMPLERS)}")
-    elif not own.compatibles:
-        raise UserInputError(f"{flag} {name}: this model's process, {type(own).__name__}, has no sampler but its own")
+    elif not model_scheduler.compatibles:
+        process = type(model_scheduler).__name__
+        raise UserInputError(f"{flag} {name}: this model's process, {process}, has no sampler but its own")
     else:
-        scheduler = _from_config(SAMPLERS[name], own.config)
-    num_train_timesteps = len(own)
+        scheduler = _from_config(SAMPLERS[name], model_scheduler.config)
+    num_train_timesteps = len(model_scheduler)
     if num_inference_steps is None:
-        num_inference_steps = num_train_timesteps if scheduler is own else min(FEW_STEPS, num_train_timesteps)
+        few = min(FEW_STEPS, num_train_timesteps)
+        num_inference_steps = num_train_timesteps if scheduler is model_scheduler else few
     if not 1 <= num_inference_steps <= num_train_timesteps:
-        where = "--num_inference_steps" if flag == "--scheduler" else f"{flag}, {name}"
+        subject = "--num_inference_steps" if flag == "--scheduler" else f"{flag}, {name}"
         raise UserInputError(
-            f"{where}: {num_inference_steps} steps are out of the 1 to {num_train_timesteps} of this model's process"
+            f"{subject}: {num_inference_steps} steps are out of the 1 to {num_train_timesteps} of this model's process"
         )
     return Sampler(name, scheduler, num_inference_steps)
 
 
-def _from_config(scheduler_class: Any, config: Any) -> Any:
-    options = inspect.signature(scheduler_class.__init__).parameters
+def _from_config(class_name: str, config: FrozenDict) -> SchedulerMixin:
+    """Makes a scheduler of another one's config, so that it clips as the model was trained to."""
+    scheduler_class: Any = OWN_CLASSES.get(class_name) or getattr(diffusers, class_name)
+    options = inspect.signature(scheduler_class).parameters
     if config.clip_sample and "clip_sample" not in options and "thresholding" in options:
         # These solvers know clipping as the case of dynamic thresholding whose threshold can't exceed the range.
         # Without it, what a long step overshoots by stays in the image as coloured specks.
@@ -86,8 +92,8 @@ def _from_config(scheduler_class: Any, config: Any) -> Any:
     return scheduler_class.from_config(config)
 
 
-def parse_samplers(pipeline: Any, text: str) -> list[Sampler]:
-    """'ddpm:500,ddim:25' -> samplers."""
+def parse_samplers(pipeline: Pipeline, text: str) -> list[Sampler]:
+    """Returns the samplers of `--compare`, such as 'ddpm:500,ddim:25'. Raises `UserInputError` as `make_sampler`."""
     samplers = []
     for item in text.split(","):
         name, colon, steps = item.strip().partition(":")
@@ -97,7 +103,7 @@ def parse_samplers(pipeline: Any, text: str) -> list[Sampler]:
     return samplers
 
 
-def own_name(scheduler: Any) -> str:
-    """The short name of a scheduler; that of its class where it has none."""
-    names = {scheduler_class: name for name, scheduler_class in SAMPLERS.items()}
-    return names.get(type(scheduler), type(scheduler).__name__)
+def short_name(scheduler: SchedulerMixin) -> str:
+    """Returns the short name of a scheduler; that of its class where it has none."""
+    class_name = type(scheduler).__name__
+    return next((name for name in SAMPLERS if SAMPLERS[name] == class_name), class_name)

@@ -13,7 +13,7 @@ from sprite_diffusion.runs.config import TrainingConfig
 
 
 def build_noise_scheduler(config: TrainingConfig) -> ClosedFormDDPMScheduler | LinearCorruptionScheduler:
-    """The forward process."""
+    """Returns the forward process."""
     if config.noise_scheduler_class == "LinearCorruptionScheduler":
         return LinearCorruptionScheduler(num_train_timesteps=config.ddpm_num_steps, noise_type=config.noise_type)
     return ClosedFormDDPMScheduler(
@@ -26,7 +26,10 @@ def build_noise_scheduler(config: TrainingConfig) -> ClosedFormDDPMScheduler | L
 
 
 def build_model(config: TrainingConfig, num_channels: int, num_classes: int | None = None) -> torch.nn.Module:
-    """The network, with random weights; with `num_classes`, one that takes labels 0..K-1 and K for "no class"."""
+    """Returns the network with random weights; with `num_classes`, one that takes labels 0..K-1, and K for "no class".
+
+    Raises `UserInputError` if the flags do not fit each other, the resolution or the network.
+    """
     if config.gradient_checkpointing and config.model_class != "UNet2DModel":
         raise UserInputError(f"--gradient_checkpointing: {config.model_class} does not have it, leave it out")
     if config.model_class == "BasicUNet2DModel":
@@ -91,10 +94,10 @@ def _build_unet2d(config: TrainingConfig, num_channels: int, num_classes: int | 
 
 
 def _choose_num_groups(channels: list[int]) -> int:
-    """diffusers' 32 groups, or fewer where the channels can't be divided so.
+    """Returns diffusers' number of groups, 32, or fewer where the channels can't be divided so.
 
-    Never a channel per group: time and class enter a block as a number for each channel, and the normalisation after
-    that would take it away again.
+    A group never has one channel alone: time and class enter a block as a number for each channel, and normalising
+    each channel by itself would take that number away again.
     """
     groups = math.gcd(32, *channels)
     return groups // 2 if groups == min(channels) else groups
@@ -115,10 +118,10 @@ def _load_unet2d_config(name_or_path: str) -> dict[str, Any]:
 def _check_sides(config: TrainingConfig, multiple: int) -> None:
     height, width = config.image_size
     if height % multiple or width % multiple:
-        fitting = ", ".join(str(multiple * k) for k in range(max(1, max(height, width) // multiple - 1), 64)[:4])
+        multiples = ", ".join(str(multiple * k) for k in range(max(1, max(height, width) // multiple - 1), 64)[:4])
         raise UserInputError(
             f"--resolution {config.resolution}: this network halves the sides {int(math.log2(multiple))} times, so "
-            f"they must be multiples of {multiple} ({fitting}, ...); or give fewer --block_out_channels"
+            f"they must be multiples of {multiple} ({multiples}, ...); or give fewer --block_out_channels"
         )
 
 

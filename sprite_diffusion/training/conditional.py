@@ -43,6 +43,7 @@ def train(config: TrainingConfig, data: ImageData | None = None) -> ConditionalD
     noise_scheduler = build_noise_scheduler(config)
 
     def loss_fn(model: Any, batch: Batch, draws: Draws) -> torch.Tensor:
+        assert batch.class_labels is not None  # `data` has them
         class_labels = torch.where(draws.uniform < config.label_dropout, null_class, batch.class_labels)
         kwargs = {"class_labels": class_labels}
         return ddpm_loss(model, noise_scheduler, batch.images, draws.noise, draws.timesteps, kwargs, config.snr_gamma)

@@ -1,0 +1,459 @@
+"""Image generation with a denoising diffusion model, from noise to pictures: without classes, and by class."""
+
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    ModelMixin,
+    SchedulerMixin,
+)
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+
+# The `pipeline.py` of a stock folder. diffusers takes the one pipeline class in it, hence the name is used again.
+CUSTOM_PIPELINE = '''"""This model with its own pipeline and scheduler in place of the stock ones that its index names:
+
+    DiffusionPipeline.from_pretrained(..., custom_pipeline="pipeline", trust_remote_code=True)
+"""
+
+from pathlib import Path
+
+{imports}
+
+# diffusers runs this file of every repository under one name: the bytecode of one must not serve the next.
+Path(__spec__.cached).unlink(missing_ok=True)
+
+
+class UnconditionalDDPMPipeline(UnconditionalDDPMPipeline):
+    def __init__(self, unet, scheduler):
+        super().__init__(unet, ClosedFormDDPMScheduler.from_config(scheduler.config))
+'''
+
+
+class _DDPMPipeline(DiffusionPipeline):
+    """What generation with classes and without has in common: the denoising loop, and saving."""
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ("latents", "pred_original_sample")
+
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes; 0 for a model without classes."""
+        return 0
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """The channels, height and width of one image, in pixels."""
+        config = self.unet.config
+        side = config.sample_size
+        height, width = (side, side) if isinstance(side, int) else side
+        return config.in_channels, height, width
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        r"""
+        Saves weights, configs and the code files: `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)`
+        then loads them where this project is not installed.
+
+        Args:
+            save_directory (`str`): The folder, made if missing.
+            **kwargs: As for [`~diffusers.DiffusionPipeline.save_pretrained`].
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        folder = Path(save_directory)
+        index_file = folder / self.config_name
+        index = json.loads(index_file.read_text())
+        index["_class_name"] = _save_class(type(self), folder)
+        for name, component in self.components.items():
+            index[name] = _save_class(type(component), folder / name)
+        index_file.write_text(json.dumps(index, indent=2) + "\n")
+
+    def _denoise(
+        self,
+        predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        batch_size: int,
+        num_inference_steps: int | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        output_type: str,
+        return_dict: bool,
+        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...],
+        eta: float,
+    ) -> Any:
+        """Runs Algorithm 2 of Ho et al. 2020; `predict(x_t, t)` is the network's prediction, (B, C, H, W) float32."""
+        self._check_inputs(batch_size, generator, latents, output_type, callback_on_step_end_tensor_inputs)
+        device = self._execution_device
+        self.scheduler.set_timesteps(num_inference_steps or len(self.scheduler), device=device)
+
+        # 1. x_T ~ N(0, I): float32 whatever the network's dtype, or bf16 noise would have 2^8 levels
+        if latents is None:
+            latents = randn_tensor((batch_size, *self.sample_shape), generator, device=device, dtype=torch.float32)
+        latents = _scale_initial_noise(self.scheduler, latents.to(device, torch.float32))
+        step_kwargs = _accepted_by(self.scheduler.step, generator=generator, eta=eta)
+
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            # 2. the network's prediction from x_t
+            model_input = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
+            model_output = predict(model_input, t)
+
+            # 3. x_t -> x_{t-1}
+            step_output = self.scheduler.step(model_output, t, latents, **step_kwargs)
+            latents = step_output.prev_sample
+
+            if callback_on_step_end is not None:
+                tensors = {"latents": latents, "pred_original_sample": step_output.get("pred_original_sample")}
+                passed = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                latents = callback_on_step_end(self, i, t, passed).pop("latents", latents)
+
+        # 4. [-1, 1] -> images
+        images = VaeImageProcessor().postprocess(latents, output_type=output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _check_inputs(
+        self,
+        batch_size: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        output_type: str,
+        callback_tensor_inputs: tuple[str, ...],
+    ) -> None:
+        """Raises a ValueError for what the caller got wrong."""
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` is {batch_size}: it must be at least 1")
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"`generator` is a list of {len(generator)}, `batch_size` is {batch_size}: they must match"
+            )
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"`output_type` is {output_type!r}: it must be 'pil', 'np' or 'pt'")
+        known = list(self._callback_tensor_inputs)
+        if unknown := set(callback_tensor_inputs) - set(known):
+            raise ValueError(f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}: it can pass {known}")
+        shape = (batch_size, *self.sample_shape)
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` has the shape {tuple(latents.shape)}: this model takes {shape}")
+
+
+class UnconditionalDDPMPipeline(_DDPMPipeline):
+    r"""
+    Pipeline for unconditional image generation (Algorithm 2 of https://huggingface.co/papers/2006.11239).
+
+    It takes more schedulers and options than [`diffusers.DDPMPipeline`] and, for the same seed, network and
+    scheduler, draws the same random numbers.
+
+    Args:
+        unet ([`~diffusers.ModelMixin`]):
+            The network, called as `unet(sample, timestep).sample`, with `in_channels` and `sample_size` (a side or
+            (height, width), in pixels) in its config.
+        scheduler ([`~diffusers.SchedulerMixin`]):
+            `ClosedFormDDPMScheduler`, `LinearCorruptionScheduler`, or any scheduler of diffusers that is made from
+            their config.
+    """
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
+        eta: float = 0.0,
+    ) -> Any:
+        r"""
+        Generates images.
+
+        Args:
+            batch_size (`int`, defaults to 1):
+                The number of images.
+            num_inference_steps (`int`, *optional*):
+                The number of denoising steps; all timesteps of the training process if not given.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                One generator for the batch, or one for each image: an image then depends on its own seed only.
+            latents (`torch.Tensor` of shape `(batch_size, channels, height, width)`, *optional*):
+                The starting noise x_T, standard normal; drawn with `generator` if not given.
+            output_type (`str`, defaults to `"pil"`):
+                `"pil"` for `PIL.Image`s, `"np"` for an array `(batch_size, height, width, channels)` in [0, 1],
+                `"pt"` for a tensor `(batch_size, channels, height, width)` in [0, 1].
+            return_dict (`bool`, defaults to `True`):
+                Whether to return an [`~diffusers.ImagePipelineOutput`] or a tuple.
+            callback_on_step_end (`Callable`, *optional*):
+                Called after each step with the pipeline, the step's index, the timestep and a dict of the tensors
+                named by `callback_on_step_end_tensor_inputs`; it returns a dict that may hold changed `latents`.
+            callback_on_step_end_tensor_inputs (`tuple[str]`, defaults to `("latents",)`):
+                The tensors to pass to the callback: `"latents"` (x_{t-1}) and, for the schedulers that return it,
+                `"pred_original_sample"` (the clean images predicted at this step).
+            eta (`float`, defaults to 0):
+                For [`~diffusers.DDIMScheduler`]: the share of DDPM's noise that each step adds, 0 to 1; equation 16
+                of https://huggingface.co/papers/2010.02502. Other schedulers ignore it.
+
+        Returns:
+            [`~diffusers.ImagePipelineOutput`] or `tuple`: the images.
+
+        Raises:
+            ValueError: If an argument does not fit the others or the model.
+        """
+
+        def predict(model_input: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return self.unet(model_input, t).sample.float()  # (B, C, H, W)
+
+        return self._denoise(
+            predict,
+            batch_size,
+            num_inference_steps,
+            generator,
+            latents,
+            output_type,
+            return_dict,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+            eta,
+        )
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        r"""
+        Saves weights and configs so that plain `DiffusionPipeline.from_pretrained` loads them.
+
+        With a network of diffusers this is a stock `DDPMPipeline` folder, which needs no `trust_remote_code`: the
+        config of `ClosedFormDDPMScheduler` is that of `DDPMScheduler`. It holds this pipeline and that scheduler as
+        code too: `from_pretrained(..., custom_pipeline="pipeline", trust_remote_code=True)` takes them. With another
+        network the code is in the index, and loading takes `trust_remote_code=True`.
+
+        Args:
+            save_directory (`str`): The folder, made if missing.
+            **kwargs: As for [`~diffusers.DiffusionPipeline.save_pretrained`].
+        """
+        scheduler = self.scheduler
+        if type(scheduler).__name__ == "ClosedFormDDPMScheduler":
+            scheduler = DDPMScheduler.from_config(scheduler.config)
+        if not all(_is_in_diffusers(type(part)) for part in (self.unet, scheduler)):
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        DDPMPipeline(unet=self.unet, scheduler=scheduler).save_pretrained(save_directory, **kwargs)
+        if scheduler is not self.scheduler:
+            # Beside the scheduler's config: the only folder from which any file is downloaded.
+            folder = Path(save_directory, "scheduler")
+            imports = [
+                f"from .scheduler.{_save_source(cls, folder)} import {cls.__name__}"
+                for cls in (UnconditionalDDPMPipeline, type(self.scheduler))
+            ]
+            Path(save_directory, "pipeline.py").write_text(CUSTOM_PIPELINE.format(imports="\n".join(imports)))
+
+
+class ConditionalDDPMPipeline(_DDPMPipeline):
+    r"""
+    Pipeline for image generation by class, with classifier-free guidance and mixes of classes.
+
+    A model of K classes was trained with a null class beside them, which stands for "no class": id K. Its
+    prediction is the unconditional one that classifier-free guidance (https://huggingface.co/papers/2207.12598)
+    needs. A *context* is a vector of K class weights: one-hot for a class, zero for none, anything between for a mix.
+
+    Args:
+        unet ([`~diffusers.ModelMixin`]):
+            A [`~diffusers.UNet2DModel`] with `num_class_embeds = K + 1`, or a network called as
+            `unet(sample, timestep, context=context).sample` with `context_dim = K` in its config.
+        scheduler ([`~diffusers.SchedulerMixin`]):
+            `ClosedFormDDPMScheduler`, or any scheduler of diffusers that is made from its config.
+        id2label (`dict[int, str]`, *optional*):
+            The names of the classes, saved with the pipeline.
+    """
+
+    # `Optional`, as diffusers 0.35 fails to load a pipeline with `dict | None` among its types.
+    def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, id2label: Optional[dict] = None):  # noqa: UP045
+        super().__init__(unet, scheduler)
+        if id2label is not None:  # JSON turns the ids into strings
+            self.register_to_config(id2label={str(id): label for id, label in id2label.items()})
+        self.id2label = {int(id): label for id, label in (id2label or {}).items()}
+
+    @property
+    def num_classes(self) -> int:
+        """The number K of classes, without the null class."""
+        config = self.unet.config
+        return config.context_dim if "context_dim" in config else config.num_class_embeds - 1
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str] | None = None,
+        context: torch.Tensor | Mapping[int | str, float] | Sequence[Mapping[int | str, float]] | None = None,
+        guidance_scale: float = 1.0,
+        batch_size: int | None = None,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
+        eta: float = 0.0,
+    ) -> Any:
+        r"""
+        Generates images. The arguments that are not described here are those of [`UnconditionalDDPMPipeline`].
+
+        Args:
+            class_labels (`int`, `str`, or a sequence of them, *optional*):
+                Ids in 0..K-1 or names of classes: one for all images, or one for each image. Neither this nor
+                `context`: images of no particular class.
+            context (`torch.Tensor` of shape `(K,)` or `(batch_size, K)`, or mapping(s), *optional*):
+                Class weights, so that classes can be mixed: `{"hero": 1, "food": 0.6}`.
+            guidance_scale (`float`, defaults to 1):
+                `w` in `uncond + w * (cond - uncond)`; above 1 the images are more typical of their class. At 1 the
+                unconditional half is not computed.
+            batch_size (`int`, *optional*):
+                The number of images; that of the classes if not given.
+
+        Returns:
+            [`~diffusers.ImagePipelineOutput`] or `tuple`: the images.
+
+        Raises:
+            ValueError: For an unknown class, or an argument that does not fit the others or the model.
+        """
+        context = self._prepare_context(class_labels, context, batch_size).to(self._execution_device)  # (B, K)
+        batch_size = len(context)
+        guided = guidance_scale != 1
+        if guided:
+            context = torch.cat([context, torch.zeros_like(context)])  # (2B, K)
+
+        with self._conditioned_on(context) as model_kwargs:
+
+            def predict(model_input: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+                if not guided:
+                    return self.unet(model_input, t, **model_kwargs).sample.float()  # (B, C, H, W)
+                # With and without the class in one batch; Ho and Salimans 2022, equation 6, with w = 1 + their w.
+                model_input = torch.cat([model_input, model_input])
+                model_output = self.unet(model_input, t, **model_kwargs).sample.float()  # (2B, C, H, W)
+                conditional, unconditional = model_output.chunk(2)
+                return unconditional + guidance_scale * (conditional - unconditional)
+
+            return self._denoise(
+                predict,
+                batch_size,
+                num_inference_steps,
+                generator,
+                latents,
+                output_type,
+                return_dict,
+                callback_on_step_end,
+                callback_on_step_end_tensor_inputs,
+                eta,
+            )
+
+    def get_class_id(self, label: int | str) -> int:
+        r"""
+        Returns the id of a class.
+
+        Args:
+            label (`int` or `str`): An id or a name.
+
+        Raises:
+            ValueError: If the model has no such class.
+        """
+        ids = {name: id for id, name in self.id2label.items()}
+        id = ids.get(label, label) if isinstance(label, str) else int(label)
+        if isinstance(id, str) or not 0 <= id < self.num_classes:
+            names = ", ".join(ids) or f"0 to {self.num_classes - 1}"
+            raise ValueError(f"unknown class {label!r}: this model's classes are {names}")
+        return id
+
+    def _prepare_context(self, class_labels: Any, context: Any, batch_size: int | None) -> torch.Tensor:
+        """Returns the class weights (B, K) of `class_labels` or `context`, in whichever form they were given."""
+        if class_labels is not None and context is not None:
+            raise ValueError("pass `class_labels` or `context`, not both")
+        if class_labels is not None:
+            many = isinstance(class_labels, (Sequence, torch.Tensor)) and not isinstance(class_labels, str)
+            context = [{label: 1.0} for label in (class_labels if many else [class_labels])]
+        if context is None:
+            context = torch.zeros(1, self.num_classes)
+        if not isinstance(context, torch.Tensor):
+            mixes = [context] if isinstance(context, Mapping) else context
+            weights = torch.zeros(len(mixes), self.num_classes)
+            for row, mix in zip(weights, mixes, strict=True):
+                for label, weight in mix.items():
+                    row[self.get_class_id(label)] = weight
+            context = weights
+        if context.ndim == 1:
+            context = context[None]
+        if context.ndim != 2 or context.shape[1] != self.num_classes:
+            raise ValueError(f"`context` has the shape {tuple(context.shape)}: it must be (B, {self.num_classes})")
+        if batch_size is None or batch_size == len(context):
+            return context
+        if len(context) != 1:
+            raise ValueError(f"{len(context)} classes for a `batch_size` of {batch_size}: give one, or one per image")
+        return context.expand(max(batch_size, 0), -1)
+
+    @contextmanager
+    def _conditioned_on(self, context: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
+        """Yields the arguments that condition the network on class weights (B, K)."""
+        if "context_dim" in self.unet.config:
+            yield {"context": context}
+            return
+        # UNet2DModel looks labels up in a table. A mix of classes is the same mix of their rows, as offsets from the
+        # null class's; for a one-hot context that is the class's own row.
+        table = self.unet.class_embedding.weight.float()
+        classes, null = table[:-1], table[-1]  # (K, D), (D,)
+        embedding = null + context @ (classes - null)  # (B, D)
+        one_hot = (context == 1).any(dim=1) & (context != 0).sum(dim=1).eq(1)
+        embedding = torch.where(one_hot[:, None], classes[context.argmax(dim=1)], embedding)  # free of rounding
+        hook = self.unet.class_embedding.register_forward_hook(lambda module, args, output: embedding.to(output.dtype))
+        try:
+            yield {"class_labels": torch.zeros(len(context), dtype=torch.long, device=context.device)}
+        finally:
+            hook.remove()
+
+
+def _scale_initial_noise(scheduler: Any, noise: torch.Tensor) -> torch.Tensor:
+    """Returns the noise that the scheduler's process starts from, made of standard normal noise."""
+    if hasattr(scheduler, "transform_noise"):  # a process whose noise is not Gaussian
+        noise = scheduler.transform_noise(noise)
+    return noise * scheduler.init_noise_sigma
+
+
+def _accepted_by(function: Callable, **kwargs: Any) -> dict[str, Any]:
+    """Returns those of the arguments that the function has: diffusers' schedulers differ in what `step` takes."""
+    parameters = inspect.signature(function).parameters
+    return {name: value for name, value in kwargs.items() if name in parameters}
+
+
+def _is_in_diffusers(cls: type) -> bool:
+    """Returns whether diffusers itself has the class, so that a folder needs no code of it."""
+    return cls.__module__.startswith("diffusers.")
+
+
+def _save_class(cls: type, folder: Path) -> list[str]:
+    """Returns the module and name of a class, for an index; saves the module into `folder` if it is not diffusers'."""
+    module = "diffusers" if _is_in_diffusers(cls) else _save_source(cls, folder)
+    return [module, cls.__name__]
+
+
+def _save_source(cls: type, folder: Path) -> str:
+    """Copies the file of a class, named after its content, and returns that name without the ending.
+
+    diffusers imports the code of all repositories by file name alone. Two versions of a file under one name would
+    overwrite each other in a program that loads both.
+    """
+    path = Path(inspect.getfile(cls))
+    source, stem = path.read_bytes(), re.sub(r"_[0-9a-f]{8}$", "", path.stem)
+    for old in folder.glob(f"{stem}_????????.py"):
+        old.unlink()
+    name = f"{stem}_{hashlib.sha256(source).hexdigest()[:8]}"
+    (folder / f"{name}.py").write_bytes(source)
+    return name

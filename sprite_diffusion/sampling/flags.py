@@ -1,0 +1,158 @@
+"""The flags of sample.py, without torch and diffusers: `--help` and a wrong flag need not wait for their imports."""
+
+import argparse
+from pathlib import Path
+
+from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.common.files import check_writable
+from sprite_diffusion.common.flags import FROM_ONE, MAX_SEED, SEED_RANGE, ArgumentParser, Range, check_tracker
+
+# The samplers by short name, each with its class, which is this project's or diffusers'.
+SAMPLERS = {
+    "ddpm": "ClosedFormDDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "dpmsolver++": "DPMSolverMultistepScheduler",
+    "dpmsolver++_singlestep": "DPMSolverSinglestepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "deis": "DEISMultistepScheduler",
+    "pndm": "PNDMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_ancestral": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "kdpm2": "KDPM2DiscreteScheduler",
+    "kdpm2_ancestral": "KDPM2AncestralDiscreteScheduler",
+}
+FIGURES = ("compare", "snapshots", "forward", "no_noise", "interpolate")
+# The --scheduler that a figure can be asked for with; None where the figure's own flag names the samplers.
+SCHEDULERS_OF_FIGURES = {"compare": None, "no_noise": "ddpm", "interpolate": "ddim"}
+RANGES = {
+    "num_images": FROM_ONE,
+    "seed": SEED_RANGE,
+    "num_inference_steps": FROM_ONE,
+    "eta": Range(at_least=0, at_most=1),
+    "guidance_scale": Range(),
+    "batch_size": FROM_ONE,
+}
+
+
+def parse_args(description: str | None) -> argparse.Namespace:
+    """Reads the command line.
+
+    Returns the flags, with `view` (one of `FIGURES`, or "samples") and `output` (a path in any case) besides.
+    Raises `UserInputError` for values out of range, and for flags that don't go together.
+    """
+    parser = ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument(
+        "model",
+        nargs="?",
+        help="Output folder of a run, a checkpoint or snapshot in it, the id of a repository on the Hub, or "
+        "wandb:ENTITY/PROJECT/ARTIFACT:ALIAS. Left out with --snapshots.",
+    )
+    what = parser.add_argument_group("what to sample")
+    what.add_argument("--num_images", type=int, help="Images, for each class if there are any.")
+    what.add_argument("--seed", type=int, default=0, help="Image i is sampled from seed + i.")
+    what.add_argument("--class", dest="classes", action="append", help="Name or id; repeatable; default: all.")
+    what.add_argument("--mix", dest="mixes", action="append", help="Class weights: hero=1,food=0.6; repeatable.")
+    _add_process_flags(parser)
+    _add_view_flags(parser)
+    out = parser.add_argument_group("output")
+    out.add_argument("--output", type=Path, help="A .png file for one grid, or a folder for single files.")
+    out.add_argument(
+        "--scale", type=parse_scale, default="auto", help="Enlarge by this whole number; auto: to 64 pixels."
+    )
+    out.add_argument("--animate_prediction", action="store_true", help="Animate the clean images predicted.")
+    out.add_argument(
+        "--logger",
+        choices=("tensorboard", "wandb", "trackio", "all", "none"),
+        default="none",
+        help="Also give --compare to the trackers, of the model's run if it is one.",
+    )
+    args = parser.parse_args()
+    args.view = next((name for name in FIGURES if getattr(args, name)), "samples")
+    args.output = args.output or Path(f"{args.view}.png")
+    check_args(args)
+    return args
+
+
+def _add_process_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say how to sample."""
+    how = parser.add_argument_group("how")
+    how.add_argument("--scheduler", metavar="NAME", help=f"{', '.join(SAMPLERS)}; default: the model's own.")
+    how.add_argument("--num_inference_steps", type=int, help="Default: all of the model's process; else 50.")
+    how.add_argument("--eta", type=float, default=0.0, help="DDIM: share of DDPM's noise at each step, 0 to 1.")
+    how.add_argument("--guidance_scale", type=float, help="Classifier-free guidance; 1 = none, the default.")
+    how.add_argument("--batch_size", type=int, default=64, help="Images at a time; changes speed only.")
+    add_speed_flags(how)
+
+
+def _add_view_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that each ask for another view than plain samples."""
+    view = parser.add_argument_group("in place of plain samples").add_mutually_exclusive_group()
+    view.add_argument("--animate", type=Path, metavar="FILE", help="Samples, and how they form: a .gif or .webp.")
+    view.add_argument("--compare", metavar="LIST", help="Samplers beside each other: ddpm:500,ddim:25.")
+    view.add_argument("--snapshots", type=Path, metavar="RUN_DIR", help="What a run had learned at each snapshot.")
+    view.add_argument("--forward", metavar="DATA", help="An image, folder or dataset on its way to noise.")
+    view.add_argument("--no-noise", action="store_true", help="DDPM with and without the noise of each step.")
+    view.add_argument(
+        "--interpolate", nargs=2, type=int, metavar="SEED", help="Between two seeds, and two classes if given; DDIM."
+    )
+
+
+def add_speed_flags(parser: argparse._ActionsContainer) -> None:
+    """Adds `--dtype`, for `load_pipeline`, and `--compile`, for `speed_up`."""
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="Of the network; bfloat16 is faster."
+    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network: pays for many steps.")
+
+
+def parse_scale(text: str) -> int | None:
+    """Returns the number of `--scale`; None for 'auto'. Raises `UserInputError` if it is neither."""
+    if text == "auto":
+        return None
+    if not (text.isdecimal() and int(text) > 0):
+        raise UserInputError(f"--scale {text}: give 'auto' or a whole number from 1 on")
+    return int(text)
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raises `UserInputError` for values out of range, and for flags that don't go together."""
+    for name, limits in RANGES.items():
+        limits.check(name, getattr(args, name))
+    for message, is_so in _contradictions(args).items():
+        if is_so:
+            raise UserInputError(message)
+    check_tracker(args.logger)
+    _check_path("--output", args.output, ("", ".png"), "a .png file or a folder")
+    if args.animate is not None:
+        _check_path("--animate", args.animate, (".gif", ".webp"), "a .gif or .webp file")
+
+
+def _contradictions(args: argparse.Namespace) -> dict[str, bool]:
+    """Returns each message about flags that don't go together, and whether it applies."""
+    figure_flag = f"--{args.view.replace('_', '-')}"
+    allowed_schedulers = (None, SCHEDULERS_OF_FIGURES.get(args.view, args.scheduler))
+    samples_with_ddim = args.scheduler == "ddim" or "ddim" in (args.compare or "")
+    seeds = args.interpolate or []
+    return {
+        "name a model (a run's folder or a Hub id), or a run by --snapshots RUN_DIR; one of them": (
+            (args.model is None) != (args.snapshots is not None)
+        ),
+        "--animate_prediction belongs to --animate FILE": args.animate_prediction and args.animate is None,
+        f"--interpolate takes two seeds, 0 to {MAX_SEED}, and --num_images from 2 on": (
+            any(not 0 <= seed <= MAX_SEED for seed in seeds) or (args.view == "interpolate" and args.num_images == 1)
+        ),
+        f"--scheduler {args.scheduler} does not go with {figure_flag}": args.scheduler not in allowed_schedulers,
+        "--eta is for --scheduler ddim": args.eta > 0 and not samples_with_ddim,
+        "--logger belongs to --compare": args.logger != "none" and args.compare is None,
+    }
+
+
+def _check_path(flag: str, path: Path, endings: tuple[str, ...], kinds: str) -> None:
+    """Raises `UserInputError` for a path of none of the endings ("" is a folder's), and for one that can't be made."""
+    if path.suffix.lower() not in endings:
+        raise UserInputError(f"{flag} {path}: name {kinds}")
+    check_writable(flag, path)
+    if path.exists() and path.is_dir() != (path.suffix == ""):
+        raise UserInputError(f"{flag} {path} is there already, as a {'folder' if path.is_dir() else 'file'}")

@@ -1,0 +1,113 @@
+"""The views of sample.py: what its flags ask for, sampled, arranged in a picture and written."""
+
+import argparse
+import math
+from typing import Any
+
+import torch
+from PIL import Image
+
+from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.sampling.conditions import choose_conditions
+from sprite_diffusion.sampling.figures import (
+    Figure,
+    compare_samplers,
+    find_snapshots,
+    interpolate,
+    load_clean_images,
+    show_collapse,
+    show_forward_process,
+    show_learning,
+)
+from sprite_diffusion.sampling.generation import Request, Trajectory, sample_images
+from sprite_diffusion.sampling.pictures import labelled_grid, make_picture, save_animation, save_json, save_png
+from sprite_diffusion.sampling.pipeline_loading import Pipeline
+from sprite_diffusion.sampling.samplers import make_sampler, parse_samplers
+
+NUM_SAMPLES = 16  # for each class, where there are any
+MAX_FRAMES = 60
+
+
+def write_samples(args: argparse.Namespace, pipeline: Pipeline) -> None:
+    """Writes samples as a grid, with a class per row, or as single files; and the animation of the same."""
+    request = make_request(args, pipeline)
+    sampler = make_sampler("--scheduler", pipeline, args.scheduler, args.num_inference_steps)
+    trajectory = None if args.animate is None else Trajectory(MAX_FRAMES, args.animate_prediction)
+    images = sample_images(pipeline, sampler, request, trajectory=trajectory)
+    record = {**sampler.record, **request.record}
+    has_classes = pipeline.num_classes > 0
+    columns = (args.num_images or NUM_SAMPLES) if has_classes else math.ceil(math.sqrt(len(images)))
+    if not args.output.suffix:
+        _write_single_files(args, images, record)
+    elif has_classes:
+        labels = [str(condition.name) for condition in request.conditions[::columns]]
+        write_picture(args, labelled_grid(list(images.split(columns)), labels, [], args.scale), record)
+    else:
+        write_picture(args, make_picture(images, columns, args.scale), record)
+    if trajectory is not None:
+        save_animation(trajectory.frames, args.animate, columns, args.scale)
+        print(f"wrote {args.animate}")
+
+
+def make_figure(args: argparse.Namespace, pipeline: Pipeline) -> Figure:
+    """Makes the figure that a flag asks for."""
+    if args.view == "forward":
+        images = load_clean_images(args.forward, args.num_images or 4, pipeline)
+        return show_forward_process(pipeline, images, args.seed)
+    request = make_request(args, pipeline)
+    if args.view == "compare":
+        return compare_samplers(pipeline, parse_samplers(pipeline, args.compare), request)
+    name = "ddim" if args.view == "interpolate" else args.scheduler
+    sampler = make_sampler("--scheduler", pipeline, name, args.num_inference_steps)
+    if args.view == "interpolate":
+        ends = choose_conditions(pipeline, args.classes, args.mixes) if args.classes or args.mixes else []
+        return interpolate(pipeline, sampler, args.interpolate, ends, args.num_images or 7, request)
+    if args.view == "no_noise":
+        return show_collapse(pipeline, sampler, request)
+    return show_learning(pipeline, find_snapshots(args.snapshots), sampler, request)
+
+
+def make_request(args: argparse.Namespace, pipeline: Pipeline) -> Request:
+    """Returns the images to sample: for each class and mix as many as asked for.
+
+    Raises `UserInputError` for classes that the model does not have, and for guidance where it has none.
+    """
+    has_classes = pipeline.num_classes > 0
+    if args.guidance_scale is not None and not has_classes:
+        raise UserInputError(f"--guidance_scale: {args.model or args.snapshots} is unconditional, it has no classes")
+    conditions = choose_conditions(pipeline, args.classes, args.mixes)
+    default = NUM_SAMPLES if args.view == "samples" else 2 if has_classes else 8
+    repeated = [condition for condition in conditions for _ in range(args.num_images or default)]
+    return Request(
+        seeds=[args.seed + i for i in range(len(repeated))],
+        conditions=repeated,
+        batch_size=args.batch_size,
+        guidance_scale=1.0 if args.guidance_scale is None else args.guidance_scale,
+        eta=args.eta,
+    )
+
+
+def write_picture(args: argparse.Namespace, picture: Image.Image, record: dict[str, Any]) -> None:
+    """Writes a picture, with the model and `record` as its text, and the same text as JSON beside it."""
+    path = args.output if args.output.suffix else args.output / f"{args.view}.png"
+    record = {**_record_of_model(args), **record}
+    save_png(picture, path, record)
+    save_json(record, path.with_suffix(".json"))
+    print(f"wrote {path}\nwrote {path.with_suffix('.json')}")
+
+
+def _write_single_files(args: argparse.Namespace, images: torch.Tensor, record: dict[str, Any]) -> None:
+    """Writes images (N, C, H, W) in [0, 1] into the folder `--output`, and how they were made as JSON beside them."""
+    record = {**_record_of_model(args), **record}
+    common = {name: value for name, value in record.items() if name != "images"}
+    for i, (image, image_record) in enumerate(zip(images, record["images"], strict=True)):
+        file = f"{i:05d}.png"
+        save_png(make_picture(image[None], 1, args.scale), args.output / file, {**common, **image_record})
+        image_record["file"] = file
+    print(f"wrote {len(images)} images into {args.output}")
+    save_json(record, args.output / "samples.json")
+    print(f"wrote {args.output / 'samples.json'}")
+
+
+def _record_of_model(args: argparse.Namespace) -> dict[str, str]:
+    return {"model": args.model or str(args.snapshots), "dtype": args.dtype}
