@@ -3,6 +3,8 @@
 import itertools
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from launching import LAUNCH_TWO, TINY, finish, start
+from launching import LAUNCH_TWO, PYTHON, TINY, finish, run_command, start
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -20,7 +22,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.dataset import load_image_data
 from sprite_diffusion.metrics import classifier, evaluation, real_images
-from sprite_diffusion.metrics.classifier import Classifier, is_weak, load_classifier
+from sprite_diffusion.metrics.classifier import Classifier, is_weak, load_classifier, save_tensors
 from sprite_diffusion.metrics.distances import frechet_distance
 from sprite_diffusion.metrics.evaluation import (
     NEAR_COPY,
@@ -117,7 +119,7 @@ class TestRealImages:
         distances, indices = real.find_nearest(real[own])
         assert distances.tolist() == [0, 0, 0]
         assert indices.tolist() == own.tolist()
-        distances, indices = real.find_nearest(real[own], but=torch.from_numpy(own))
+        distances, indices = real.find_nearest(real[own], exclude=torch.from_numpy(own))
         assert (distances > 0).all()
         assert not set(indices.tolist()) & set(own.tolist())
 
@@ -163,6 +165,21 @@ class TestClassifier:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
         with pytest.raises(UserInputError, match="set XDG_CACHE_HOME"):
             load_classifier(sprites(60), CPU)
+
+    def test_a_cache_file_may_be_written_twice_at_the_same_time(self, tmp_path, monkeypatch):
+        def save_slowly(tensors, path, metadata):
+            save_file(tensors, path, metadata)
+            time.sleep(0.2)
+
+        monkeypatch.setattr(classifier, "save_file", save_slowly)
+        with ThreadPoolExecutor() as threads:
+            writes = [
+                threads.submit(save_tensors, {"a": torch.full((3,), float(i))}, tmp_path / "a.safetensors", {})
+                for i in range(3)
+            ]
+        assert [write.exception() for write in writes] == [None] * 3
+        (tensor,) = load_file(tmp_path / "a.safetensors").values()
+        assert tensor.unique() in torch.arange(3.0)
 
     @pytest.mark.parametrize("size", [(1, 1), (8, 20), (16, 16), (28, 28), (64, 48)])
     def test_takes_images_of_any_size(self, size):
@@ -501,6 +518,35 @@ class TestCalculateMetrics:
         assert fragment in error
         assert sorted(runs.rglob("*")) == before
         assert not (tmp_path / "out").exists()
+
+
+MAIN = """
+import sys
+from importlib import import_module
+sys.argv.pop(0)
+try:
+    import_module(sys.argv[0]).main()
+except SystemExit as exit:
+    print(exit.code, *sorted({"torch", "diffusers", "datasets"} & sys.modules.keys()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        ("sprite_diffusion.sharing.hub --help", "0"),
+        ("sprite_diffusion.sharing.hub push --help", "0"),
+        ("sprite_diffusion.sharing.hub card . --no_such_flag", "2"),
+        ("calculate_metrics --help", "0"),
+        ("calculate_metrics --no_such_flag", "2"),
+        ("calculate_metrics model --num_images 3", "2"),
+        ("calculate_metrics model --scheduler no-such", "2"),
+        ("calculate_metrics model --dataset_nam x", "2"),
+    ],
+)
+def test_help_and_wrong_flags_do_not_wait_for_torch(command, status):
+    result = run_command([*PYTHON, "-c", MAIN, *command.split()])
+    assert result.stdout.splitlines()[-1] == status
 
 
 class TestEvaluateEvery:
