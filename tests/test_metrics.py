@@ -1,4 +1,4 @@
-"""calculate_metrics.py, --evaluate_every, and what they are made of, on data and models that are made here."""
+"""Tests calculate_metrics.py, --evaluate_every and their parts, on data and models of seconds."""
 
 import itertools
 import json
@@ -44,7 +44,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """A cache of its own for each test, and a classifier of a second: enough for sprites to be told from noise."""
+    """An empty cache for each test, and a classifier trained for a second, which can tell sprites from noise."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(classifier, "TRAINING_STEPS", 60)
     return tmp_path / "cache" / "sprite-diffusion"
@@ -56,7 +56,7 @@ def sprites(number: int = 300, with_labels: bool = True, **config) -> RealImages
 
 
 def measure(real: RealImages, images: torch.Tensor, judge_classes: bool = False, extractor: Extractor | None = None):
-    """The report on images, in batches of different sizes."""
+    """Evaluates images in batches of different sizes."""
     extractor = extractor or make_extractor("classifier", "", real, CPU)
     rows = torch.arange(len(images)).split([7, len(images) - 7])
     return evaluate(real, extractor, iter((r, images[r]) for r in rows), len(images), judge_classes)
@@ -74,13 +74,14 @@ class TestRealImages:
         images = np.random.default_rng(0).integers(256, size=(20, 10, 14, 3), dtype=np.uint8)
         np.save(tmp_path / "images.npy", images)
         real = sprites(dataset_name=str(tmp_path / "images.npy"), with_labels=False, resolution="10", random_flip=True)
-        # 14x10 covers 10x10 without a resize; the training crops a random place of it
+        # An image of 14x10 covers 10x10 without a resize. Training crops it at random, and metrics in the centre.
         expected = images[[3, 11], :, 2:12].transpose(0, 3, 1, 2)
         assert (real[np.array([3, 11])].numpy() == expected).all()
 
     def test_deep_grey_is_rounded_to_8_bits(self, tmp_path):
         for i in range(20):
-            values = np.array([[0, 128, 129, 65535]] * 4, dtype=np.uint16)  # 257 levels each: 128.5 is between
+            # 257 levels of 16 bits make one of 8, so that 128.5 lies between two.
+            values = np.array([[0, 128, 129, 65535]] * 4, dtype=np.uint16)
             Image.fromarray(values).save(tmp_path / f"{i:02d}.png")
         real = sprites(dataset_name=None, train_data_dir=str(tmp_path), with_labels=False, resolution="4")
         assert real[np.array([0])][0, 0, 0].tolist() == [0, 0, 1, 255]
@@ -110,18 +111,18 @@ class TestRealImages:
         expected = (images[:, None].double() / 255 - everything).square().mean((2, 3, 4)).sqrt()  # (5, 60)
         distances, indices = real.find_nearest(images)
         assert indices.tolist() == expected.argmin(1).tolist()
-        # float32, a mean of 768 squares
+        # The distance is the mean of 768 squares in float32.
         torch.testing.assert_close(distances.double(), expected.amin(1), rtol=768 * 2**-24, atol=0)
 
     def test_nearest_of_a_training_image_is_itself_unless_left_out(self):
         real = sprites(60)
-        own = np.array([30, 4, 59])
-        distances, indices = real.find_nearest(real[own])
+        rows = np.array([30, 4, 59])
+        distances, indices = real.find_nearest(real[rows])
         assert distances.tolist() == [0, 0, 0]
-        assert indices.tolist() == own.tolist()
-        distances, indices = real.find_nearest(real[own], exclude=torch.from_numpy(own))
+        assert indices.tolist() == rows.tolist()
+        distances, indices = real.find_nearest(real[rows], exclude=torch.from_numpy(rows))
         assert (distances > 0).all()
-        assert not set(indices.tolist()) & set(own.tolist())
+        assert not set(indices.tolist()) & set(rows.tolist())
 
 
 class TestClassifier:
@@ -132,7 +133,7 @@ class TestClassifier:
         right = (scores.argmax(1) == real.class_labels[real.held_out]).double().mean().item()
         assert accuracy == pytest.approx(right)
         assert not is_weak(accuracy, real)
-        monkeypatch.setattr(classifier, "_train", None)  # would be called in vain
+        monkeypatch.setattr(classifier, "_train", None)  # a call would fail
         again, _ = load_classifier(sprites(600), CPU)
         images = real[real.reference[:10]]
         assert torch.equal(again(images), network(images))
@@ -231,10 +232,10 @@ class TestEvaluate:
         real = sprites(60)
         images = real[real.reference]
         level = NEAR_COPY * 255
-        # Inwards, as a level beyond 255 would be cut off: every pixel is off by as much.
-        off = lambda by: torch.where(images > 127, images - by, images + by).to(torch.uint8)  # noqa: E731
-        near, _ = measure(real, off(int(level)))
-        far, _ = measure(real, off(int(level) + 1))
+        # Every pixel is moved by as much, towards the middle, as a level beyond 255 would be cut off.
+        move = lambda levels: torch.where(images > 127, images - levels, images + levels).to(torch.uint8)  # noqa: E731
+        near, _ = measure(real, move(int(level)))
+        far, _ = measure(real, move(int(level) + 1))
         assert near.figures["near_copies"].value == 1
         assert far.figures["near_copies"].value == 0
         assert near.figures["nearest_distance"].value == pytest.approx(int(level) / 255)
@@ -276,7 +277,7 @@ class TestEvaluate:
         images[12, :, 3, 3] ^= 8
         _, picture = measure(real, images)
         pixels = np.asarray(picture.convert("RGB"))
-        # Two rows of 64-pixel squares; the first column is of the copy.
+        # The picture has two rows of 64-pixel squares, and the exact copy in the first column.
         left = next(x for x in range(pixels.shape[1]) if (pixels[2:66, x : x + 64] == enlarged(images[4])).all())
         assert (pixels[70:134, left : left + 64] == enlarged(images[4])).all()
         assert any((pixels[2:66, x : x + 64] == enlarged(images[12])).all() for x in range(left + 60, left + 80))
@@ -303,7 +304,7 @@ class TestExtractors:
             without_weights.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
             torch.manual_seed(0)
             network = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
-        monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # where the download would be
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # torch looks for a download there
         file = tmp_path / "hub" / "checkpoints" / fidelity.URL_INCEPTION_V3.rpartition("/")[2]
         file.parent.mkdir(parents=True)
         torch.save(network.state_dict(), file)
@@ -313,7 +314,7 @@ class TestExtractors:
         assert images.shape == (3, 1, 16, 16)
         (expected,) = network(images.repeat(1, 3, 1, 1))
         assert extractor.extract(images).shape == (3, 2048)
-        # The same operations in two libraries, on the same resize: the differences between images are to be the same.
+        # Two libraries do the same operations after the same resize, so that images differ by as much in both.
         spread = (expected[0] - expected[1]).abs().max()
         assert spread > 0
         torch.testing.assert_close(extractor.extract(images), expected, rtol=1e-5, atol=float(spread) / 1000)
@@ -357,7 +358,7 @@ class TestExtractors:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two runs of seconds: their images are noise, but everything is there."""
+    """Two runs of seconds, with all files of a run; their samples are noise."""
     folder = tmp_path_factory.mktemp("runs")
     for script in ("train_unconditional", "train_conditional"):
         finish(start(script, f"{TINY} --max_train_samples 60 --train_batch_size 20", folder / script))
@@ -379,7 +380,7 @@ class TestGenerate:
             class_labels=[label], num_inference_steps=2, guidance_scale=2.0,
             generator=[torch.Generator().manual_seed(5 + 13)], output_type="pt",
         ).images  # fmt: skip
-        # Rounded, not cut off: and of another batch size, which may move a value across the border of a level.
+        # Levels are rounded, not cut off. Another batch size may move a value across the border between two.
         assert ((images[13] / 255 - expected).abs() <= (0.5 + 1e-3) / 255).all()
 
     def test_classes_are_found_by_name_and_must_be_the_models(self, runs):
@@ -424,7 +425,7 @@ class TestCalculateMetrics:
         ]
         for figure in [*figures.values(), *metrics["of_class"].values()]:
             assert figure["interval"][0] <= figure["value"] <= figure["interval"][1]
-        # A network of six steps draws noise.
+        # After six steps of training the samples are noise.
         assert figures["frechet_distance"]["value"] > 3 * figures["frechet_distance"]["real"]
         assert figures["near_copies"]["value"] == 0
         assert f"{figures['frechet_distance']['value']:.4g}" in output
@@ -453,7 +454,7 @@ class TestCalculateMetrics:
         assert "| coverage |" not in card
         assert "was not measured" in card
 
-    def test_a_folder_of_images_scores_as_the_model_that_drew_them(self, runs, run_script, tmp_path, capsys):
+    def test_a_folder_of_images_scores_as_the_model_that_sampled_them(self, runs, run_script, tmp_path, capsys):
         model, data = runs / "train_unconditional", "--dataset_name sprites --max_train_samples 60"
         run_script("calculate_metrics", f"{model} {self.FLAGS}")
         for scale in (1, 2):
@@ -561,11 +562,11 @@ class TestEvaluateEvery:
     def test_history_last_figures_trackers_and_card(self, run_script, tmp_path, script):
         run_script(script, f"{self.FLAGS} --logger tensorboard", tmp_path / "run")
         history = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-        assert [line["global_step"] for line in history] == [16, 24]  # of 8 steps an epoch: every two, and at the end
+        assert [line["global_step"] for line in history] == [16, 24]  # after epochs 2 and 3, of 8 steps
         assert history[-1] == read_metrics(tmp_path / "run")
         assert ("class_accuracy" in history[0]["figures"]) == (script == "train_conditional")
         assert history[0]["figures"] != history[1]["figures"]
-        assert "classified rightly" in history[0]["extractor"]  # labels serve the judge of either script
+        assert "classified rightly" in history[0]["extractor"]  # both scripts' classifiers learn the labels
         logs = EventAccumulator(str(next((tmp_path / "run" / "logs").rglob("events*")).parent)).Reload()
         logged = {event.step: event.value for event in logs.Scalars("metrics/precision")}
         assert logged == pytest.approx(
