@@ -10,14 +10,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from diffusers import (
-    DDPMPipeline,
-    DDPMScheduler,
-    DiffusionPipeline,
-    ImagePipelineOutput,
-    ModelMixin,
-    SchedulerMixin,
-)
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
