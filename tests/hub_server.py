@@ -1,4 +1,4 @@
-"""A Hub on the loopback interface: what `huggingface_hub` and diffusers ask of the real one, answered in its way.
+"""Serves a Hub on the loopback interface, which answers `huggingface_hub` and diffusers as the real one does.
 
 Model repositories of one user with one branch. Clients take its address from `HF_ENDPOINT`, which they read when they
 are imported, so they have to run in processes of their own. Weights go by LFS; clients need `HF_HUB_DISABLE_XET=1`.

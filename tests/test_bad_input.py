@@ -1,4 +1,4 @@
-"""What users get wrong: one line on standard error, exit status 2, nothing touched."""
+"""Tests that what users get wrong ends in one line on standard error and exit status 2, with no file touched."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Losses, gradients and weights that are not finite."""
+"""Tests that a run skips steps whose loss or gradient is not finite, and stops where it can't go on."""
 
 import json
 from types import SimpleNamespace

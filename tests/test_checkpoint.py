@@ -1,4 +1,4 @@
-"""Runs that are killed, checkpoints that are damaged, disks that are full."""
+"""Tests that runs survive kills, damaged checkpoints and full disks."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Flags, YAML files, presets, and what the official script's users type."""
+"""Tests how flags, YAML files and presets become a configuration and a network, as in diffusers' official script."""
 
 import re
 from dataclasses import fields

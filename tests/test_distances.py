@@ -1,4 +1,4 @@
-"""Each distance against a computation of somebody else's, or the definition written out."""
+"""Tests each distance between sets of features against another library or against its definition, written out."""
 
 import numpy as np
 import pytest

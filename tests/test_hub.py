@@ -1,4 +1,4 @@
-"""Pushing to the Hub and loading from it: the real clients, in processes of their own, against a loopback server."""
+"""Tests pushing to the Hub and loading from it, by the real clients in processes of their own, at a local server."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The losses against the papers' formulas in float64, and the EMA against a loop."""
+"""Tests the losses against the papers' formulas in float64, and the average of the weights against a plain loop."""
 
 import math
 

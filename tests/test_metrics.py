@@ -1,4 +1,4 @@
-"""calculate_metrics.py, --evaluate_every, and what they are made of, on data and models that are made here."""
+"""Tests calculate_metrics.py, --evaluate_every and their parts, on data and models that are made here."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""What makes training and sampling fast changes the speed alone."""
+"""Tests that what makes training and sampling fast changes nothing but the speed."""
 
 import json
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Several processes and machines: what one process with the same batch trains, whoever is killed and resumed."""
+"""Tests that several processes and machines train what one process with the same batch does, also when resumed."""
 
 import json
 import os

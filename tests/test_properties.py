@@ -1,4 +1,4 @@
-"""What holds for every input: drawn by hypothesis, the shrunken counterexample is what a failure shows."""
+"""Tests what holds for every input, on inputs that hypothesis makes up; a failure shows the simplest that it found."""
 
 import contextlib
 import warnings

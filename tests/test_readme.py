@@ -1,4 +1,4 @@
-"""The README's tree, commands and links against what is there."""
+"""Tests that the files, functions and links which the README and the docs name are there."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1 at processes of the training scripts."""
+"""Tests what SIGTERM, SIGINT and SIGUSR1 do to the training scripts, with real processes."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The trackers' own records, read back after runs."""
+"""Tests what the experiment trackers have of a run, read back from their own records."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The training scripts and the loop: runs of seconds, and what they leave."""
+"""Tests the training scripts and the loop by runs of seconds and the files that they leave."""
 
 import io
 import shutil

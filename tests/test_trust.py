@@ -1,4 +1,4 @@
-"""Nobody's code runs but ours, tokens stay secret, and names from elsewhere never become paths."""
+"""Tests that no foreign code runs, that tokens stay secret, and that names in data never become paths."""
 
 import contextlib
 import io
