@@ -7,20 +7,15 @@ from launching import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
 TREE = re.search(r"## The files\n\n```\n(.*?)```", README, re.DOTALL)[1].splitlines()
+PACKAGE_FOLDERS = ["common", "data", "sampling", "metrics", "sharing", "runs", "training"]
 LISTED_FOLDERS = [
-    "schedulers",
-    "models",
-    "pipelines",
-    "sampling",
-    "metrics",
-    "training",
-    "configs",
-    "benchmarks",
-    "docs",
+    *("schedulers", "models", "pipelines", *(f"sprite_diffusion/{folder}" for folder in PACKAGE_FOLDERS)),
+    *("configs", "benchmarks", "docs"),
 ]
 
 
 def listed_files() -> set[str]:
+    """Returns the files of the README's tree, in which those of a folder are indented below it."""
     files, folder = set(), ""
     for line in TREE:
         name, description = re.fullmatch(r"( *\S+) +(\S.*)", line).groups()
