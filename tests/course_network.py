@@ -1,4 +1,4 @@
-"""The network of the sprite course "How Diffusion Models Work", with its parameter names, without its shortcut."""
+"""Defines the network of the course "How Diffusion Models Work", with its parameter names and an all-zero shortcut."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""Folders with damaged, hostile and odd files: each bad file is named, each good file is used."""
+"""Tests that of a folder with damaged, hostile and odd files each bad one is named and each good one used."""
 
 import errno
 import json

@@ -1,26 +1,18 @@
-"""What users get wrong: one line on standard error, exit status 2, nothing touched."""
+"""Tests that what users get wrong ends in one line on standard error and exit status 2, with no file touched."""
 
 import hashlib
-import json
-import pickle
 import re
-import shutil
 from pathlib import Path
 
-import datasets
-import numpy as np
 import pytest
-import torch
-from inspecting import UNET_WEIGHTS
+from bad_files import make_files
 from launching import TINY, finish, start
-from PIL import Image
-from safetensors.torch import load_file, save_file
 
 PROGRESS_BAR = re.compile(r"\d+/\d+ \[")
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
-    """Every folder, file and content."""
+    """Returns the SHA-256 of each file below a folder, and '' for each folder."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
         for path in sorted(folder.rglob("*"))
@@ -31,208 +23,17 @@ def times_of_change(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-# Good and bad files, made once: {0} in the flags of the cases
-
-
-def change_json(path: Path, **changes) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def make_pictures(folder: Path) -> None:
-    for label in ("cat", "dog"):
-        (folder / "pictures" / label).mkdir(parents=True)
-        for i in range(3):
-            Image.new("RGB", (16, 16), (40 * i, 0, 0)).save(folder / "pictures" / label / f"{i}.png")
-    shutil.copytree(folder / "pictures" / "cat", folder / "flat")
-    shutil.copytree(folder / "pictures", folder / "damaged")
-    (folder / "damaged/cat/1.png").write_bytes(b"\x89PNG")
-    (folder / "empty").mkdir()
-    (folder / "file").write_text("mine")
-    (folder / "text.png").write_text("mine")
-    shutil.copytree(folder / "flat", folder / "metadata")
-    (folder / "metadata/metadata.jsonl").write_text("{")
-    shutil.copytree(folder / "flat", folder / "archive")
-    (folder / "archive/more.zip").write_bytes(b"PK")
-    (folder / "csv").mkdir()
-    (folder / "csv/train.csv").write_text("a,b\n1\n2,3,4\n")
-
-
-def make_arrays(folder: Path) -> None:
-    images = np.zeros((4, 16, 16, 3), np.uint8)
-    arrays = {
-        "images": images,
-        "floats": images / 255,
-        "flat_images": images[0],
-        "two_channels": images[..., :2],
-        "no_images": images[:0],
-        "labels": np.array([0, 1, 1, 0]),
-        "three_labels": np.array([0, 1, 1]),
-        "large_label": np.array([0, 1, 7, 0]),
-        "negative_label": np.array([0, 1, -1, 0]),
-        "fractions": np.array([0.0, 0.5, 1, 0]),
-        "two_hot": np.array([[1, 0], [1, 1], [0, 1], [0, 1]]),
-        "words": np.array(["a", "b", "a", "b"]),
-        "cube": np.zeros((4, 2, 2), int),
-    }
-    for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array)
-    np.save(folder / "objects.npy", np.array([0, "a", 1, 0], object), allow_pickle=True)
-    np.savez(folder / "archive.npz", images)
-    (folder / "archive.npz").rename(folder / "zipped.npy")
-    whole = (folder / "images.npy").read_bytes()
-    (folder / "cut.npy").write_bytes(whole[: len(whole) // 2])
-    (folder / "text.npy").write_text("mine")
-
-
-def make_tables(folder: Path) -> None:
-    png = (folder / "flat/0.png").read_bytes()
-    image = [{"bytes": png, "path": None}] * 3
-
-    def save(name, features=None, **columns):
-        datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / f"{name}.parquet")
-
-    typed = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b"]))
-    save("typed", typed, image=image, label=[0, 1, 1])
-    save("missing_label", typed, image=image, label=[0, -1, 1])
-    twice = datasets.Features(left=datasets.Image(), right=datasets.Image())
-    save("two_images", twice, left=image, right=image)
-    save("bad_bytes", typed, image=[{"bytes": b"no", "path": None}] * 3, label=[0, 1, 1])
-    save("no_bytes", image=[{"bytes": None, "path": "gone.png"}] * 3)
-    save("null_image", typed, image=[image[0], None, image[0]], label=[0, 1, 1])
-    save("numbers", x=[1, 2, 3], y=[0.5, 1, 2], z=["a", None, "b"], image=[{"bytes": png}] * 3)
-    (folder / "text.parquet").write_text("mine")
-    whole = (folder / "typed.parquet").read_bytes()
-    (folder / "cut.parquet").write_bytes(whole[: len(whole) // 2])
-
-
-def make_configs(folder: Path) -> None:
-    texts = {
-        "list": "- 1\n",
-        "empty": "",
-        "broken": "a: [1\n",
-        "tab": "a:\n\t- 1\n",
-        "unknown": "learning_rat: 1\n",
-        "type": "learning_rate: fast\n",
-        "nested": "learning_rate: {a: 1}\n",
-        "many": "seed: [1, 2]\n",
-        "bool": "use_ema: maybe\n",
-        "tag": "seed: !!python/object/apply:os.getpid []\n",
-        "number": "1: 2\n",
-        "none": "seed: [null]\n",
-        "bomb": "a: &a [1]\n"
-        + "".join(f"a{i}: &a{i} [*a{i - 1 if i else ''}, *a{i - 1 if i else ''}]\n" for i in range(3)),
-        "date": "seed: 2020-01-01\n",
-        "choice": "resize_mode: stretch\n",
-        "itself": "config: own.yaml\n",
-    }
-    for name, text in texts.items():
-        (folder / f"{name}.yaml").write_text(text)
-    (folder / "binary.yaml").write_bytes(b"\xff\xfe\x00a")
-    (folder / "control.yaml").write_bytes(b"seed: \x00")
-    (folder / "unet.json").write_text(json.dumps({"_class_name": "UNet2DModel", "in_channels": 3}))
-    (folder / "broken.json").write_text("{")
-    (folder / "unet_types.json").write_text(
-        json.dumps({"block_out_channels": [8, 8], "down_block_types": ["No", "No"], "up_block_types": ["No", "No"]})
-    )
-    (folder / "unet_lengths.json").write_text(
-        json.dumps({"block_out_channels": [32, 32], "down_block_types": ["DownBlock2D"]})
-    )
-    (folder / "unet_text.json").write_text(json.dumps({"block_out_channels": "32"}))
-
-
-def make_models(folder: Path, run_script) -> None:
-    once = f"{TINY} --num_epochs 1"
-    toy = "--model_class BasicUNet2DModel --noise_scheduler_class LinearCorruptionScheduler"
-    run_script("train_unconditional", f"{once} --snapshot_epochs 1", folder / "run")
-    run_script("train_conditional", once, folder / "by_class")
-    run_script("train_unconditional", f"{once} {toy}", folder / "toy")
-
-    def change(name, how, source="run"):
-        kept_back = shutil.ignore_patterns("checkpoint-*", "snapshots", "logs", "samples")
-        how(shutil.copytree(folder / source, folder / name, ignore=kept_back))
-
-    change("index_broken", lambda run: (run / "model_index.json").write_text("{"))
-    change("index_list", lambda run: (run / "model_index.json").write_text("[]"))
-    change("index_no_class", lambda run: (run / "model_index.json").write_text("{}"))
-    change("index_unknown", lambda run: change_json(run / "model_index.json", _class_name="NoSuchPipeline"))
-    change("index_other", lambda run: change_json(run / "model_index.json", _class_name="StableDiffusionPipeline"))
-    change("index_numbers", lambda run: change_json(run / "model_index.json", unet=3))
-    change("index_null", lambda run: change_json(run / "model_index.json", unet=[None, None]))
-    change("index_text", lambda run: change_json(run / "model_index.json", _class_name={"a": 1}))
-    change("no_unet", lambda run: shutil.rmtree(run / "unet"))
-    change("no_scheduler", lambda run: shutil.rmtree(run / "scheduler"))
-    change("no_weights", lambda run: (run / UNET_WEIGHTS).unlink())
-    change("unet_broken", lambda run: (run / "unet/config.json").write_text("{"))
-    change("unet_empty", lambda run: (run / "unet/config.json").write_text(""))
-    change("unet_list", lambda run: (run / "unet/config.json").write_text("[1]"))
-    change("unet_binary", lambda run: (run / "unet/config.json").write_bytes(b"\xff\xfe"))
-    change("unet_types", lambda run: change_json(run / "unet/config.json", down_block_types=["NoBlock"]))
-    change("unet_number", lambda run: change_json(run / "unet/config.json", block_out_channels=8))
-    change("unet_wider", lambda run: change_json(run / "unet/config.json", block_out_channels=[16]))
-    change("unet_channels", lambda run: change_json(run / "unet/config.json", in_channels="three"))
-    change("weights_text", lambda run: (run / UNET_WEIGHTS).write_text("mine"))
-    change("weights_cut", lambda run: (run / UNET_WEIGHTS).write_bytes((run / UNET_WEIGHTS).read_bytes()[:-1000]))
-    change("weights_empty", lambda run: (run / UNET_WEIGHTS).write_bytes(b""))
-    change("weights_other", lambda run: save_file({"a": torch.zeros(1)}, run / UNET_WEIGHTS))
-    change(
-        "weights_fewer",
-        lambda run: save_file(dict(list(load_file(run / UNET_WEIGHTS).items())[1:]), run / UNET_WEIGHTS),
-    )
-    change("scheduler_broken", lambda run: (run / "scheduler/scheduler_config.json").write_text("{"))
-    change("scheduler_steps", lambda run: change_json(run / "scheduler/scheduler_config.json", num_train_timesteps=-1))
-    change("scheduler_text", lambda run: change_json(run / "scheduler/scheduler_config.json", beta_start="small"))
-    change("scheduler_betas", lambda run: change_json(run / "scheduler/scheduler_config.json", beta_schedule="none"))
-    change("scheduler_type", lambda run: change_json(run / "scheduler/scheduler_config.json", prediction_type="none"))
-    change("labels_list", lambda run: change_json(run / "model_index.json", id2label=[1]), "by_class")
-    change("labels_text", lambda run: change_json(run / "model_index.json", id2label="cat"), "by_class")
-    change("summary_broken", lambda run: (run / "training_summary.json").write_text("{"))
-    change("summary_empty", lambda run: (run / "training_summary.json").write_text("{}"))
-    change("summary_list", lambda run: (run / "training_summary.json").write_text("[]"))
-    change("summary_types", lambda run: change_json(run / "training_summary.json", num_parameters="many"))
-    change("no_summary", lambda run: (run / "training_summary.json").unlink())
-    change("config_broken", lambda run: (run / "training_config.yaml").write_text("a: [1"))
-    change("config_list", lambda run: (run / "training_config.yaml").write_text("[]"))
-    change("config_unknown", lambda run: (run / "training_config.yaml").write_text("no_such_key: 1\n"))
-    change("config_short", lambda run: (run / "training_config.yaml").write_text("seed: 1\n"))
-    change("metrics_broken", lambda run: (run / "metrics.json").write_text("{"))
-    change("card_binary", lambda run: (run / "README.md").write_bytes(b"\xff\xfe"))
-    change("card_broken", lambda run: (run / "README.md").write_text("---\na: [1\n---\n"))
-
-
-def make_course_checkpoints(folder: Path) -> None:
-    torch.save({"init_conv.conv1.0.weight": torch.zeros(1)}, folder / "few.pth")
-    torch.save({"other.weight": torch.zeros(1)}, folder / "other.pth")
-    torch.save([1, 2], folder / "list.pth")
-    torch.save(torch.zeros(3), folder / "tensor.pth")
-    torch.save({1: torch.zeros(1)}, folder / "keys.pth")
-    torch.save({"init_conv.conv1.0.weight": 3}, folder / "values.pth")
-    names = ("init_conv.conv1.0.weight", "up0.0.weight", "out.3.weight", "contextembed1.model.0.weight")
-    torch.save({name: torch.zeros(4, 4, 1, 1) for name in names}, folder / "shapes.pth")
-    torch.save({name: torch.zeros(()) for name in names}, folder / "scalars.pth")
-    (folder / "text.pth").write_text("mine")
-    (folder / "empty.pth").write_bytes(b"")
-    (folder / "pickle.pth").write_bytes(pickle.dumps({"a": Path("b")}))
-    whole = (folder / "few.pth").read_bytes()
-    (folder / "cut.pth").write_bytes(whole[: len(whole) // 2])
-    (folder / "bytes.pth").write_bytes(np.random.default_rng(0).bytes(1000))
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, run_script):
+    """Makes the good and bad files once, in the folder that {0} stands for in the flags of the cases."""
     folder = tmp_path_factory.mktemp("bad-input")
-    make_pictures(folder)
-    make_arrays(folder)
-    make_tables(folder)
-    make_configs(folder)
-    make_models(folder, run_script)
-    make_course_checkpoints(folder)
+    make_files(folder, run_script)
     before = fingerprint(folder)
     yield folder
     assert fingerprint(folder) == before
 
 
-OWN = TINY.replace("--max_train_samples 20 ", "")
-# The flags, then what the line says.
+# Each case has flags and the fragments that the line of error must have; {1} is a folder of the test.
 TRAIN_UNCONDITIONAL = [
     # flags
     ("--learning_rat 3", "unknown flag '--learning_rat'", "did you mean '--learning_rate'"),
@@ -580,11 +381,11 @@ def test_one_line_names_what_to_change(case, run_script, folder, tmp_path, monke
     with pytest.raises(SystemExit) as exit:
         run_script(script, flags.format(folder, tmp_path), output_dir)
     assert exit.value.code == 2
-    said = capfd.readouterr().err.replace("\r", "\n").strip().splitlines()
-    assert said[-1].startswith("error: ")
+    *before_it, error = capfd.readouterr().err.replace("\r", "\n").strip().splitlines()
+    assert error.startswith("error: ")
     for fragment in fragments:
-        assert fragment.format(folder) in said[-1]
-    assert not [line for line in said[:-1] if line.strip() and not PROGRESS_BAR.search(line)]
+        assert fragment.format(folder) in error
+    assert not [line for line in before_it if line.strip() and not PROGRESS_BAR.search(line)]
     assert times_of_change(folder) == before
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""Losses, gradients and weights that are not finite."""
+"""Tests that a run skips steps whose loss or gradient is not finite, and stops where it can't go on."""
 
 import json
 from types import SimpleNamespace
@@ -34,29 +34,30 @@ def take_step(model, optimizer, bad_steps, images, factor=1.0) -> None:
     optimizer.zero_grad()
 
 
-def everything(model, optimizer) -> list[torch.Tensor]:
+def trained_tensors(model, optimizer) -> list[torch.Tensor]:
+    """Returns copies of all that a step may change: weights, statistics, moments and step counts."""
     states = [value for parameter in model.parameters() for value in optimizer.state[parameter].values()]
     return [tensor.clone() for tensor in [*model.state_dict().values(), *states] if tensor.is_floating_point()]
 
 
 @pytest.mark.parametrize("bad", ["image", "loss"])
 def test_a_bad_step_moves_nothing_and_the_next_one_goes_on(bad):
-    """Weights, both moments, the step count and BatchNorm's statistics."""
+    """The weights, both moments, the step count and BatchNorm's statistics stay as they were."""
     images = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
     model, undisturbed = make_model(), make_model()
     (optimizer, bad_steps), (other_optimizer, other) = make_bad_steps(model), make_bad_steps(undisturbed)
     take_step(model, optimizer, bad_steps, images)
     take_step(undisturbed, other_optimizer, other, images)
-    before = everything(model, optimizer)
+    before = trained_tensors(model, optimizer)
     broken = images.clone()
     broken[3, 1] = torch.nan if bad == "image" else 0.0
     take_step(model, optimizer, bad_steps, broken, factor=1.0 if bad == "image" else torch.inf)
-    assert all(map(torch.equal, before, everything(model, optimizer)))
+    assert all(map(torch.equal, before, trained_tensors(model, optimizer)))
     take_step(model, optimizer, bad_steps, images)
     take_step(undisturbed, other_optimizer, other, images)
-    after = everything(model, optimizer)
+    after = trained_tensors(model, optimizer)
     assert not all(map(torch.equal, before, after))
-    assert all(map(torch.equal, after, everything(undisturbed, other_optimizer)))
+    assert all(map(torch.equal, after, trained_tensors(undisturbed, other_optimizer)))
     state = TrainState()
     assert bad_steps.read(state, "none") == {"skipped_steps": 1}
     assert state.skipped_steps == 1
@@ -77,14 +78,14 @@ def test_only_a_row_of_them_ends_the_run():
     for factor in [torch.nan, torch.nan, 1.0, torch.nan, torch.nan]:
         take_step(model, optimizer, bad_steps, images, factor)
     bad_steps.read(TrainState(), "none")
-    take_step(model, optimizer, bad_steps, images, torch.nan)  # the third of a row that began before the reading
+    take_step(model, optimizer, bad_steps, images, torch.nan)  # the third in a row that began before the reading
     take_step(model, optimizer, bad_steps, images)
     with pytest.raises(UserInputError, match=r"3 steps in a row: lower --learning_rate.*: runs/x/checkpoint-5"):
         bad_steps.read(TrainState(), "runs/x/checkpoint-5")
 
 
 def test_an_overflow_of_fp16_is_told_from_divergence(capsys):
-    """With a GradScaler of the CPU: the loss is finite, its scaled gradient is not."""
+    """Takes steps with a GradScaler on the CPU whose loss is finite and whose scaled gradient is not."""
     scaler = torch.amp.GradScaler("cpu", init_scale=1e38)
     model = make_model()
     optimizer, bad_steps = make_bad_steps(model, limit=2, scaler=scaler)
@@ -119,7 +120,7 @@ def test_an_overflow_of_fp16_is_told_from_divergence(capsys):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Makes the images of given steps NaN, before they reach the loss."""
+    """Returns a function that puts a NaN into the images of given steps, before they reach the loss."""
 
     def poison(steps: range) -> None:
         draw = training_loop.draw_randomness

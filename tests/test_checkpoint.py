@@ -1,4 +1,4 @@
-"""Runs that are killed, checkpoints that are damaged, disks that are full."""
+"""Tests that runs survive kills, damaged checkpoints and full disks."""
 
 import json
 import os
@@ -30,7 +30,7 @@ EVERYTHING = (
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """24 pictures of two classes, for streaming."""
+    """Makes a folder of 24 pictures of two classes, for streaming."""
     folder = tmp_path_factory.mktemp("pictures")
     for label in ("cat", "dog"):
         (folder / label).mkdir()
@@ -42,7 +42,8 @@ def pictures(tmp_path_factory):
 def run_with_kills(script: str, flags: str, output_dir: Path, moments: list[str]) -> list[str]:
     """Starts a run again and again, kills it at each of `moments` and lets the last one finish.
 
-    A moment is a pattern of files that are being written, or seconds of training; returns those that came.
+    A moment is a pattern of files that are being written, or a number of seconds after the training began. Returns
+    the moments that came before the run ended.
     """
     survived = []
     for moment in moments:
@@ -50,7 +51,7 @@ def run_with_kills(script: str, flags: str, output_dir: Path, moments: list[str]
         config = output_dir / "training_config.yaml"
         before = config.stat().st_mtime_ns if config.exists() else 0
         while process.poll() is None and not (config.exists() and config.stat().st_mtime_ns != before):
-            time.sleep(0.001)  # until the training begins
+            time.sleep(0.001)  # the configuration is written when the training begins
         if moment[0].isdigit():
             time.sleep(float(moment))
         else:
@@ -98,7 +99,7 @@ def test_a_run_survives_many_kills(tmp_path, pictures, source):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run that was killed after its second checkpoint."""
+    """Trains a run that is killed after its second checkpoint."""
     output_dir = tmp_path_factory.mktemp("stopped") / "run"
     process = start("train_unconditional", f"{TINY} --num_epochs 4", output_dir)
     assert wait_for(process, output_dir, "checkpoint-6")
@@ -108,13 +109,13 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def stopped(run, tmp_path):
-    """A copy of it."""
+    """Copies the killed run, for a test to change."""
     return Path(shutil.copytree(run, tmp_path / "run"))
 
 
 @pytest.fixture
 def refuses(run_script, capsys):
-    """The error of a script that ends with status 2, one line."""
+    """Returns a function that runs a script which has to end with status 2, and returns its line of error."""
 
     def check(flags: str, output_dir: Path) -> str:
         capsys.readouterr()
@@ -135,7 +136,7 @@ def flip_bit(path: Path) -> None:
 
 
 def add_to_manifest(checkpoint: Path, name: str) -> None:
-    """A file that is as the manifest says, in another checkpoint."""
+    """Adds a file of another checkpoint to a manifest, with the size and SHA-256 that it has there."""
     listed = json.loads((checkpoint / "manifest.json").read_text())
     other = json.loads((checkpoint.parent / "checkpoint-3" / "manifest.json").read_text())
     (checkpoint / "manifest.json").write_text(json.dumps({**listed, name: other["model.safetensors"]}))
@@ -172,7 +173,7 @@ def test_every_damage_is_found(stopped, damage):
 
 
 def test_every_flipped_bit_is_found(stopped):
-    """300 of them, each in a random place of a random file; the manifest is one of these."""
+    """Flips 300 bits one after the other, each at random in a random file, which may be the manifest."""
     rng = random.Random(0)
     checkpoint = stopped / "checkpoint-6"
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
@@ -180,10 +181,10 @@ def test_every_flipped_bit_is_found(stopped):
         path = rng.choice(files)
         content = path.read_bytes()
         damaged = bytearray(content)
-        place = rng.randrange(len(content))
-        damaged[place] ^= 1 << rng.randrange(8)
+        position = rng.randrange(len(content))
+        damaged[position] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
-        assert find_damage(checkpoint), (path, place)
+        assert find_damage(checkpoint), (path, position)
         path.write_bytes(content)
     assert find_damage(checkpoint) == ""
 
@@ -262,7 +263,7 @@ def test_folders_that_are_no_runs_are_refused(refuses, tmp_path):
 
 
 def test_resuming_from_an_earlier_checkpoint_ends_the_later_ones(run_script, stopped):
-    """The limit counts the steps of one run: the newest must not be removed in favour of those of an abandoned one."""
+    """The limit must not remove the newest checkpoint in favour of later steps of an abandoned run."""
     flags = (
         "--resume_from_checkpoint checkpoint-3 --checkpointing_steps 4 --max_train_steps 4 --checkpoints_total_limit 1"
     )
@@ -289,7 +290,7 @@ def test_the_best_checkpoint_is_that_of_the_lowest_distance(run_script, tmp_path
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 4 MB, of its own."""
+    """Mounts a file system of 4 MB, for a test to fill."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
@@ -302,7 +303,7 @@ def small_disk(tmp_path):
 
 
 def fill(folder: Path, leave: int = 0) -> Path:
-    """Takes all but `leave` bytes of a disk."""
+    """Writes a file that takes all but `leave` bytes of a disk, and returns its path."""
     ballast = folder / "ballast"
     with ballast.open("ab", buffering=0) as file, suppress(OSError):
         while True:
@@ -313,7 +314,7 @@ def fill(folder: Path, leave: int = 0) -> Path:
 
 @pytest.mark.parametrize("leave", [0, pytest.param(40_000, marks=pytest.mark.slow)])
 def test_a_full_disk_costs_what_there_is_no_room_for_and_no_more(small_disk, leave):
-    """The disk is full from the second checkpoint to some time later; the run goes on all the while."""
+    """Fills the disk after the second checkpoint and frees it some time later; the run goes on all the while."""
     flags = f"{TINY} --num_epochs 60 --checkpoints_total_limit 2 --checkpointing_steps 10 --logger none"
     flags += " --logging_steps 100 --save_images_epochs 1 --save_model_epochs 1 --ddpm_num_inference_steps 1"
     output_dir = small_disk / "run"
@@ -329,7 +330,7 @@ def test_a_full_disk_costs_what_there_is_no_room_for_and_no_more(small_disk, lea
     ballast.unlink()
     ended = finish(process)
     errors = complaints(ended.stderr)
-    assert len(errors.splitlines()) <= 3  # of checkpoints, samples and the pipeline: each once
+    assert len(errors.splitlines()) <= 3  # one each of checkpoints, samples and the pipeline
     assert "the disk is full; the run goes on without, and writes again when there is room" in errors
     written = [int(line.rpartition("-")[2]) for line in ended.stdout.splitlines() if "checkpoint-" in line]
     assert len(written) < 24
@@ -343,7 +344,7 @@ def test_a_disk_that_is_full_at_the_end_is_said(small_disk):
     output_dir = small_disk / "run"
     process = start("train_unconditional", flags, output_dir)
     assert wait_for(process, output_dir, "checkpoint-6")
-    while process.poll() is None:  # what is removed makes room again
+    while process.poll() is None:  # a checkpoint that the run removes makes room again
         ballast = fill(small_disk)
         time.sleep(0.01)
     errors = complaints(finish(process, 2).stderr)

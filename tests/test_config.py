@@ -1,4 +1,4 @@
-"""Flags, YAML files, presets, and what the official script's users type."""
+"""Tests how flags, YAML files and presets become a configuration and a network, as in diffusers' official script."""
 
 import re
 from dataclasses import fields
@@ -48,13 +48,13 @@ def test_token_is_not_saved(tmp_path):
     assert "hf_secret" not in path.read_text()
 
 
-def test_own_data_gets_the_official_defaults_and_built_in_data_the_preset():
+def test_data_of_the_user_gets_the_official_defaults_and_built_in_data_the_preset():
     assert parse("--train_data_dir pictures").learning_rate == 1e-4
     assert parse("--dataset_name me/pictures").resolution == "64"
     for flags in ("", "--dataset_name sprites", "--num_epochs 1"):
         assert parse(flags).resolution == "16"
-    own = parse(f"--train_data_dir pictures --config {REPOSITORY}/configs/smoke_cpu.yaml")
-    assert (own.train_data_dir, own.dataset_name, own.resolution) == ("pictures", None, "16")
+    both = parse(f"--train_data_dir pictures --config {REPOSITORY}/configs/smoke_cpu.yaml")
+    assert (both.train_data_dir, both.dataset_name, both.resolution) == ("pictures", None, "16")
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_every_preset_parses_builds_and_can_be_shortened(path):
     config = parse(f"--config {path} --max_train_steps 3 --output_dir elsewhere")
     assert (config.max_train_steps, config.output_dir) == (3, "elsewhere")
     channels = 1 if config.image_mode == "L" else 3
-    with torch.device("meta"):  # the weights of the largest take half a gigabyte, and are not needed
+    with torch.device("meta"):  # without weights, of which the largest network would have half a gigabyte
         model = build_model(config, channels)
         conditional = None if config.model_class == "BasicUNet2DModel" else build_model(config, channels, 5)
         height, width = config.image_size
@@ -110,7 +110,7 @@ def test_every_preset_parses_builds_and_can_be_shortened(path):
 
 
 def test_presets_hold_the_numbers_that_they_are_known_for():
-    """Of the tutorials that they repeat; the built-in sprites' may be tuned."""
+    """The presets of tutorials keep the tutorials' numbers; those of the built-in sprites may be tuned."""
     course = parse(f"--config {REPOSITORY}/configs/course_context_unet.yaml")
     assert (course.ddpm_num_steps, course.train_batch_size, course.num_epochs) == (500, 100, 32)
     assert (course.label_dropout, course.snapshot_epochs) == (pytest.approx(0.2), 4)
@@ -123,7 +123,7 @@ def test_presets_hold_the_numbers_that_they_are_known_for():
 
 
 def test_default_network_is_the_official_one():
-    """The numbers stand in the official script of diffusers."""
+    """Diffusers' official script has these numbers."""
     with torch.device("meta"):
         unet = build_model(TrainingConfig(train_data_dir="pictures"), 3)
     config = unet.config
@@ -152,7 +152,7 @@ def test_networks_that_can_not_be_built(flags, message):
 
 
 def test_official_flags_keep_their_defaults():
-    """docs/flags.md lists the flags and defaults of diffusers' script; ours have to be the same."""
+    """The flags and defaults of diffusers' script, which docs/flags.md lists, are ours too."""
     rows = re.findall(r"^\| `--(\w+)` \| `(.+?)` \|", (REPOSITORY / "docs" / "flags.md").read_text(), re.MULTILINE)
     assert len(rows) == 45
     defaults = TrainingConfig(train_data_dir="pictures")
@@ -163,7 +163,7 @@ def test_official_flags_keep_their_defaults():
 
 @pytest.mark.parametrize("channels", [[8], [32], [32, 64], [48, 96], [64], [128, 256]])
 def test_networks_of_any_width_see_the_time_and_the_class(channels):
-    """A normalisation of single channels would take away what these add to a channel."""
+    """A normalisation of single channels would take away what the time and the class add to a channel."""
     config = TrainingConfig(block_out_channels=channels, attention_levels=[0], attention_head_dim=8, resolution="8")
     torch.manual_seed(0)
     unet = build_model(config, 3, num_classes=2).eval()
@@ -173,7 +173,7 @@ def test_networks_of_any_width_see_the_time_and_the_class(channels):
             unet(noisy, timestep, class_labels=torch.tensor([label])).sample
             for timestep, label in [(10, 0), (900, 0), (10, 1)]
         ]
-    # Far above rounding, which is what a network that does not see them has: about 1e-6 of its output's size.
+    # The output of a network that does not see them changes by rounding, about 1e-6 of its size.
     for other in outputs[1:]:
         assert (other - outputs[0]).abs().max() > 1e-3 * outputs[0].abs().max()
     assert 32 % unet.config.norm_num_groups == 0

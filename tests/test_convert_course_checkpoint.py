@@ -1,4 +1,4 @@
-"""Converted checkpoints of the sprite course against a network and a sampling loop written as the course's."""
+"""Tests converted checkpoints of the sprite course against a network and a sampling loop written as the course's."""
 
 import numpy as np
 import pytest

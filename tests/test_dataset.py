@@ -1,3 +1,5 @@
+"""Tests how folders, tables and arrays of images become batches, with their labels, crops and flips."""
+
 import gc
 import io
 import re

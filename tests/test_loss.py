@@ -1,4 +1,4 @@
-"""The losses against the papers' formulas in float64, and the EMA against a loop."""
+"""Tests the losses against the papers' formulas in float64, and the average of the weights against a plain loop."""
 
 import math
 
@@ -14,7 +14,7 @@ from sprite_diffusion.training.loss import corruption_loss, ddpm_loss, loss_weig
 
 
 class Guess(torch.nn.Module):
-    """Answers with the same tensor whatever it is shown."""
+    """A network that returns the same tensor for every input, and keeps the input."""
 
     def __init__(self, answer: torch.Tensor):
         super().__init__()
@@ -48,7 +48,7 @@ def test_ddpm_loss_is_the_formula(batch, prediction_type, snr_gamma):
     alpha_bar = alpha_bar_float64()[timesteps.numpy()][:, None, None, None]
     x0, eps, guess = (t.double().numpy() for t in (clean, noise, answer))
     xt = np.sqrt(alpha_bar) * x0 + np.sqrt(1 - alpha_bar) * eps
-    np.testing.assert_allclose(model.shown.numpy(), xt, atol=1e-6)  # a few float32 roundings of numbers below 5
+    np.testing.assert_allclose(model.shown.numpy(), xt, atol=1e-6)  # numbers below 5 after a few roundings of float32
     target = {
         "epsilon": eps,
         "sample": x0,
@@ -59,7 +59,7 @@ def test_ddpm_loss_is_the_formula(batch, prediction_type, snr_gamma):
     weight = {"epsilon": capped / snr, "sample": capped, "v_prediction": capped / (snr + 1)}[prediction_type]
     if snr_gamma is None and prediction_type == "v_prediction":
         weight = np.ones_like(snr)
-    # float32 squares and sums, weighted by an SNR that is itself good to some 1e-5
+    # Squares and sums are float32, and so is the SNR that weights them, which is good to some 1e-5.
     assert loss.item() == pytest.approx((weight * (guess - target) ** 2).mean(), rel=1e-4)
 
 
@@ -67,7 +67,7 @@ def test_min_snr_caps_the_weight_of_nearly_clean_images(batch):
     scheduler = ClosedFormDDPMScheduler()
     timesteps = torch.arange(1000)
     weights = loss_weights(scheduler, timesteps, 5.0)
-    # SNR falls with t: below gamma the weight of the noise is 1, above it gamma / SNR.
+    # The SNR falls with t: where it is below gamma the weight of the noise is 1, elsewhere gamma / SNR.
     assert (weights[-500:] == 1).all()
     assert weights[0] == pytest.approx(5 * 1e-4 / (1 - 1e-4), rel=1e-3)  # SNR(0) = (1 - beta) / beta
     assert (weights.diff() >= 0).all()
@@ -89,7 +89,7 @@ def test_loss_is_float32_for_a_half_precision_model(batch):
     assert loss.dtype == torch.float32
 
 
-def test_ema_averages_weights_and_statistics_and_gives_the_own_ones_back():
+def test_ema_averages_weights_and_statistics_and_gives_the_trained_ones_back():
     config = TrainingConfig(use_ema=True, ema_inv_gamma=1.0, ema_power=0.75)
     model = ContextUNet2DModel(sample_size=8, num_features=8, norm_type="batch")
     ema = make_ema(model, config)
@@ -104,7 +104,7 @@ def test_ema_averages_weights_and_statistics_and_gives_the_own_ones_back():
             old = averages.get(name, torch.zeros(()))
             averages[name] = decay * old + (1 - decay) * tensor.double() if tensor.is_floating_point() else tensor
 
-    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     def sample():
         with ema_weights(ema, model):
@@ -115,6 +115,6 @@ def test_ema_averages_weights_and_statistics_and_gives_the_own_ones_back():
     with pytest.raises(KeyboardInterrupt):  # an interrupted sampling must not leave the averages to be trained on
         sample()
     for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, own[name]), name
-    assert "running_mean" in " ".join(own)
+        assert torch.equal(tensor, trained[name]), name
+    assert "running_mean" in " ".join(trained)
     assert math.isfinite(ema.cur_decay_value)

@@ -1,3 +1,5 @@
+"""Tests ContextUNet2DModel and BasicUNet2DModel against the networks of the two courses that they repeat."""
+
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""What makes training and sampling fast changes the speed alone."""
+"""Tests that what makes training and sampling fast changes nothing but the speed."""
 
 import json
 from types import SimpleNamespace
@@ -50,7 +50,7 @@ class AttentionTypes(TorchFunctionMode):
 
 
 def test_attention_is_float32_under_bf16_on_a_cpu(monkeypatch):
-    warnings = []  # diffusers warns of arguments that a processor does not take
+    warnings = []  # diffusers would warn of an argument that a processor does not take
     monkeypatch.setattr(attention_processor.logger, "warning", warnings.append)
     unet = tiny_unet()
     images = torch.randn(2, 3, 8, 8)
@@ -64,7 +64,7 @@ def test_attention_is_float32_under_bf16_on_a_cpu(monkeypatch):
     assert seen[0] == [{torch.bfloat16}] * len(seen[0])
     assert seen[1] == [{torch.float32}] * len(seen[0])
     assert len(seen[0]) > 1
-    # The same but for rounding: bf16 keeps 8 bits, of values of about 1.
+    # The two differ by rounding: bf16 keeps 8 bits, of values of about 1.
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=16 * 2**-8)
     assert warnings == []
 
@@ -79,7 +79,7 @@ def test_attention_is_left_alone_elsewhere(device, precision):
 
 
 def test_freed_memory_is_kept():
-    """Page faults of eight tensors of 8 MB, 2,048 pages each, that come and go like a step's activations."""
+    """Counts the page faults of eight tensors of 8 MB, or 2,048 pages, which come and go like a step's activations."""
     code = """
 import resource, torch
 from sprite_diffusion.training.build import build_model
@@ -97,7 +97,7 @@ faults()
 print(before, faults())
 """
     before, after = map(int, run_command([*PYTHON, "-c", code]).stdout.split())
-    assert before > 10_000  # or this test shows nothing; up to 20 * 8 * 2048
+    assert before > 10_000  # of up to 20 * 8 * 2048; else there is nothing to gain here
     assert after < 1000
 
 
@@ -126,7 +126,7 @@ def test_bfloat16_samples_are_near_and_recorded(run_script, tmp_path, monkeypatc
         assert json.loads((tmp_path / "a.json").read_text())["dtype"] == dtype
     assert load_pipeline("run", torch.bfloat16).unet.dtype == torch.bfloat16
     difference = abs(pictures["float32"] - pictures["bfloat16"])
-    # A prediction is rounded to 8 bits, 1 of 256 levels of what it says; a few layers and steps add up.
+    # bfloat16 rounds a prediction to 8 bits, which is 1 of 256 levels; a few layers and steps add up.
     assert 0 < difference.mean() < 8
 
 
@@ -146,7 +146,7 @@ def test_gradient_checkpointing_calculates_blocks_again_and_the_same():
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert calls == [1, 2]
     for plain, again in zip(*gradients, strict=True):
-        # The same float32 operations; a sum of two gradients may be in another order.
+        # Both take the same float32 operations, but may add up two gradients in another order.
         torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-5 * float(plain.abs().max()))
 
 
@@ -161,7 +161,7 @@ def test_compiled_training_is_the_same(run_script, tmp_path, precision):
     bound = {"no": 1e-5, "bf16": 4e-3}[precision]
     assert off.keys() == on.keys()
     assert sum((off[name] - on[name]).abs().mean() for name in off) / len(off) < bound
-    assert any(not torch.equal(off[name], on[name]) for name in off)  # or nothing was compiled
+    assert any(not torch.equal(off[name], on[name]) for name in off)  # compiled code rounds otherwise
 
 
 @pytest.mark.slow
@@ -172,12 +172,12 @@ def test_compiled_samples_are_the_same(run_script, tmp_path, monkeypatch):
     for flag in ("", "--compile"):
         run_script("sample", f"run --num_images 4 --num_inference_steps 5 --output a.png {flag}")
         pictures.append(np.asarray(Image.open("a.png").convert("RGB"), int))
-    assert abs(pictures[0] - pictures[1]).max() <= 1  # 1e-5 of the range may cross the border of a level
+    assert abs(pictures[0] - pictures[1]).max() <= 1  # 1e-5 of the range may be the border of a level
 
 
 @pytest.mark.slow
 def test_loss_of_the_fast_path_stays_within_the_spread_of_seeds(run_script, tmp_path):
-    """500 steps in bf16 against three seeds in float32, each tenth of the run averaged."""
+    """Compares 500 steps in bf16 with those in float32, of three seeds each, by the mean loss of each tenth."""
     preset = "--config configs/smoke_cpu.yaml --num_epochs 25 --logger none --logging_steps 1 --save_images_epochs 100"
     curves = {}
     monitor = []
@@ -197,5 +197,5 @@ def test_loss_of_the_fast_path_stays_within_the_spread_of_seeds(run_script, tmp_
     fast = np.array([curves["bf16", seed] for seed in range(3)])
     spread = plain.max(axis=0) - plain.min(axis=0)
     assert (abs(fast.mean(axis=0) - plain.mean(axis=0)) < spread).all()
-    # Seed by seed both paths see the same images and noise, and differ by rounding alone.
+    # With the same seed both paths see the same images and noise, and differ by rounding alone.
     assert abs(fast - plain).mean() < spread.mean() / 2

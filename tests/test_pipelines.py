@@ -1,4 +1,4 @@
-"""The pipelines against diffusers' own, and their folders in programs that do not know this project."""
+"""Tests the pipelines against diffusers' own, and loads their folders in programs that do not know this project."""
 
 import json
 

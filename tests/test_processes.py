@@ -1,4 +1,4 @@
-"""Several processes and machines: what one process with the same batch trains, whoever is killed and resumed."""
+"""Tests that several processes and machines train what one process with the same batch does, also when resumed."""
 
 import json
 import os
@@ -20,10 +20,10 @@ from PIL import Image
 from sprite_diffusion.training.steps import Step, take_share
 from sprite_diffusion.training.training_loop import draw_randomness
 
-NUM_IMAGES = 37  # in steps of 16: the last of an epoch has 5, of which the second of two processes has none
+NUM_IMAGES = 37  # the last of an epoch's steps of 16 has 5, of which the second of two processes gets none
 STEPS_PER_EPOCH, NUM_STEPS = 3, 27
-# float32 rounds to 6e-8, and sums over the images differ in their order alone. 27 steps hand that on and add to it:
-# measured 2e-7 in the loss and 2e-6 in the weights, whereas one image of a stream repeated changed 4e-2.
+# float32 rounds to 6e-8, and sums over the images differ in nothing but their order. Over 27 steps that grows:
+# 2e-7 in the loss and 2e-6 in the weights were measured, and 4e-2 where one image of a stream was repeated.
 TOLERANCE = 1e-5
 FLAGS = (
     f"--config {REPOSITORY / 'configs' / 'smoke_cpu.yaml'} --lr_warmup_steps 2 --ddpm_num_inference_steps 2 "
@@ -33,12 +33,12 @@ FLAGS = (
 )
 
 
-GIVEN = {"images": torch.zeros(4, 1, 2, 2)}  # to a process in a micro-batch
+MICRO_BATCH = {"images": torch.zeros(4, 1, 2, 2)}  # of one process
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
-    """The flags of images whose red is their index."""
+    """Makes images whose red is their index, with labels, and returns the flags that name them."""
     folder = tmp_path_factory.mktemp("data")
     images = np.random.default_rng(0).integers(256, size=(NUM_IMAGES, 8, 8, 3), dtype=np.uint8)
     images[..., 0] = np.arange(NUM_IMAGES)[:, None, None]
@@ -48,7 +48,7 @@ def data(tmp_path_factory) -> str:
 
 
 def copy_checkpoint(run: Path, step: int, resumed: Path) -> str:
-    """Into a new folder; the flag that resumes from it."""
+    """Copies a checkpoint into a new folder, and returns the flag that resumes from it."""
     resumed.mkdir()
     shutil.copytree(run / f"checkpoint-{step}", resumed / f"checkpoint-{step}")
     return f"--resume_from_checkpoint checkpoint-{step}"
@@ -58,8 +58,8 @@ def read_record(output_dir: Path, rank: int) -> list[list[int]]:
     return [json.loads(line) for line in Path(f"{output_dir}-{rank}.jsonl").read_text().splitlines()]
 
 
-def assert_same_run(first: Path, second: Path, first_step: int = 1) -> None:
-    """The same curves and the same weights but for rounding."""
+def assert_same_but_for_rounding(first: Path, second: Path, first_step: int = 1) -> None:
+    """Asserts that two runs have the same losses, gradient norms and weights, but for rounding."""
     for tag in ("loss", "grad_norm"):
         one, two = (dict(read_scalars(run / "logs")[tag]) for run in (first, second))
         assert sorted(two) == list(range(first_step, NUM_STEPS + 1))
@@ -68,14 +68,15 @@ def assert_same_run(first: Path, second: Path, first_step: int = 1) -> None:
     assert torch.linalg.norm(one - two) < TOLERANCE * torch.linalg.norm(one)
 
 
-def assert_equal_runs(first: Path, second: Path) -> None:
+def assert_equal_weights(first: Path, second: Path) -> None:
+    """Asserts that two runs have the same averaged and trained weights, bit for bit."""
     assert_same_weights(weights(first), weights(second))
     last = f"checkpoint-{NUM_STEPS}"
     assert_same_weights(weights(first / last, "model.safetensors"), weights(second / last, "model.safetensors"))
 
 
 def kill_in_training(launchers: list[subprocess.Popen], output_dir: Path, rank: int) -> list[psutil.Process]:
-    """Kills the process of that rank as soon as there is a checkpoint; all processes that the launchers started."""
+    """Kills the process of a rank after the first checkpoint. Returns the processes that the launchers started."""
     while not (output_dir / "checkpoint-4").exists():
         assert all(launcher.poll() is None for launcher in launchers)
         time.sleep(0.005)
@@ -87,7 +88,7 @@ def kill_in_training(launchers: list[subprocess.Popen], output_dir: Path, rank: 
 
 @pytest.fixture(scope="module")
 def two(data, tmp_path_factory) -> Path:
-    """A run of two processes."""
+    """Trains with two processes, which record their images, and returns the output folder."""
     output_dir = tmp_path_factory.mktemp("two") / "run"
     printed = finish(start("tests/record_images", f"{data} --train_batch_size 8", output_dir, LAUNCH_TWO)).stdout
     assert "2 process(es)" in printed
@@ -97,14 +98,14 @@ def two(data, tmp_path_factory) -> Path:
 
 def test_two_processes_train_what_one_trains(data, two, run_script, tmp_path):
     run_script("record_images", f"{data} --train_batch_size 16", tmp_path / "one")
-    assert_same_run(tmp_path / "one", two)
-    # Of images: each once an epoch, in the order of one process.
+    assert_same_but_for_rounding(tmp_path / "one", two)
+    # Together the two see each image once an epoch, in the order of the one process.
     ranks = [read_record(two, rank) for rank in (0, 1)]
     for step, batch in enumerate(read_record(tmp_path / "one", 0)):
-        own = [record[step] for record in ranks]
-        if step % STEPS_PER_EPOCH == STEPS_PER_EPOCH - 1:  # the second process has none: an image of weight 0
-            assert (len(batch), len(own.pop())) == (5, 1)
-        assert [index for indices in own for index in indices] == batch
+        shares = [record[step] for record in ranks]
+        if step % STEPS_PER_EPOCH == STEPS_PER_EPOCH - 1:  # the second process keeps one image, of weight 0
+            assert (len(batch), len(shares.pop())) == (5, 1)
+        assert [index for indices in shares for index in indices] == batch
         if step % STEPS_PER_EPOCH == 0:
             seen = []
         seen += batch
@@ -115,14 +116,14 @@ def test_two_processes_train_what_one_trains(data, two, run_script, tmp_path):
 
 
 def test_another_number_of_processes_goes_on_where_the_steps_stay_the_same(data, two, run_script, tmp_path):
-    """From the middle of an epoch, two processes' run by one that takes a step in four batches."""
+    """One process, whose steps have four micro-batches, goes on with the run of two in the middle of an epoch."""
     resume = copy_checkpoint(two, 4, tmp_path / "resumed")
     run_script(
         "train_conditional",
         f"{data} --train_batch_size 4 --gradient_accumulation_steps 4 {resume}",
         tmp_path / "resumed",
     )
-    assert_same_run(two, tmp_path / "resumed", first_step=5)
+    assert_same_but_for_rounding(two, tmp_path / "resumed", first_step=5)
 
 
 def test_another_number_of_processes_is_refused_where_the_steps_change(data, two, run_script, tmp_path, capsys):
@@ -148,7 +149,7 @@ def test_every_process_leaves_its_random_state(two):
 
 
 def test_one_process_where_several_were_asked_for_is_an_error(data, tmp_path):
-    """`accelerate launch` starts one on CPUs, unless it is told that there are several GPUs."""
+    """`accelerate launch` starts one process on CPUs, unless it is told that there are several GPUs."""
     process = start("train_conditional", data, tmp_path / "run", [*LAUNCH, "--cpu", "--num_processes", "2"])
     errors = process.communicate()[1]
     assert process.returncode != 0
@@ -163,7 +164,7 @@ def test_shares_divide_a_step(num_processes, accumulation, images_left):
     for first_row in range(0, min(images_left, 4 * num_processes * accumulation), 4 * num_processes):
         of_all = min(4 * num_processes, images_left - first_row)
         for rank in shares:
-            shares[rank].append(take_share(GIVEN, first_row, rank, of_all))
+            shares[rank].append(take_share(MICRO_BATCH, first_row, rank, of_all))
         assert sum(batches[-1].num_images for batches in shares.values()) == of_all
     rows, weight_of_image = [], []
     for micro_batch in range(len(shares[0])):
@@ -171,7 +172,7 @@ def test_shares_divide_a_step(num_processes, accumulation, images_left):
             step, batch = Step(batches, epoch=0, index=0, ends_epoch=False), batches[micro_batch]
             counted = range(batch.first_row, batch.first_row + batch.num_images)
             rows += counted
-            # What becomes of the mean over the process's images: divided by the processes.
+            # A process weights the mean over its images, and the gradients of all processes are averaged.
             weight_of_image += [step.loss_weight(batch, num_processes) / len(counted) / num_processes for _ in counted]
     total = min(images_left, 4 * num_processes * accumulation)
     assert rows == list(range(total))
@@ -179,14 +180,14 @@ def test_shares_divide_a_step(num_processes, accumulation, images_left):
 
 
 def test_shares_of_a_stream_are_what_it_gives():
-    """Its length is not known: the last batch, here of 5 images, is divided among the processes."""
-    given = {"images": torch.zeros(3, 1, 2, 2)}
-    first, second = (take_share(given, 8, rank, 5) for rank in (0, 1))
+    """A stream's length is not known, so that its last batch, here of 5 images, is divided among the processes."""
+    last_batch = {"images": torch.zeros(3, 1, 2, 2)}
+    first, second = (take_share(last_batch, 8, rank, 5) for rank in (0, 1))
     assert (first.first_row, second.first_row) == (8, 11)
     assert (first.num_images, second.num_images) == (3, 2)
     assert first.num_images_of_all_processes == second.num_images_of_all_processes == 5
     for rank, last in enumerate((first, second)):
-        step = Step([take_share(GIVEN, 0, rank, 8), last], epoch=0, index=0, ends_epoch=True)
+        step = Step([take_share(MICRO_BATCH, 0, rank, 8), last], epoch=0, index=0, ends_epoch=True)
         assert step.num_images == 13
         assert step.loss_weight(last, 2) / last.num_images / 2 == pytest.approx(1 / 13)
 
@@ -208,14 +209,14 @@ def test_divided_steps_are_the_same_steps(data, run_script, tmp_path, flags, pro
     flags += f" --train_batch_size {batch_size} --gradient_accumulation_steps {accumulation}"
     launcher = [*LAUNCH, "--multi_gpu", "--num_processes", str(processes)]
     finish(start("train_conditional", f"{data} {flags}", tmp_path / "divided", launcher))
-    assert_same_run(tmp_path / "one", tmp_path / "divided")
+    assert_same_but_for_rounding(tmp_path / "one", tmp_path / "divided")
 
 
 @pytest.mark.slow
 def test_two_processes_without_classes(data, run_script, tmp_path):
     run_script("train_unconditional", f"{data} --train_batch_size 16", tmp_path / "one")
     finish(start("train_unconditional", f"{data} --train_batch_size 8", tmp_path / "two", LAUNCH_TWO))
-    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert_same_but_for_rounding(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.slow
@@ -227,15 +228,15 @@ def test_two_processes_read_a_stream_as_one_does(run_script, tmp_path):
     flags = f"--train_data_dir {tmp_path / 'images'} --streaming --max_train_steps {NUM_STEPS} {FLAGS}"
     run_script("train_unconditional", f"{flags} --train_batch_size 16", tmp_path / "one")
     finish(start("train_unconditional", f"{flags} --train_batch_size 8", tmp_path / "two", LAUNCH_TWO))
-    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert_same_but_for_rounding(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.slow
 def test_two_resumed_processes_are_the_uninterrupted_two(data, two, tmp_path):
-    """Bit for bit."""
+    """Their weights are the same bit for bit."""
     resume = copy_checkpoint(two, 4, tmp_path / "resumed")
     finish(start("train_conditional", f"{data} --train_batch_size 8 {resume}", tmp_path / "resumed", LAUNCH_TWO))
-    assert_equal_runs(two, tmp_path / "resumed")
+    assert_equal_weights(two, tmp_path / "resumed")
 
 
 @pytest.mark.slow
@@ -244,7 +245,7 @@ def test_two_processes_go_on_with_the_run_of_one(data, run_script, tmp_path):
     resume = copy_checkpoint(tmp_path / "one", 4, tmp_path / "resumed")
     flags = f"{data} --train_batch_size 2 --gradient_accumulation_steps 4 {resume}"
     finish(start("train_conditional", flags, tmp_path / "resumed", LAUNCH_TWO))
-    assert_same_run(tmp_path / "one", tmp_path / "resumed", first_step=5)
+    assert_same_but_for_rounding(tmp_path / "one", tmp_path / "resumed", first_step=5)
 
 
 @pytest.mark.slow
@@ -259,7 +260,7 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes(data, two, tmp_pat
     assert launcher.returncode != 0
     assert not any(worker.is_running() for worker in workers)
     finish(start("train_conditional", f"{flags} --resume_from_checkpoint latest", tmp_path / "run", LAUNCH_TWO))
-    assert_equal_runs(two, tmp_path / "run")
+    assert_equal_weights(two, tmp_path / "run")
 
 
 def on_two_machines(address: str) -> list[list[str]]:
@@ -273,18 +274,18 @@ def on_two_machines(address: str) -> list[list[str]]:
 
 @pytest.mark.slow
 def test_two_machines_train_what_one_trains(data, run_script, tmp_path):
-    """Two launches on this machine, which share the output folder."""
+    """Starts two launchers on this machine, as if on two, which share the output folder."""
     flags = f"{data} --train_batch_size 8"
     machines = on_two_machines("127.0.0.1")
     for process in [start("train_conditional", flags, tmp_path / "two", machine) for machine in machines]:
         finish(process)
     run_script("train_conditional", f"{data} --train_batch_size 16", tmp_path / "one")
-    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert_same_but_for_rounding(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.slow
 def test_machines_with_folders_of_their_own(data, two, tmp_path):
-    """The first one writes; a checkpoint has to be copied to the others before it can be resumed from."""
+    """The first machine alone writes checkpoints; the other can't resume until one is copied to it."""
     flags = f"{data} --train_batch_size 8 --num_epochs 2"
     folders = [tmp_path / "first" / "run", tmp_path / "second" / "run"]
 
@@ -304,7 +305,7 @@ def test_machines_with_folders_of_their_own(data, two, tmp_path):
     shutil.copytree(folders[0] / "checkpoint-4", folders[1] / "checkpoint-4")
     for process in launch(flags):
         finish(process)
-    assert_same_run(two, folders[0])  # not bit for bit: alone on its machine, a process has more threads
+    assert_same_but_for_rounding(two, folders[0])  # the only process of a machine has more threads
 
 
 @pytest.mark.slow
@@ -325,7 +326,7 @@ def may_make_network_namespaces() -> bool:
 
 @pytest.fixture
 def namespaces():
-    """Two machines as the network sees them: name spaces joined by a cable."""
+    """Makes two machines as the network sees them, which are name spaces joined by a cable."""
     names = [f"sprites-{os.getpid()}-{rank}" for rank in (0, 1)]
     cable = [f"v{os.getpid()}-{rank}" for rank in (0, 1)]
     try:
@@ -358,4 +359,4 @@ def test_machines_apart_train_what_one_trains(data, namespaces, run_script, tmp_
     for process in [start("train_conditional", flags, tmp_path / "two", launcher) for launcher in launchers]:
         finish(process)
     run_script("train_conditional", f"{data} --train_batch_size 16", tmp_path / "one")
-    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert_same_but_for_rounding(tmp_path / "one", tmp_path / "two")

@@ -1,4 +1,4 @@
-"""Properties that hold for every input; hypothesis makes the inputs, and shows the smallest that fails."""
+"""Tests what holds for every input, on inputs that hypothesis makes up; a failure shows the simplest that it found."""
 
 import contextlib
 import warnings

@@ -1,4 +1,4 @@
-"""The README's tree, commands and links against what is there."""
+"""Tests that the files, functions and links which the README and the docs name are there."""
 
 import re
 
@@ -11,6 +11,7 @@ LISTED_FOLDERS = ["schedulers", "models", "pipelines", "sprite_diffusion/*", "co
 
 
 def listed_files() -> set[str]:
+    """Returns the files of the README's tree, in which those of a folder are indented below it."""
     files, folder = set(), ""
     for line in TREE:
         name, description = re.fullmatch(r"( *\S+) +(\S.*)", line).groups()

@@ -1,4 +1,4 @@
-"""sample.py and what it is made of, on networks whose right answer is known, or on tiny ones with random weights."""
+"""Tests sample.py and its parts, on networks whose right answer is known or on tiny ones with random weights."""
 
 import json
 import subprocess

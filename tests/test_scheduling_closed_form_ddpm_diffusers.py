@@ -1,4 +1,4 @@
-"""What diffusers asserts of its own DDPMScheduler (its tests/schedulers/test_scheduler_ddpm.py), asserted of ours.
+"""Tests of our scheduler what diffusers asserts of its DDPMScheduler in tests/schedulers/test_scheduler_ddpm.py.
 
 Two of its assertions contradict the mathematics and are reversed here: that `variance_type="other"` and that betas
 up to 2 are accepted.

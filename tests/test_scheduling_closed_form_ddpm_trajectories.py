@@ -1,4 +1,4 @@
-"""Whole reverse runs over the product of the options, against float64 and against diffusers' scheduler."""
+"""Tests whole reverse processes, for all combinations of options, against float64 and against diffusers' scheduler."""
 
 import itertools
 import warnings

@@ -1,3 +1,5 @@
+"""Tests LinearCorruptionScheduler against its formulas and against diffusers' scheduler of flow matching."""
+
 import math
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1 at processes of the training scripts."""
+"""Tests what SIGTERM, SIGINT and SIGUSR1 do to the training scripts, with real processes."""
 
 import os
 import signal
@@ -17,14 +17,14 @@ from sprite_diffusion.runs.manifest import find_damage
 from sprite_diffusion.runs.signals import SAME_KEYPRESS_SECONDS
 
 FLAGS = f"{TINY} --num_epochs 20 --checkpoints_total_limit 2 --gradient_accumulation_steps 2 --checkpointing_steps 20"
-# A step of seconds, so that a signal finds the main thread in the middle of one.
+# Steps take seconds, so that a signal finds the main thread in the middle of one.
 SLOW_STEP = (
     f"{TINY} --resolution 128 --train_batch_size 20 --block_out_channels 64 64 --layers_per_block 2 --num_epochs 9"
 )
 
 
 def read_until(process: subprocess.Popen[str], text: str) -> None:
-    """Reads what a process prints on standard error until `text` comes; fails if it ends before."""
+    """Reads the standard error of a process until `text` comes; fails if the process ends before."""
     while text not in (line := process.stderr.readline(300)):
         assert line
 
@@ -46,7 +46,7 @@ def test_a_signal_writes_a_checkpoint_and_changes_no_number(whole, tmp_path, num
     errors = complaints(ended.stderr)
     assert errors == ""
     steps = {int(line.rpartition("-")[2]) for line in ended.stdout.splitlines() if "checkpoint-" in line}
-    assert len(steps - {20, 40}) == 1  # not where one was due
+    assert len(steps - {20, 40}) == 1  # one more than the flags ask for
     assert all(find_damage(checkpoint) == "" for checkpoint in list_checkpoints(tmp_path / "run"))
     if number != signal.SIGUSR1:
         assert "training_summary.json" not in os.listdir(tmp_path / "run")
@@ -56,14 +56,14 @@ def test_a_signal_writes_a_checkpoint_and_changes_no_number(whole, tmp_path, num
 
 
 @pytest.mark.parametrize(
-    "place",
+    "interval",
     ["--save_images_epochs 1", pytest.param("--save_images_steps 2 --num_epochs 1", marks=pytest.mark.slow)],
 )
-def test_sampling_is_interrupted_and_done_again(tmp_path, place):
-    flags = f"{TINY} {place} --ddpm_num_inference_steps 300 --checkpoints_total_limit 1"
+def test_sampling_is_interrupted_and_done_again(tmp_path, interval):
+    flags = f"{TINY} {interval} --ddpm_num_inference_steps 300 --checkpoints_total_limit 1"
     finish(start("train_unconditional", flags, tmp_path / "whole"))
     process = start("train_unconditional", flags, tmp_path / "run")
-    read_until(process, "0/300")  # steps of sampling, in a progress bar
+    read_until(process, "0/300")  # the progress bar of sampling counts 300 steps
     process.send_signal(signal.SIGINT)
     finish(process, 130)
     assert not (tmp_path / "run" / "samples").exists()
@@ -76,11 +76,11 @@ def test_the_end_of_the_launcher_ends_the_run_with_a_checkpoint(tmp_path):
     assert wait_for(process, tmp_path / "run", "logs/*/events*")
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
-    printed, _ = process.communicate(timeout=60)  # until the program has closed the pipes too
+    printed, _ = process.communicate(timeout=60)  # the program, which has the same pipes, ends later than the launcher
     (checkpoint,) = list_checkpoints(tmp_path / "run")
     assert f"wrote {checkpoint}" in printed
     assert find_damage(checkpoint) == ""
-    assert checkpoint.name not in ("checkpoint-20", "checkpoint-40")  # not where one was due
+    assert checkpoint.name not in ("checkpoint-20", "checkpoint-40")  # those that the flags ask for
     assert not (tmp_path / "run" / "training_summary.json").exists()
 
 
@@ -100,7 +100,7 @@ def test_a_second_interrupt_ends_at_once(tmp_path):
     process = start("train_unconditional", SLOW_STEP, tmp_path / "run")
     assert wait_for(process, tmp_path / "run", "logs/*/events*")
     time.sleep(1)
-    for _ in range(2):  # the same press, handed on by a program in between
+    for _ in range(2):  # one press of Ctrl-C comes twice if a program in between hands it on
         process.send_signal(signal.SIGINT)
         time.sleep(0.1)
     time.sleep(SAME_KEYPRESS_SECONDS)
@@ -124,13 +124,13 @@ def test_interrupt_while_the_data_is_read(tmp_path):
     process.send_signal(signal.SIGINT)
     with suppress(subprocess.TimeoutExpired):
         process.wait(10)
-    if process.poll() is None:  # rarely, one that comes while a library reads is lost; a user would press again
+    if process.poll() is None:  # a signal may be lost while a library reads; a user would press again
         process.send_signal(signal.SIGINT)
     finish(process, 130)
 
 
 def test_a_terminals_interrupt_does_not_break_workers(tmp_path):
-    """It is sent to the whole group, the workers that read a stream among them."""
+    """A terminal interrupts the whole group of processes, the workers that read a stream among them."""
     for i in range(8):
         Image.new("RGB", (16, 16), (30 * i, 0, 0)).save(tmp_path / f"{i}.png")
     flags = f"{TINY} --train_data_dir {tmp_path} --max_train_samples 8 --streaming --dataloader_num_workers 2"
@@ -145,7 +145,7 @@ def test_a_terminals_interrupt_does_not_break_workers(tmp_path):
 
 
 def test_a_terminals_interrupt_under_accelerate_launch(tmp_path):
-    """The launcher goes with it, and its program writes its checkpoint beside."""
+    """The launcher ends at once, and the program writes its checkpoint all the same."""
     process = start("train_unconditional", FLAGS, tmp_path / "run", [*LAUNCH, "--cpu"], start_new_session=True)
     assert wait_for(process, tmp_path / "run", "logs/*/events*")
     time.sleep(0.3)
@@ -156,10 +156,10 @@ def test_a_terminals_interrupt_under_accelerate_launch(tmp_path):
 
 
 def test_processes_stop_at_the_same_step(tmp_path):
-    """One of two gets the signal: the other writes its part of the checkpoint at that step, and both end."""
+    """One of two processes gets the signal; the other writes its part of the checkpoint at the same step."""
     launcher = [*PYTHON, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     process = start("train_unconditional", f"{FLAGS} --save_images_steps 2", tmp_path / "run", launcher)
-    assert wait_for(process, tmp_path / "run", "samples/step-000002.png")  # by then both listen
+    assert wait_for(process, tmp_path / "run", "samples/step-000002.png")  # by then both processes handle signals
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     assert len(children) == 2
     os.kill(int(children[1]), signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""The procedural artist's promises: the same sprites everywhere, varied, balanced and truly captioned."""
+"""Tests that the artist draws the same sprites everywhere, and that they are varied, balanced and truly captioned."""
 
 import colorsys
 import hashlib

@@ -1,4 +1,4 @@
-"""The training scripts and the loop: runs of seconds, and what they leave."""
+"""Tests the training scripts and the loop by runs of seconds and the files that they leave."""
 
 import io
 import shutil
@@ -44,7 +44,7 @@ def test_launched_run_leaves_its_files_and_resumes(script, tmp_path):
     "flags", ["--use_ema", "--gradient_accumulation_steps 2 --random_flip --mixed_precision bf16"]
 )
 def test_resumed_run_equals_the_uninterrupted_one(run_script, tmp_path, flags):
-    """Also in the middle of an epoch: the order, flips, noise and schedule go on where they were."""
+    """Resumes in the middle of an epoch, from where the order, flips, noise and schedule have to go on."""
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     run_script("train_conditional", f"{TINY} {flags}", whole)
     resumed.mkdir()
@@ -53,8 +53,8 @@ def test_resumed_run_equals_the_uninterrupted_one(run_script, tmp_path, flags):
     assert_same_weights(weights(whole), weights(resumed))
     final = sorted(p.name for p in whole.glob("checkpoint-*"))[-1]
     assert_same_weights(weights(whole / final, "model.safetensors"), weights(resumed / final, "model.safetensors"))
-    state = "samples/" + sorted(p.name for p in (whole / "samples").iterdir())[-1]
-    assert (whole / state).read_bytes() == (resumed / state).read_bytes()
+    grid = "samples/" + sorted(p.name for p in (whole / "samples").iterdir())[-1]
+    assert (whole / grid).read_bytes() == (resumed / grid).read_bytes()
 
 
 def test_saved_config_repeats_the_run(run_script, tmp_path):
@@ -72,7 +72,7 @@ def test_saved_config_repeats_the_run(run_script, tmp_path):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_schedule_is_counted_in_optimizer_steps(run_script, tmp_path, accumulation):
-    """4 micro-batches an epoch, 4 epochs; linear decay from 1e-3 after 2 steps of warm-up, to 0 at the end."""
+    """Trains 4 epochs of 4 micro-batches: after 2 steps of warm-up the rate falls linearly from 1e-3 to 0."""
     run_script(
         "train_unconditional",
         f"{TINY} --num_epochs 4 --gradient_accumulation_steps {accumulation} --lr_scheduler linear "
@@ -93,7 +93,7 @@ def test_a_run_learns_and_is_tracked(run_script, tmp_path):
     )
     scalars = read_scalars(tmp_path / "logs")
     losses = [value for _, value in scalars["loss"]]
-    # Predicting no noise at all costs 1; the noise is most of the noisy image, so copying that is soon learned.
+    # A network that predicts 0 has a loss of 1. Most of a noisy image is noise, so a copy of it is soon learned.
     assert losses[0] > 0.5
     assert sum(losses[-3:]) / 3 < 0.5 * losses[0]
     assert scalars.keys() >= {"loss", "lr", "epoch", "grad_norm", "images_per_second", "ema_decay"}
@@ -134,7 +134,7 @@ def test_randomness_is_that_of_the_named_distributions_and_differs_by_step():
     images = torch.zeros(4000, 1, 2, 2, dtype=torch.bfloat16)
     noise, timesteps, uniform = draw_randomness((0, 0), images, 10, 0, 4000)
     assert noise.dtype == torch.float32
-    # five standard errors: 16,000 normal numbers, 4,000 of the others
+    # The bounds are five standard errors of 16,000 normal numbers, and of 4,000 of the others.
     assert abs(noise.mean()) < 5 / 16000**0.5
     assert abs(noise.var() - 1) < 5 * (2 / 16000) ** 0.5
     counts = timesteps.bincount(minlength=10)

@@ -1,4 +1,4 @@
-"""Nobody's code runs but ours, tokens stay secret, and names from elsewhere never become paths."""
+"""Tests that no foreign code runs, that tokens stay secret, and that names in data never become paths."""
 
 import contextlib
 import io
@@ -21,7 +21,7 @@ EVIL_NAMES = ["../../evil", "/tmp/evil/abs", "..", "a/b/c", "~/evil", "evil\n../
 
 
 class Evil:
-    """A pickle of this makes a file when it is loaded."""
+    """An object whose pickle makes the file `victim` when it is loaded."""
 
     def __init__(self, victim: Path) -> None:
         self.victim = victim
@@ -32,7 +32,7 @@ class Evil:
 
 @pytest.fixture
 def victim(tmp_path):
-    """The file that must not come to be."""
+    """Returns the path of the file that no test may let come into being."""
     return tmp_path / "victim"
 
 
@@ -43,7 +43,7 @@ def test_the_pickle_would_do_harm(victim):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A finished run, to be copied."""
+    """Trains a run, for tests to copy."""
     output_dir = tmp_path_factory.mktemp("trained") / "run"
     finish(start("train_unconditional", TINY, output_dir))
     return output_dir
@@ -89,7 +89,8 @@ def with_pickled_array(name):
 
 
 YAML = "no_such_key: !!python/object/apply:os.mkdir [{}]\n"
-TRAP = {  # how it is set, script, flags, part of the line
+# Each trap: the function that sets it, the script that meets it, the flags, and a part of the line of error.
+TRAPS = {
     "pickled course checkpoint": (
         lambda tmp_path, victim: (tmp_path / "a.pth").write_bytes(pickle.dumps(Evil(victim))),
         "sprite_diffusion.sampling.convert_course_checkpoint",
@@ -142,9 +143,9 @@ TRAP = {  # how it is set, script, flags, part of the line
 }
 
 
-@pytest.mark.parametrize("name", TRAP)
+@pytest.mark.parametrize("name", TRAPS)
 def test_foreign_code_does_not_run(name, run_script, run_dir, tmp_path, victim, capsys):
-    set_trap, script, flags, fragment = TRAP[name]
+    set_trap, script, flags, fragment = TRAPS[name]
     set_trap(tmp_path, victim)
     with pytest.raises(SystemExit) as exit:
         run_script(script, flags.format(tmp_path), tmp_path / "new" if script.startswith("train_") else None)
