@@ -11,10 +11,9 @@ from typing import Any
 from sprite_diffusion.common.errors import UserInputError, exits_on_user_error, first_line
 from sprite_diffusion.common.files import write_text
 from sprite_diffusion.common.run_files import CARD_FILE, CONFIG_FILE, INDEX_FILE, SUMMARY_FILE, find_run
-from sprite_diffusion.data.config import DataConfig, parse_data_flags
+from sprite_diffusion.data.config import parse_data_flags
 from sprite_diffusion.metrics.flags import parse_args
 from sprite_diffusion.metrics.report import format_table, write_report
-from sprite_diffusion.runs.config import load_preset
 from sprite_diffusion.sharing.card import make_card
 
 
@@ -23,7 +22,7 @@ def main() -> None:
     args, data_flags = parse_args(__doc__)
     model = Path(args.model)
     run_dir = find_run(model)
-    config = read_data_config(data_flags, None if run_dir is None else run_dir / CONFIG_FILE)
+    config = parse_data_flags(data_flags, None if run_dir is None else run_dir / CONFIG_FILE)
     run_facts = read_run_facts(model / SUMMARY_FILE)
     # Imported here, as it takes seconds, which `--help` and a wrong flag need not wait for.
     from sprite_diffusion.metrics.calculation import calculate
@@ -39,19 +38,6 @@ def main() -> None:
         write_text(model / CARD_FILE, make_card(model, None, None))
         written.append(model / CARD_FILE)
     print("\n".join(f"wrote {path}" for path in written))
-
-
-def read_data_config(data_flags: list[str], run_config: Path | None) -> DataConfig:
-    """Returns the images that flags name, or else those of the run that the model is from.
-
-    Raises `UserInputError` for a wrong flag, here or in the run's configuration, or if neither names the images.
-    """
-    config = parse_data_flags(data_flags, run_config)
-    if run_config is not None and not any(
-        flag.startswith(("--dataset_name", "--train_data_dir")) for flag in data_flags
-    ):
-        load_preset(str(run_config))  # knows all flags of a run, of which `parse_data_flags` reads only those of data
-    return config
 
 
 def read_run_facts(summary: Path) -> dict[str, Any]:

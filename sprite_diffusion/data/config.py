@@ -93,6 +93,9 @@ def parse_data_flags(argv: list[str], run_config: Path | None) -> DataConfig:
     if not {"dataset_name", "train_data_dir"}.intersection(names):
         if run_config is None:
             raise UserInputError("name the images to compare with, by --dataset_name or --train_data_dir")
-        saved = {name: value for name, value in read_yaml(run_config).items() if name in known}
+        values = read_yaml(run_config)
+        if not {"dataset_name", "train_data_dir"}.intersection(values):
+            raise UserInputError(f"{run_config} names no images: it has {', '.join(map(str, values))} alone")
+        saved = {name: value for name, value in values.items() if name in known}
         run_argv = as_flags(saved, run_config, parser, known)
     return DataConfig(**vars(parser.parse_args(run_argv + argv)))
