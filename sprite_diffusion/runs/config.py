@@ -9,7 +9,6 @@ from typing import Any, Literal
 import yaml
 
 from sprite_diffusion.common.errors import UserInputError
-from sprite_diffusion.common.files import write_text
 from sprite_diffusion.common.flags import (
     MAX_SEED,
     as_flags,
@@ -211,7 +210,7 @@ class TrainingConfig(DataConfig):
         """Writes the file that repeats this run with `--config PATH`; the token is never in it."""
         saved = {flag.name for flag in fields(self) if flag.metadata["saved"]}
         values = {name: value for name, value in asdict(self).items() if name in saved}
-        write_text(path, yaml.safe_dump(values, sort_keys=False))
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
 
     def differences(self, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Returns the flags that change the numbers of a run, with their values in a saved configuration and here."""
