@@ -17,7 +17,7 @@ from sprite_diffusion.common.files import PARTIAL, DiskFullError, FullDiskWarnin
 from sprite_diffusion.common.owned_files import OwnedFiles
 from sprite_diffusion.common.run_files import WEIGHTS_FILE
 from sprite_diffusion.runs.config import TrainingConfig
-from sprite_diffusion.runs.folder import BEST, list_best, list_checkpoints
+from sprite_diffusion.runs.folder import BEST, list_best, list_checkpoints, read_folder_state
 from sprite_diffusion.runs.manifest import STATE_FILE, write_manifest
 from sprite_diffusion.runs.state import TrainState
 from sprite_diffusion.runs.weights import Weights
@@ -37,7 +37,7 @@ class Checkpoints:
         self.lr_scheduler = lr_scheduler
         resumed_from = config.resume_from_checkpoint
         self.newest = None if resumed_from is None else self.output_dir / resumed_from  # of the whole ones
-        self.known = list_checkpoints(self.output_dir)  # when the run began
+        self.known = read_folder_state(self.output_dir)  # when the run began
         self.files: OwnedFiles  # of the folder, once the main process has locked it
         self.disk = FullDiskWarning()
 

@@ -86,6 +86,16 @@ def _is_finished(output_dir: Path) -> bool:
     return finished and all(step <= summary["global_step"] for step in newest)
 
 
+FolderState = tuple[list[str], int | None]  # the checkpoints' names, and when the summary was written
+
+
+def read_folder_state(output_dir: Path) -> FolderState:
+    """Returns what shows that a run has worked in a folder, to compare with later."""
+    summary = output_dir / SUMMARY_FILE
+    written = summary.stat().st_mtime_ns if summary.exists() else None
+    return [path.name for path in list_checkpoints(output_dir)], written
+
+
 def _is_used(output_dir: Path) -> bool:
     """Returns whether anything is in a folder besides the traces of a run that has not begun."""
     ignored = {LOCK_FILE, LOCK_OWNER_FILE, LIST_FILE}
@@ -114,16 +124,15 @@ def _check_links(config: TrainingConfig) -> None:
             raise UserInputError(f"{output_dir / name} is a link: a run writes into none, put a folder in its place")
 
 
-def prepare_output_dir(config: TrainingConfig, known_checkpoints: list[Path]) -> "RunFolder":
+def prepare_output_dir(config: TrainingConfig, known: FolderState) -> "RunFolder":
     """Makes the folder and locks it, removes the earlier run if it is to be overwritten, and saves the configuration.
 
-    Raises `UserInputError` if another process works in the folder, or has since `known_checkpoints` were listed.
+    Raises `UserInputError` if another process works in the folder, or has since its state was `known`.
     """
     output_dir = Path(config.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     folder = RunFolder(output_dir)
-    is_new = config.resume_from_checkpoint is None and not config.overwrite_output_dir
-    if list_checkpoints(output_dir) != known_checkpoints or (is_new and (output_dir / SUMMARY_FILE).exists()):
+    if read_folder_state(output_dir) != known:
         raise UserInputError(f"--output_dir {output_dir} was used by another run meanwhile: give the command again")
     folder.files.remove_leftovers()
     if config.overwrite_output_dir and config.resume_from_checkpoint is None:
