@@ -1,3 +1,5 @@
+"""The toy network that tutorials start from: six convolutions, and no notion of time."""
+
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -42,10 +44,12 @@ class BasicUNet2DModel(ModelMixin, ConfigMixin):
         self, sample: torch.Tensor, timestep: torch.Tensor | float | None = None, return_dict: bool = True
     ) -> UNet2DOutput | tuple[torch.Tensor]:
         """
+        Predicts what the network was trained to predict: for `LinearCorruptionScheduler`, the clean images.
+
         Args:
             sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): The noisy images.
             timestep (`torch.Tensor` or `float`, *optional*):
-                Accepted for the common interface and unused: the network is told nothing of the amount of noise.
+                Accepted for the common interface and not used: the network is told nothing of the amount of noise.
             return_dict (`bool`, defaults to `True`): Whether to return an output object instead of a tuple.
 
         Returns:
@@ -64,7 +68,7 @@ class BasicUNet2DModel(ModelMixin, ConfigMixin):
         hidden = F.interpolate(hidden, scale_factor=2.0) + down2  # (B, 64, H/2, W/2)
         hidden = F.silu(self.up_layers[1](hidden))
         hidden = F.interpolate(hidden, scale_factor=2.0) + down1  # (B, 32, H, W)
-        # The course has SiLU here too. It is never below -0.28, which does for images in [0, 1] but would cut off
+        # The course has SiLU here too, which is never below -0.28: enough for images in [0, 1], but it would cut off
         # the dark part of images in [-1, 1].
         output = self.up_layers[2](hidden)  # (B, out_channels, H, W)
         if not return_dict:

@@ -1,3 +1,5 @@
+"""The small U-Net of the sprite course, conditioned on a vector of class weights."""
+
 from typing import Literal
 
 import torch
@@ -12,11 +14,14 @@ NUM_GROUPS = 8
 
 
 def conv_norm_gelu(in_channels: int, out_channels: int, norm_type: str) -> nn.Sequential:
+    """Returns a 3x3 convolution, a normalization and GELU."""
     norm = nn.BatchNorm2d(out_channels) if norm_type == "batch" else nn.GroupNorm(NUM_GROUPS, out_channels)
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1), norm, nn.GELU())
 
 
 class ConvBlock(nn.Module):
+    """Two 3x3 convolutions, each with a normalization and GELU."""
+
     def __init__(self, in_channels: int, out_channels: int, norm_type: str) -> None:
         super().__init__()
         self.conv1 = conv_norm_gelu(in_channels, out_channels, norm_type)
@@ -27,10 +32,12 @@ class ConvBlock(nn.Module):
 
 
 class ResidualConvBlock(ConvBlock):
+    """A `ConvBlock` whose input is added to its output, through a 1x1 convolution where the channels differ."""
+
     def __init__(self, in_channels: int, out_channels: int, norm_type: str) -> None:
         super().__init__(in_channels, out_channels, norm_type)
-        # The course's code makes this convolution inside forward, with new random weights at every call, so that
-        # they are neither trained nor saved.
+        # The course's code makes this convolution inside of forward, with new random weights at every call, so that
+        # its weights are neither trained nor saved there.
         self.shortcut = (
             nn.Conv2d(in_channels, out_channels, kernel_size=1) if in_channels != out_channels else nn.Identity()
         )
@@ -41,6 +48,7 @@ class ResidualConvBlock(ConvBlock):
 
 
 def down_block(in_channels: int, out_channels: int, norm_type: str) -> nn.Sequential:
+    """Returns two blocks of convolutions, and a pooling that halves the sides."""
     return nn.Sequential(
         ConvBlock(in_channels, out_channels, norm_type),
         ConvBlock(out_channels, out_channels, norm_type),
@@ -49,6 +57,7 @@ def down_block(in_channels: int, out_channels: int, norm_type: str) -> nn.Sequen
 
 
 def up_block(in_channels: int, out_channels: int, norm_type: str) -> nn.Sequential:
+    """Returns a convolution that doubles the sides, and two blocks of convolutions."""
     return nn.Sequential(
         nn.ConvTranspose2d(in_channels, out_channels, kernel_size=2, stride=2),
         ConvBlock(out_channels, out_channels, norm_type),
@@ -57,6 +66,7 @@ def up_block(in_channels: int, out_channels: int, norm_type: str) -> nn.Sequenti
 
 
 def embedding(in_features: int, out_features: int) -> nn.Sequential:
+    """Returns the two linear layers that embed the time or the context."""
     return nn.Sequential(nn.Linear(in_features, out_features), nn.GELU(), nn.Linear(out_features, out_features))
 
 
@@ -146,7 +156,8 @@ class ContextUNet2DModel(ModelMixin, ConfigMixin):
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[torch.Tensor]:
         """
-        Without `class_labels` and `context`, the output is the unconditional one.
+        Predicts what the network was trained to predict, for the classes asked for; for none without `class_labels`
+        and `context`.
 
         Args:
             sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`): The noisy images.
@@ -186,19 +197,21 @@ class ContextUNet2DModel(ModelMixin, ConfigMixin):
         return UNet2DOutput(sample=output)
 
     def _time(self, sample: torch.Tensor, timestep: torch.Tensor | float) -> torch.Tensor:
+        """Returns the timestep of each image as a number in (0, 1], `(B, 1)`."""
         steps = torch.as_tensor(timestep, device=sample.device).float() + 1
-        time = steps / self.config["num_train_timesteps"]  # 0..T-1 -> (0, 1], the course's t / T
-        # Cast last: in half precision `t + 1` itself would be rounded.
+        time = steps / self.config["num_train_timesteps"]  # the course's t / T, where t is 1 to T
+        # The cast comes last: in half precision `t + 1` itself would be rounded.
         return time.to(self.dtype).expand(len(sample))[:, None]  # (B, 1)
 
     def _context(
         self, sample: torch.Tensor, class_labels: torch.Tensor | None, context: torch.Tensor | None
     ) -> torch.Tensor:
+        """Returns the context vector of each image, `(B, context_dim)`, of its class or as given; zero for none."""
         if class_labels is not None and context is not None:
             raise ValueError("Give class_labels or context, not both.")
         context_dim = self.config["context_dim"]
         if class_labels is not None:
-            # One class more than the context has places: the null class, whose vector is zero.
+            # The null class is one more than the context has numbers: without the last column its vector is zero.
             context = F.one_hot(class_labels.long(), context_dim + 1)[:, :-1]
         if context is None:
             context = sample.new_zeros(len(sample), context_dim)

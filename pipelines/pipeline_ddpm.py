@@ -10,14 +10,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from diffusers import (
-    DDPMPipeline,
-    DDPMScheduler,
-    DiffusionPipeline,
-    ImagePipelineOutput,
-    ModelMixin,
-    SchedulerMixin,
-)
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
@@ -250,7 +243,7 @@ class UnconditionalDDPMPipeline(_DDPMPipeline):
             return
         DDPMPipeline(unet=self.unet, scheduler=scheduler).save_pretrained(save_directory, **kwargs)
         if scheduler is not self.scheduler:
-            # Beside the scheduler's config: the only folder from which any file is downloaded.
+            # The code lies beside the scheduler's config: from this folder alone diffusers downloads any file.
             folder = Path(save_directory, "scheduler")
             imports = [
                 f"from .scheduler.{_save_source(cls, folder)} import {cls.__name__}"

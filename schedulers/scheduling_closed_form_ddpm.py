@@ -40,7 +40,7 @@ class ClosedFormDDPMSchedulerOutput(BaseOutput):
 
 
 class _CoefficientTable:
-    """Coefficients of all timesteps: one read-only float64 table, and its copies per device and dtype."""
+    """K coefficients for each of T timesteps: one read-only float64 table, and a copy per device and dtype."""
 
     def __init__(self, columns: Sequence[np.ndarray]):
         self.values = np.stack(columns, axis=1)  # (T, K)
@@ -48,6 +48,7 @@ class _CoefficientTable:
         self.copies: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
     def copy(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """Return the table `(T, K)` on a device, in a dtype; made at the first call."""
         key = (device, dtype)
         if key not in self.copies:
             # Autograd refuses to save tensors made in inference mode, and training may follow sampling.
@@ -61,17 +62,18 @@ class _CoefficientTable:
         if isinstance(timestep, torch.Tensor) and timestep.device == sample.device:
             rows = table.index_select(0, timestep.reshape(-1))
         else:
-            rows = table[timestep]  # one timestep known to the host selects a view
+            rows = table[timestep]  # a view, as the host knows the timestep
         return list(rows.view(-1, table.shape[1], *(1,) * (sample.ndim - 1)).unbind(1))
 
 
 def _cosine_alpha_bar(t: np.ndarray) -> np.ndarray:
-    # Nichol and Dhariwal 2021, eq. 17
+    """Return alpha_bar at times in [0, 1], up to a factor (Nichol and Dhariwal 2021, eq. 17)."""
     return np.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
 
 
 def _laplace_alpha_bar(t: np.ndarray) -> np.ndarray:
-    # Hang et al. 2024 (arXiv 2407.03297), Table 1; the square root is diffusers', kept for equal betas.
+    """Return alpha_bar at times in [0, 1] (Hang et al. 2024, arXiv 2407.03297, Table 1)."""
+    # The square root is diffusers', kept for equal betas.
     half_log_snr = -0.5 * np.copysign(1, 0.5 - t) * np.log(1 - 2 * np.abs(0.5 - t) + 1e-6)
     return np.sqrt(1 / (1 + np.exp(-half_log_snr)))
 
@@ -98,6 +100,7 @@ def _rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise a ValueError if the value of an option is none of its choices."""
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but is {value!r}.")
 
@@ -173,9 +176,10 @@ class ClosedFormDDPMScheduler(SchedulerMixin, ConfigMixin):
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
     ):
-        # `from_config` gives values left at our defaults as the other class's defaults; Heun's betas are others.
+        # `from_config` replaces values left at our defaults by the other class's defaults, and Heun's betas differ.
         self.register_to_config(_use_default_values=[])
-        if variance_type is None:  # as in the config of a DPM-Solver scheduler; stock then samples as fixed_small
+        # None is in the config of a DPM-Solver scheduler; diffusers' DDPMScheduler then samples as fixed_small.
+        if variance_type is None:
             self.register_to_config(variance_type="fixed_small")
         _check_choice("beta_schedule", beta_schedule, get_args(BetaSchedule))
         _check_choice("variance_type", self.config["variance_type"], get_args(VarianceType))
@@ -207,6 +211,7 @@ class ClosedFormDDPMScheduler(SchedulerMixin, ConfigMixin):
         self._set_chain(np.arange(len(betas))[::-1].copy(), None)
 
     def _check_terminal_signal(self) -> None:
+        """Raise a ValueError if x_0 can't be recovered at the last timestep; warn if much of x_0 is left there."""
         terminal_signal = math.exp(0.5 * self._log_alphas_cumprod[-1])
         if terminal_signal == 0 and self.config["prediction_type"] == "epsilon":
             raise ValueError(
@@ -265,7 +270,7 @@ class ClosedFormDDPMScheduler(SchedulerMixin, ConfigMixin):
             num_inference_steps (`int`, *optional*):
                 Number of timesteps, spaced as `timestep_spacing` says. Either this or `timesteps`.
             device (`str` or `torch.device`, *optional*):
-                Device of `self.timesteps` and of the coefficients. If `None`, the CPU.
+                Device of `self.timesteps` and of the coefficients; the CPU if not given.
             timesteps (`list[int]`, *optional*):
                 The timesteps themselves, strictly descending, in 0..T-1.
 
@@ -289,7 +294,7 @@ class ClosedFormDDPMScheduler(SchedulerMixin, ConfigMixin):
         self._set_chain(chain, device)
 
     def _spaced_timesteps(self, num_inference_steps: int) -> np.ndarray:
-        """Lin et al. 2023, Table 2, counted from 0."""
+        """Return the descending timesteps `(n,)` of `timestep_spacing` (Lin et al. 2023, Table 2, counted from 0)."""
         num_train_timesteps = self.config["num_train_timesteps"]
         if not 1 <= num_inference_steps <= num_train_timesteps:
             raise ValueError(f"`num_inference_steps` must lie in 1..{num_train_timesteps}: {num_inference_steps}.")
@@ -327,17 +332,19 @@ class ClosedFormDDPMScheduler(SchedulerMixin, ConfigMixin):
         posterior_variance = one_minus_alpha_bar_prev / one_minus_alpha_bar * beta
         columns = [*x0_coefficients, *mean_coefficients, *self._deviation_columns(beta, posterior_variance)]
 
-        # A timestep outside the chain has no coefficients: a tensor of it yields NaN, as checking it needs a sync.
+        # A timestep outside the chain has no coefficients. As a tensor it yields NaN: to read and refuse it would take
+        # a wait for the device.
         coefficients = np.full((len(columns), len(self._betas)), np.nan)
         coefficients[:, chain] = columns
         self._reverse = _CoefficientTable(list(coefficients))
         self._chain = frozenset(chain.tolist())
         self.timesteps = torch.from_numpy(chain).to(device)
-        for table in (self._forward, self._reverse):  # so that `step` and `add_noise` have nothing to move
+        # Copied here, so that `step` and `add_noise` have nothing to move.
+        for table in (self._forward, self._reverse):
             table.copy(self.timesteps.device, torch.float32)
 
     def _deviation_columns(self, beta: np.ndarray, posterior_variance: np.ndarray) -> list[np.ndarray]:
-        """Coefficients of the standard deviation of the reverse step, which is 0 at the last timestep."""
+        """Return the coefficients `(n,)` of the reverse step's standard deviation, which is 0 at the last timestep."""
         is_noisy = np.arange(len(beta)) < len(beta) - 1
         variance_type = self.config["variance_type"]
         if variance_type == "learned":
@@ -365,7 +372,7 @@ class ClosedFormDDPMScheduler(SchedulerMixin, ConfigMixin):
         return torch.where(self.timesteps < timestep, self.timesteps, -1).amax(-1)
 
     def _threshold_sample(self, sample: torch.Tensor) -> torch.Tensor:
-        """Dynamic thresholding, Saharia et al. 2022, section 2.3."""
+        """Clip and scale each image by its own percentile: dynamic thresholding, Saharia et al. 2022, section 2.3."""
         threshold = sample.abs().flatten(1).quantile(self.config["dynamic_thresholding_ratio"], dim=1)  # (B,)
         threshold = threshold.clamp(min=1, max=self.config["sample_max_value"])
         threshold = threshold.view(-1, *(1,) * (sample.ndim - 1))
@@ -389,8 +396,8 @@ class ClosedFormDDPMScheduler(SchedulerMixin, ConfigMixin):
             model_output (`torch.Tensor` of shape `(B, C, H, W)`):
                 The model's output; `(B, 2C, H, W)` if the variance is learned.
             timestep (`int` or `torch.Tensor`):
-                A listed timestep. As a tensor of shape `()` or `(B,)` it may lie on the samples' device, is not read
-                by the host, and yields NaN if it is not listed.
+                A listed timestep. A tensor, of shape `()` or `(B,)`, may lie on the samples' device: the host does not
+                read it, and a timestep that is not listed yields NaN.
             sample (`torch.Tensor` of shape `(B, C, H, W)`):
                 x_t.
             generator (`torch.Generator` or a list of one per image, *optional*):
@@ -412,6 +419,9 @@ class ClosedFormDDPMScheduler(SchedulerMixin, ConfigMixin):
             and timestep not in self._chain
         ):
             raise IndexError(f"Timestep {timestep} is not one of the {len(self._chain)} listed by `set_timesteps`.")
+
+        # 1. The model's channels: the prediction, and the variance where it is learned (Nichol and Dhariwal 2021,
+        # section 3.1)
         if config["variance_type"] in ("learned", "learned_range"):
             if model_output.shape[1] != 2 * sample.shape[1]:
                 raise ValueError(
@@ -419,10 +429,14 @@ class ClosedFormDDPMScheduler(SchedulerMixin, ConfigMixin):
                     f" but it has {model_output.shape[1]}."
                 )
             model_output, predicted_variance = model_output.chunk(2, dim=1)
+
+        # 2. The coefficients of this timestep, which `_set_chain` has tabulated
         output_dtype = torch.promote_types(model_output.dtype, sample.dtype)
         dtype = torch.promote_types(output_dtype, torch.float32)
         coefficients = self._reverse.at(timestep, sample, dtype)
 
+        # 3. The predicted x_0: (x_t - sqrt(1 - alpha_bar_t) epsilon) / sqrt(alpha_bar_t) (Ho et al. 2020, eq. 15), or
+        # sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v (Salimans and Ho 2022, section 4)
         if config["prediction_type"] == "sample":
             x0 = model_output.to(dtype, copy=True)
         else:
@@ -432,11 +446,15 @@ class ClosedFormDDPMScheduler(SchedulerMixin, ConfigMixin):
                 x0 = torch.addcmul(sample, model_output, output_coefficient).mul_(sample_coefficient)
             else:
                 x0 = (sample * sample_coefficient).addcmul_(model_output, output_coefficient)
+
+        # 4. x_0 within the range of images (Saharia et al. 2022, section 2.3, or clipping)
         if config["thresholding"]:
             x0 = self._threshold_sample(x0)
         elif config["clip_sample"]:
             x0 = x0.clamp_(-config["clip_sample_range"], config["clip_sample_range"])
 
+        # 5. The standard deviation of x_{t-1}: fixed (Ho et al. 2020, eq. 7 or beta_t), or learned (Nichol and
+        # Dhariwal 2021, eq. 15)
         x0_coefficient, xt_coefficient, *deviation = coefficients
         if config["variance_type"] == "learned":
             std = (predicted_variance * deviation[0]).sqrt_()
@@ -444,6 +462,9 @@ class ClosedFormDDPMScheduler(SchedulerMixin, ConfigMixin):
             std = torch.addcmul(deviation[0], predicted_variance, deviation[1]).exp_()
         else:
             std = deviation[0]
+
+        # 6. x_{t-1}: the mean of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 7), and noise of that deviation
+        # (Algorithm 2, line 4)
         noise = randn_tensor(
             model_output.shape, generator=generator, device=model_output.device, dtype=model_output.dtype
         )

@@ -1,3 +1,5 @@
+"""The toy process that tutorials start from: a straight line from an image to noise."""
+
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -14,7 +16,7 @@ NOISE_TYPES = ("gaussian", "uniform")
 @dataclass
 class LinearCorruptionSchedulerOutput(BaseOutput):
     """
-    Output of [`LinearCorruptionScheduler.step`].
+    Output class of [`LinearCorruptionScheduler.step`].
 
     Args:
         prev_sample (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
@@ -38,8 +40,8 @@ class LinearCorruptionScheduler(SchedulerMixin, ConfigMixin):
     integers 0 to `num_train_timesteps - 1`, and `amount(t) = (t + 1) / num_train_timesteps`.
 
     Noise is always handed in as standard normal noise, the kind that training loops and pipelines draw.
-    `add_noise` transforms it; a pipeline calls [`~LinearCorruptionScheduler.transform_noise`] once on its initial
-    latents, if its scheduler has this method.
+    `add_noise` transforms this noise; a pipeline calls [`~LinearCorruptionScheduler.transform_noise`] once on its
+    initial latents, if its scheduler has this method.
 
     Args:
         num_train_timesteps (`int`, defaults to 1000):
@@ -135,8 +137,8 @@ class LinearCorruptionScheduler(SchedulerMixin, ConfigMixin):
         Returns:
             `torch.Tensor`: The noisy images, in the shape and dtype of `original_samples`.
         """
-        # The coefficients are ratios of small integers. One float32 division on the samples' device rounds them
-        # to the same bits as a float64 table would, with no copy between devices and no wait.
+        # The coefficients are ratios of small integers. One float32 division on the samples' device rounds these
+        # ratios to the same bits as a float64 table would, with no copy between devices and no wait.
         num_train_timesteps = self.config["num_train_timesteps"]
         noise_steps = (timesteps.to(original_samples.device) + 1).float()
         noise_steps = noise_steps.view(-1, *[1] * (original_samples.ndim - 1))  # (B,) -> (B, 1, 1, 1)
@@ -162,7 +164,7 @@ class LinearCorruptionScheduler(SchedulerMixin, ConfigMixin):
             timestep (`int` or `torch.Tensor` of shape `()`): The current timestep, one of `timesteps`.
             sample (`torch.Tensor` of the same shape as `model_output`): The current noisy sample.
             generator (`torch.Generator`, *optional*):
-                Accepted for the common interface and unused: given the initial noise, nothing here is random.
+                Accepted for the common interface and not used: given the initial noise, nothing here is random.
             return_dict (`bool`, defaults to `True`): Whether to return an output object instead of a tuple.
 
         Returns:
@@ -177,8 +179,8 @@ class LinearCorruptionScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"Timestep {int(timestep)} is not one of the {self.num_inference_steps} set by set_timesteps."
             )
-        # Two weights, not `sample + (model_output - sample) / steps_left`: the last step has to return exactly
-        # the prediction, and adding back a rounded difference does not.
+        # A sum of two weighted terms, and not `sample + (model_output - sample) / steps_left`: the last step has to
+        # return exactly the prediction, and adding back a rounded difference does not.
         weight = 1 / steps_left
         prev_sample = (1 - weight) * sample.float() + weight * model_output.float()
         prev_sample = prev_sample.to(sample.dtype)

@@ -1,7 +1,8 @@
-"""A Hub on the loopback interface: what `huggingface_hub` and diffusers ask of the real one, answered in its way.
+"""A server on this machine that answers `huggingface_hub` and diffusers as the real Hub does.
 
-Model repositories of one user with one branch. Clients take its address from `HF_ENDPOINT`, which they read when they
-are imported, so they have to run in processes of their own. Weights go by LFS; clients need `HF_HUB_DISABLE_XET=1`.
+It holds model repositories of one user with one branch. Clients take its address from `HF_ENDPOINT`, which they read
+when they are imported, so that each has to run in a process of its own. Weights go by LFS, for which clients need
+`HF_HUB_DISABLE_XET=1`.
 """
 
 import base64
@@ -19,10 +20,10 @@ from typing import Any
 from urllib.parse import parse_qs, unquote
 
 USER, TOKEN = "me", "hf_goodtoken"
-DROP = 0  # in place of a status: the connection is closed without an answer
+DROP = 0  # stands for a status, and closes the connection without an answer
 
 REPO = r"(?P<repo>[^/]+/[^/]+)"
-ROUTES = [  # matched before unquoting: a quoted revision may hold slashes
+ROUTES = [  # matched before unquoting, as a quoted revision may hold slashes
     ("GET", r"/api/whoami-v2", "whoami"),
     ("POST", r"/api/repos/create", "create"),
     ("POST", r"/api/validate-yaml", "validate_yaml"),
@@ -87,14 +88,14 @@ class HubError(Exception):
 
 
 class HubServer(ThreadingHTTPServer):
-    """Use it with `with HubServer().running() as server`."""
+    """The server; use it by `with HubServer().running() as server`."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        # Another origin, as the real Hub's storage is: clients must not send it the token.
+        # The storage has another origin, as the real Hub's has: clients must not send it the token.
         self.storage_url = f"http://localhost:{self.server_port}"
         self.repos: dict[str, Repository] = {}
         self.lfs_objects: dict[str, bytes] = {}  # by SHA-256
@@ -120,7 +121,7 @@ def is_lfs(path: str, content_size: int) -> bool:
 
 
 def git_blob(path: str, content: bytes) -> bytes:
-    """What git keeps of a file: the content or, if that is on LFS, a pointer."""
+    """Returns what git keeps of a file: the content, or a pointer to it if it is on LFS."""
     if not is_lfs(path, len(content)):
         return content
     oid = hashlib.sha256(content).hexdigest()
@@ -132,7 +133,7 @@ def git_oid(blob: bytes) -> str:
 
 
 def describe(path: str, files: dict[str, bytes]) -> dict[str, Any]:
-    """A file or a folder as `tree` and `paths-info` list it."""
+    """Returns a file or a folder as `tree` and `paths-info` list it."""
     if path not in files:
         return {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()}
     content, blob = files[path], git_blob(path, files[path])
@@ -147,9 +148,10 @@ def folders(files: dict[str, bytes]) -> set[str]:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"  # connections are kept: every body has to be read, every answer has its length
+    # HTTP/1.1 keeps connections, so that every body has to be read and every answer needs a length.
+    protocol_version = "HTTP/1.1"
     server: HubServer
-    repo: str = ""  # id, of the request in hand
+    repo: str = ""  # id of the repository that the request is for
 
     def answer(self) -> None:
         raw_path, _, query = self.path.partition("?")
@@ -187,7 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def send_file(self, content: bytes, **headers: str) -> None:
-        """The whole, or the part that the request's `Range` names."""
+        """Sends a whole file, or the part that the request's `Range` names."""
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if span is None:
             self.send_bytes(content, Accept_Ranges="bytes", **headers)
@@ -212,7 +214,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def check_token(self, required: bool = True) -> bool:
         token = self.headers.get("Authorization")
-        if token is not None and token != f"Bearer {TOKEN}":  # refused even where none is needed
+        if token is not None and token != f"Bearer {TOKEN}":  # the Hub refuses a wrong one even where none is needed
             raise HubError(401, "Invalid credentials in Authorization header")
         if token is None and required:
             raise HubError(401, "Invalid username or password.")
@@ -222,7 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
         known = self.check_token(required=write)
         repository = self.server.repos.get(self.repo)
         if repository is None or (repository.private and not known):
-            # 401, so that strangers can't tell the private from the missing ones
+            # Strangers get 401, so that they can't tell private repositories from missing ones.
             message = "Repository not found" if known else "Invalid username or password."
             raise HubError(404 if known else 401, message, "RepoNotFound")
         return repository
@@ -277,7 +279,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_json({"transfer": "basic", "objects": objects})
 
     def check_storage_request(self) -> None:
-        if "Authorization" in self.headers:  # as S3 does: its addresses are signed
+        if "Authorization" in self.headers:  # S3 refuses a token, as its addresses are signed
             raise HubError(400, "Only one auth mechanism allowed")
 
     def lfs_upload(self, oid: str) -> None:

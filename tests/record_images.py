@@ -1,7 +1,6 @@
-"""Runs train_conditional.py, and records the images that this process trains on; for test_processes.py.
+"""Runs train_conditional.py and records which images each process trains on, for test_processes.py.
 
-The images' first level is their number. A micro-batch becomes a line of numbers in OUTPUT_DIR-RANK.jsonl, beside the
-folder of the run.
+The index of an image is the red of its first pixel. Each process appends a line of JSON for each micro-batch.
 """
 
 import json
@@ -19,9 +18,9 @@ def main() -> None:
     record = output_dir.with_name(f"{output_dir.name}-{os.environ.get('RANK', '0')}.jsonl")
 
     def recording_loss(model, noise_scheduler, clean_images, *args, **kwargs):
-        numbers = ((clean_images[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
+        indices = ((clean_images[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
         with record.open("a") as file:
-            file.write(json.dumps(numbers) + "\n")
+            file.write(json.dumps(indices) + "\n")
         return ddpm_loss(model, noise_scheduler, clean_images, *args, **kwargs)
 
     conditional.ddpm_loss = recording_loss

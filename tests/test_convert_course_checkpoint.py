@@ -1,4 +1,4 @@
-"""The sprite course's checkpoints against a network and a sampling loop written as the course's."""
+"""Converted checkpoints of the sprite course against a network and a sampling loop written as the course's."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Each distance against a computation of somebody else's, or the definition written out."""
+"""Tests each distance between sets of images against another library, or against the definition written out."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def feature_sets(request):
 
 
 def with_moments(mean: np.ndarray, covariance: np.ndarray, num_images: int = 50) -> torch.Tensor:
-    """Features whose sample mean and covariance are these exactly."""
+    """Returns features with exactly this sample mean and covariance."""
     noise = np.random.default_rng(len(mean)).normal(size=(num_images, len(mean)))
     noise -= noise.mean(0)
     white = noise @ np.linalg.inv(np.linalg.cholesky(np.cov(noise.T))).T
@@ -53,7 +53,7 @@ def test_frechet_distance_is_that_of_scipy_and_torchmetrics(feature_sets):
     scale = sum(np.trace(covariance) for covariance in covariances)
     root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
     expected = np.square(real.mean(0) - generated.mean(0)).sum() + scale - 2 * np.trace(root)
-    # Square roots of eigenvalues that should be 0 and are of the rounding error, 2^-52, in each dimension.
+    # In each dimension an eigenvalue of 0 may come out as the rounding error, 2^-52, and its square root as 2^-26.
     tolerance = 2 * scale * real.shape[1] * 2**-26
     assert frechet_distance(*feature_sets) == pytest.approx(expected, abs=tolerance)
 
@@ -103,7 +103,7 @@ def test_cmmd_is_its_definition():
 
 @pytest.mark.parametrize("at_once", [10_000_000, 70])
 def test_precision_recall_density_and_coverage_are_their_definitions(feature_sets, monkeypatch, at_once):
-    monkeypatch.setattr(distances, "DISTANCES_AT_ONCE", at_once)  # blocks of a row or so
+    monkeypatch.setattr(distances, "DISTANCES_AT_ONCE", at_once)  # 70 makes blocks of about a row
     real, generated = (features.double().numpy() for features in feature_sets)
 
     def distance(a, b):
@@ -112,7 +112,8 @@ def test_precision_recall_density_and_coverage_are_their_definitions(feature_set
     def radius(x, i, k):
         return sorted(distance(x[i], x[j]) for j in range(len(x)) if j != i)[k - 1]
 
-    def in_balls(x, y, k):  # of how many balls around y each x is in
+    def in_balls(x, y, k):
+        """Returns for each x the number of balls around y that it is in."""
         radii = [radius(y, j, k) for j in range(len(y))]
         return np.array([sum(distance(a, b) <= r for b, r in zip(y, radii, strict=True)) for a in x])
 

@@ -1,4 +1,7 @@
-"""Pushing to the Hub and loading from it: the real clients, in processes of their own, against a loopback server."""
+"""Tests uploads to the Hub, the card, and loading from the Hub, by the real clients against a server on this machine.
+
+Each client runs in a process of its own, as it reads the server's address when it is imported.
+"""
 
 import json
 import re
@@ -27,13 +30,13 @@ PRIVATE_FLAGS = f"--push_to_hub --hub_model_id me/sprites --hub_private_repo --h
 
 @dataclass
 class User:
-    """Somebody at a machine of their own: the cache of another would answer in place of the server."""
+    """A user of the Hub with a cache of their own; a shared cache would answer in place of the server."""
 
     server: HubServer
     home: Path
 
     def log_in(self) -> None:
-        """As `hf auth login` does."""
+        """Writes the token where `hf auth login` writes it."""
         self.home.mkdir(exist_ok=True)
         (self.home / "token").write_text(TOKEN)
 
@@ -56,7 +59,7 @@ def author(server, tmp_path):
 
 @pytest.fixture(scope="module")
 def pushed(tmp_path_factory):
-    """Two runs that were pushed: `me/sprites`, private, and `me/sprites-by-class`, public."""
+    """Two runs that were pushed while they trained: `me/sprites`, private, and `me/sprites-by-class`, public."""
     folder = tmp_path_factory.mktemp("pushed")
     with HubServer().running() as server:
         author = User(server, folder / "author")
@@ -71,7 +74,7 @@ def pushed(tmp_path_factory):
 
 
 def shared_files(server: HubServer, name: str) -> set[str]:
-    return set(server.repos[name].files) - {".gitattributes"}  # which the Hub itself puts into a new repository
+    return set(server.repos[name].files) - {".gitattributes"}  # the Hub itself puts that into a new repository
 
 
 CODE = r"_[0-9a-f]{8}\.py"  # files of code are named after their content
@@ -126,7 +129,7 @@ def test_token_is_nowhere(pushed):
 
 
 def test_push_in_training_sends_what_changed(pushed):
-    """After each epoch: the second has new weights and the only grid, all else is as it was."""
+    """There is an upload after each epoch. The second has new weights and the only grid, and all else is as it was."""
     server, _, _ = pushed
     first, second = server.repos["me/sprites"].commits[1:]
     assert [first.title, second.title] == ["Step 4", "Step 8"]
@@ -171,7 +174,7 @@ print(json.dumps([
 
 
 def test_server_is_a_hub_to_its_client(author):
-    """The errors are those that the client documents for what was wrong."""
+    """The client raises the errors that it documents for each mistake."""
     output = author.run("-c", CLIENT, TOKEN).stdout
     assert json.loads(output) == [
         "me",
@@ -201,33 +204,33 @@ def test_server_sends_parts_of_files(server):
 
 ISOLATED = """
 import sys
-for name in ("models", "pipelines", "schedulers", "sprite_diffusion"):  # an installation of it can't help
+for name in ("models", "pipelines", "schedulers", "sprite_diffusion"):  # an installed copy must not help
     sys.modules[name] = None
 import json, numpy as np, torch
 from diffusers import DiffusionPipeline
 
-def draw(model, **kwargs):
+def sample(model, **kwargs):
     pipeline = DiffusionPipeline.from_pretrained(model, **json.loads(sys.argv[2]))
     generator = torch.Generator().manual_seed(4)
     images = pipeline(generator=generator, num_inference_steps=3, output_type="np", **json.loads(sys.argv[3])).images
     print(type(pipeline).__name__, type(pipeline.scheduler).__name__)
     return pipeline, images
 """
-DRAW = (
+SAMPLE = (
     ISOLATED
     + """
 repository, _, _, folder, out = sys.argv[1:]
-pipeline, images = draw(repository)
+pipeline, images = sample(repository)
 np.save(out + "/hub.npy", images)
-np.save(out + "/local.npy", draw(folder)[1])
+np.save(out + "/local.npy", sample(folder)[1])
 pipeline.save_pretrained(out + "/saved")
-np.save(out + "/saved.npy", draw(out + "/saved")[1])
+np.save(out + "/saved.npy", sample(out + "/saved")[1])
 """
 )
-DRAW_SAVED = (
+SAMPLE_SAVED = (
     ISOLATED
     + """
-np.save(sys.argv[4] + "/fresh.npy", draw(sys.argv[1])[1])
+np.save(sys.argv[4] + "/fresh.npy", sample(sys.argv[1])[1])
 """
 )
 OWN_CODE = {"trust_remote_code": True}
@@ -251,34 +254,34 @@ OWN_CODE = {"trust_remote_code": True}
         ),
     ],
 )
-def test_others_load_it_save_it_and_draw_the_same_images(pushed, tmp_path, name, loading, calling, classes):
+def test_others_load_it_save_it_and_sample_the_same_images(pushed, tmp_path, name, loading, calling, classes):
     server, folder, _ = pushed
     stranger = User(server, tmp_path / "stranger")
     stranger.log_in()  # one of the two is private
     arguments = [json.dumps(loading), json.dumps(calling)]
     folders = [str(folder / name), str(tmp_path)]
-    result = stranger.run("-I", "-c", DRAW, f"me/{name}", *arguments, *folders, cwd=tmp_path)
+    result = stranger.run("-I", "-c", SAMPLE, f"me/{name}", *arguments, *folders, cwd=tmp_path)
     assert result.stdout.splitlines() == [classes] * 3
-    stranger.run("-I", "-c", DRAW_SAVED, str(tmp_path / "saved"), *arguments, str(tmp_path), cwd=tmp_path)
+    stranger.run("-I", "-c", SAMPLE_SAVED, str(tmp_path / "saved"), *arguments, str(tmp_path), cwd=tmp_path)
     hub, *others = (np.load(tmp_path / f"{source}.npy") for source in ("hub", "local", "saved", "fresh"))
     for other in others:
         np.testing.assert_array_equal(hub, other)
     assert hub.shape == (2, 16, 16, 3)
-    assert np.abs(hub[0] - hub[1]).max() > 0.1  # not two blanks
+    assert np.abs(hub[0] - hub[1]).max() > 0.1  # two blanks would be equal
 
 
-def test_stock_and_own_pipeline_of_one_repository_draw_the_same_images(pushed, tmp_path):
+def test_stock_and_our_pipeline_of_one_repository_sample_the_same_images(pushed, tmp_path):
     server, _, _ = pushed
     stranger = User(server, tmp_path / "stranger")
     stranger.log_in()
     calling = json.dumps({"batch_size": 2})
-    for source, loading in [("stock", {}), ("own", {"custom_pipeline": "pipeline", **OWN_CODE})]:
+    for source, loading in [("stock", {}), ("ours", {"custom_pipeline": "pipeline", **OWN_CODE})]:
         (tmp_path / source).mkdir()
         arguments = ["me/sprites", json.dumps(loading), calling, str(tmp_path / source)]
-        stranger.run("-I", "-c", DRAW_SAVED, *arguments, cwd=tmp_path)
-    stock, own = (np.load(tmp_path / source / "fresh.npy") for source in ("stock", "own"))
-    # stock's float32 tables are off by up to 1e-4 of its coefficients, and the network passes that on
-    np.testing.assert_allclose(stock, own, rtol=0, atol=2e-3)
+        stranger.run("-I", "-c", SAMPLE_SAVED, *arguments, cwd=tmp_path)
+    stock, ours = (np.load(tmp_path / source / "fresh.npy") for source in ("stock", "ours"))
+    # The float32 tables of the stock scheduler are off by up to 1e-4 of its coefficients; the network passes that on.
+    np.testing.assert_allclose(stock, ours, rtol=0, atol=2e-3)
 
 
 TWO_VERSIONS = """
@@ -308,7 +311,7 @@ load_pipeline(sys.argv[1]).save_pretrained(sys.argv[2])
 
 @pytest.mark.parametrize("kind", ["unconditional", "conditional"])
 def test_two_versions_of_the_code_in_one_process_keep_apart(pushed, tmp_path, kind):
-    """A repository made by changed code: it counts its timesteps twice and words an error otherwise."""
+    """The second version counts its timesteps twice and words an error in another way."""
     source, project = pushed[1] / ("sprites" if kind == "unconditional" else "sprites-by-class"), tmp_path / "project"
     for package in ("pipelines", "schedulers", "models", "sprite_diffusion"):
         shutil.copytree(REPOSITORY / package, project / package)
@@ -360,7 +363,7 @@ def test_card_says_what_the_run_was(pushed):
         f"torch {version('torch')}, diffusers {version('diffusers')}",
     ]:
         assert fragment in text, fragment
-    assert str(pushed[1]) not in text  # nobody's folders
+    assert str(pushed[1]) not in text  # folders of this machine are private
 
 
 @pytest.mark.parametrize("name", ["sprites", "sprites-by-class"])
@@ -371,7 +374,7 @@ def test_snippet_of_the_card_works_as_it_stands(pushed, tmp_path, name):
     assert f"me/{name}" in snippet
     stranger = User(server, tmp_path / "stranger")
     stranger.log_in()
-    # fewer steps: a training process has 1,000, and this model has nothing to show
+    # Few steps are enough here: all 1,000 would take long, and this model has learned nothing.
     isolated = ISOLATED + "from diffusers.schedulers import DDPMScheduler\n"
     shortened = re.sub(r"num_inference_steps=\d+", "num_inference_steps=2", snippet)
     shortened = shortened.replace("guidance_scale=2.0", "guidance_scale=2.0, num_inference_steps=2")
@@ -434,7 +437,7 @@ def test_card_command(author, pipeline_folder):
     assert card.count("My notes.") == 1
     assert "20 images from pictures;" in card
     assert "secrets" not in card
-    summary["loss"] = None  # of a pipeline that was written before the first log
+    summary["loss"] = None  # as in the summary of a pipeline that was written before the first log
     (pipeline_folder / "training_summary.json").write_text(json.dumps(summary))
     author.run("-m", "sprite_diffusion.sharing.hub", "card", str(pipeline_folder))
     card = (pipeline_folder / "README.md").read_text()
@@ -483,7 +486,7 @@ def test_card_that_is_written_again_keeps_its_metadata(pipeline_folder):
     assert make_card(pipeline_folder, None, again) == again
 
 
-def test_sample_script_draws_from_a_repository(pushed, tmp_path):
+def test_sample_script_samples_from_a_repository(pushed, tmp_path):
     server, _, _ = pushed
     flags = f"me/sprites-by-class --output {tmp_path}/out --scale 1 --num_inference_steps 2 --num_images 2"
     User(server, tmp_path / "user").run("sample.py", *flags.split())
@@ -527,7 +530,7 @@ def test_repository_that_cannot_be_created_is_one_line(author):
         ("hf_expired", "me/e", "401"),
     ]
     arguments = [argument for case in cases for argument in case[:2]]
-    # a name without a user's is a repository of the token's owner; the second time it is there already
+    # A name without a user is of a repository of the token's owner. The second time the repository is there already.
     result = author.run("-c", CREATE, *arguments, TOKEN, "f", TOKEN, "f", TOKEN, "f:private", TOKEN, "g:private")
     *refused, created, found, public, private = result.stdout.splitlines()
     assert len(refused) == len(cases)
@@ -642,12 +645,12 @@ def test_slow_hub_does_not_hold_up_the_training_and_gets_the_last_step(author, p
     assert max(waits) < 1
     first, last = author.server.repos["me/sprites"].commits[1:]
     assert [first.title, last.title] == ["Step 0", "Step 3"]
-    # each with its own weights, though the files were written again during the first upload
+    # Each commit has the weights of its step, though the files were written again during the first upload.
     assert [commit.files[WEIGHTS] for commit in (first, last)] == [b"weights of step 0", b"weights of step 3"]
 
 
 def test_strategies(author, tmp_path):
-    """4 steps an epoch, 2 epochs; the pipeline is written each epoch, checkpoints at steps 3, 6 and 8."""
+    """Of 8 steps, the pipeline is written after steps 4 and 8, and checkpoints after steps 3, 6 and 8."""
     for strategy, steps in [("end", [8]), ("checkpoint", [3, 4, 6, 8])]:
         name = f"sprites-{strategy}"
         flags = f"{PRIVATE_FLAGS} --hub_model_id me/{name} --hub_strategy {strategy} --output_dir {tmp_path}/{name}"
@@ -673,7 +676,7 @@ def test_push_command(author, pipeline_folder):
     }
     assert sorted(path.name for path in pipeline_folder.iterdir()) == before
 
-    # code of another version is replaced, somebody's own is left alone
+    # Code of another version is replaced, and other files of the repository stay.
     repository.commit("others", {"scheduler/scheduling_closed_form_ddpm_00000000.py": b"", "app.py": b"import gradio"})
     author.run(*push, "me/later", "--private")
     files = shared_files(author.server, "me/later")

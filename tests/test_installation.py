@@ -1,15 +1,12 @@
 """What `pip install .` leaves behind, scripts started from any folder, and the README's notebook cell."""
 
 import ast
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, REPOSITORY, TINY
+from launching import PYTHON, REPOSITORY, TINY, run_command
 from PIL import Image
 
 SHORTER = {
@@ -20,24 +17,17 @@ SHORTER = {
 SCRIPTS = ("train_unconditional.py", "train_conditional.py", "sample.py", "calculate_metrics.py")
 
 
-def run(command: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
-
-
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
     """The folder that `pip install .` has installed into, not editable and without dependencies."""
     source, target = tmp_path_factory.mktemp("source") / "clone", tmp_path_factory.mktemp("site-packages")
-    listed = run(["git", "ls-files", "-co", "--exclude-standard"], REPOSITORY).stdout.splitlines()
+    listed = run_command(["git", "ls-files", "-co", "--exclude-standard"]).stdout.splitlines()
     for name in listed:
         if (REPOSITORY / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(REPOSITORY / name, source / name)
-    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--target", str(target)]
-    result = run([*pip, str(source)], source)
-    assert result.returncode == 0, result.stderr
+    pip = [*PYTHON, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--target", str(target)]
+    run_command([*pip, str(source)], cwd=source)
     return target
 
 
@@ -54,8 +44,7 @@ def test_an_installed_package_has_its_presets_and_drawings(installed, tmp_path):
         "from sprite_diffusion.data.sprites import draw_sprites\n"
         "print(sprite_diffusion.__file__, load_preset('sprites_conditional.yaml').num_epochs, len(draw_sprites(5)[0]))"
     )
-    result = run([sys.executable, "-c", code], tmp_path, PYTHONPATH=str(installed))
-    assert result.returncode == 0, result.stderr
+    result = run_command([*PYTHON, "-c", code], environment={"PYTHONPATH": str(installed)}, cwd=tmp_path)
     file, num_epochs, num_sprites = result.stdout.split()
     assert Path(file).is_relative_to(installed)
     preset = (REPOSITORY / "configs" / "sprites_conditional.yaml").read_text()
@@ -65,8 +54,7 @@ def test_an_installed_package_has_its_presets_and_drawings(installed, tmp_path):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_run_by_their_path_from_any_folder(script, tmp_path):
-    result = run([sys.executable, str(REPOSITORY / script), "--help"], tmp_path)
-    assert result.returncode == 0, result.stderr
+    result = run_command([*PYTHON, str(REPOSITORY / script), "--help"], environment={"PYTHONPATH": ""}, cwd=tmp_path)
     assert "usage:" in result.stdout
 
 
@@ -75,9 +63,8 @@ def test_a_preset_is_found_from_any_folder(tmp_path):
     flags[flags.index("--config") + 1] = (
         "configs/smoke_cpu.yaml"  # as in the README, whose reader stands elsewhere here
     )
-    command = [sys.executable, str(REPOSITORY / "train_unconditional.py"), *flags, "--num_epochs", "1"]
-    result = run([*command, "--output_dir", "run"], tmp_path, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
-    assert result.returncode == 0, result.stderr
+    command = [*PYTHON, str(REPOSITORY / "train_unconditional.py"), *flags, "--num_epochs", "1"]
+    run_command([*command, "--output_dir", "run"], environment={"PYTHONPATH": ""}, cwd=tmp_path)
     assert (tmp_path / "run" / "model_index.json").is_file()
 
 
@@ -92,8 +79,7 @@ def test_the_notebook_cell_of_the_readme_trains_from_a_tensor_and_shows_a_grid(t
     *statements, last = ast.parse(shorter).body
     assert isinstance(last, ast.Expr)  # which a notebook shows
     program = "\n".join(map(ast.unparse, statements)) + f"\n{ast.unparse(last)}.save('grid.png')\n"
-    result = run([sys.executable, "-c", program], tmp_path, **ENVIRONMENT)
-    assert result.returncode == 0, result.stderr
+    run_command([*PYTHON, "-c", program], cwd=tmp_path)
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.size == (4 * 68 + 4, 4 * 68 + 4)  # sixteen sprites of 64 pixels, 4 apart
     assert (tmp_path / "runs" / "notebook" / "model_index.json").is_file()

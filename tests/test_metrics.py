@@ -1,8 +1,10 @@
-"""calculate_metrics.py, --evaluate_every, and what they are made of, on data and models that are made here."""
+"""Tests calculate_metrics.py, --evaluate_every and their parts, on data and models of seconds."""
 
 import itertools
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from launching import LAUNCH_TWO, TINY, finish, start
+from launching import LAUNCH_TWO, PYTHON, TINY, finish, run_command, start
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -20,7 +22,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.dataset import load_image_data
 from sprite_diffusion.metrics import classifier, evaluation, real_images
-from sprite_diffusion.metrics.classifier import Classifier, is_weak, load_classifier
+from sprite_diffusion.metrics.classifier import Classifier, is_weak, load_classifier, save_tensors
 from sprite_diffusion.metrics.distances import frechet_distance
 from sprite_diffusion.metrics.evaluation import (
     NEAR_COPY,
@@ -42,7 +44,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """A cache of its own for each test, and a classifier of a second: enough for sprites to be told from noise."""
+    """An empty cache for each test, and a classifier trained for a second, which can tell sprites from noise."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(classifier, "TRAINING_STEPS", 60)
     return tmp_path / "cache" / "sprite-diffusion"
@@ -54,7 +56,7 @@ def sprites(number: int = 300, with_labels: bool = True, **config) -> RealImages
 
 
 def measure(real: RealImages, images: torch.Tensor, judge_classes: bool = False, extractor: Extractor | None = None):
-    """The report on images, in batches of different sizes."""
+    """Evaluates images in batches of different sizes."""
     extractor = extractor or make_extractor("classifier", "", real, CPU)
     rows = torch.arange(len(images)).split([7, len(images) - 7])
     return evaluate(real, extractor, iter((r, images[r]) for r in rows), len(images), judge_classes)
@@ -72,13 +74,14 @@ class TestRealImages:
         images = np.random.default_rng(0).integers(256, size=(20, 10, 14, 3), dtype=np.uint8)
         np.save(tmp_path / "images.npy", images)
         real = sprites(dataset_name=str(tmp_path / "images.npy"), with_labels=False, resolution="10", random_flip=True)
-        # 14x10 covers 10x10 without a resize; the training crops a random place of it
+        # An image of 14x10 covers 10x10 without a resize. Training crops it at random, and metrics in the centre.
         expected = images[[3, 11], :, 2:12].transpose(0, 3, 1, 2)
         assert (real[np.array([3, 11])].numpy() == expected).all()
 
     def test_deep_grey_is_rounded_to_8_bits(self, tmp_path):
         for i in range(20):
-            values = np.array([[0, 128, 129, 65535]] * 4, dtype=np.uint16)  # 257 levels each: 128.5 is between
+            # 257 levels of 16 bits make one of 8, so that 128.5 lies between two.
+            values = np.array([[0, 128, 129, 65535]] * 4, dtype=np.uint16)
             Image.fromarray(values).save(tmp_path / f"{i:02d}.png")
         real = sprites(dataset_name=None, train_data_dir=str(tmp_path), with_labels=False, resolution="4")
         assert real[np.array([0])][0, 0, 0].tolist() == [0, 0, 1, 255]
@@ -108,18 +111,18 @@ class TestRealImages:
         expected = (images[:, None].double() / 255 - everything).square().mean((2, 3, 4)).sqrt()  # (5, 60)
         distances, indices = real.find_nearest(images)
         assert indices.tolist() == expected.argmin(1).tolist()
-        # float32, a mean of 768 squares
+        # The distance is the mean of 768 squares in float32.
         torch.testing.assert_close(distances.double(), expected.amin(1), rtol=768 * 2**-24, atol=0)
 
     def test_nearest_of_a_training_image_is_itself_unless_left_out(self):
         real = sprites(60)
-        own = np.array([30, 4, 59])
-        distances, indices = real.find_nearest(real[own])
+        rows = np.array([30, 4, 59])
+        distances, indices = real.find_nearest(real[rows])
         assert distances.tolist() == [0, 0, 0]
-        assert indices.tolist() == own.tolist()
-        distances, indices = real.find_nearest(real[own], but=torch.from_numpy(own))
+        assert indices.tolist() == rows.tolist()
+        distances, indices = real.find_nearest(real[rows], exclude=torch.from_numpy(rows))
         assert (distances > 0).all()
-        assert not set(indices.tolist()) & set(own.tolist())
+        assert not set(indices.tolist()) & set(rows.tolist())
 
 
 class TestClassifier:
@@ -130,7 +133,7 @@ class TestClassifier:
         right = (scores.argmax(1) == real.class_labels[real.held_out]).double().mean().item()
         assert accuracy == pytest.approx(right)
         assert not is_weak(accuracy, real)
-        monkeypatch.setattr(classifier, "_train", None)  # would be called in vain
+        monkeypatch.setattr(classifier, "_train", None)  # a call would fail
         again, _ = load_classifier(sprites(600), CPU)
         images = real[real.reference[:10]]
         assert torch.equal(again(images), network(images))
@@ -163,6 +166,21 @@ class TestClassifier:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
         with pytest.raises(UserInputError, match="set XDG_CACHE_HOME"):
             load_classifier(sprites(60), CPU)
+
+    def test_a_cache_file_may_be_written_twice_at_the_same_time(self, tmp_path, monkeypatch):
+        def save_slowly(tensors, path, metadata):
+            save_file(tensors, path, metadata)
+            time.sleep(0.2)
+
+        monkeypatch.setattr(classifier, "save_file", save_slowly)
+        with ThreadPoolExecutor() as threads:
+            writes = [
+                threads.submit(save_tensors, {"a": torch.full((3,), float(i))}, tmp_path / "a.safetensors", {})
+                for i in range(3)
+            ]
+        assert [write.exception() for write in writes] == [None] * 3
+        (tensor,) = load_file(tmp_path / "a.safetensors").values()
+        assert tensor.unique() in torch.arange(3.0)
 
     @pytest.mark.parametrize("size", [(1, 1), (8, 20), (16, 16), (28, 28), (64, 48)])
     def test_takes_images_of_any_size(self, size):
@@ -214,10 +232,10 @@ class TestEvaluate:
         real = sprites(60)
         images = real[real.reference]
         level = NEAR_COPY * 255
-        # Inwards, as a level beyond 255 would be cut off: every pixel is off by as much.
-        off = lambda by: torch.where(images > 127, images - by, images + by).to(torch.uint8)  # noqa: E731
-        near, _ = measure(real, off(int(level)))
-        far, _ = measure(real, off(int(level) + 1))
+        # Every pixel is moved by as much, towards the middle, as a level beyond 255 would be cut off.
+        move = lambda levels: torch.where(images > 127, images - levels, images + levels).to(torch.uint8)  # noqa: E731
+        near, _ = measure(real, move(int(level)))
+        far, _ = measure(real, move(int(level) + 1))
         assert near.figures["near_copies"].value == 1
         assert far.figures["near_copies"].value == 0
         assert near.figures["nearest_distance"].value == pytest.approx(int(level) / 255)
@@ -259,7 +277,7 @@ class TestEvaluate:
         images[12, :, 3, 3] ^= 8
         _, picture = measure(real, images)
         pixels = np.asarray(picture.convert("RGB"))
-        # Two rows of 64-pixel squares; the first column is of the copy.
+        # The picture has two rows of 64-pixel squares, and the exact copy in the first column.
         left = next(x for x in range(pixels.shape[1]) if (pixels[2:66, x : x + 64] == enlarged(images[4])).all())
         assert (pixels[70:134, left : left + 64] == enlarged(images[4])).all()
         assert any((pixels[2:66, x : x + 64] == enlarged(images[12])).all() for x in range(left + 60, left + 80))
@@ -286,7 +304,7 @@ class TestExtractors:
             without_weights.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
             torch.manual_seed(0)
             network = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
-        monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # where the download would be
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # torch looks for a download there
         file = tmp_path / "hub" / "checkpoints" / fidelity.URL_INCEPTION_V3.rpartition("/")[2]
         file.parent.mkdir(parents=True)
         torch.save(network.state_dict(), file)
@@ -296,7 +314,7 @@ class TestExtractors:
         assert images.shape == (3, 1, 16, 16)
         (expected,) = network(images.repeat(1, 3, 1, 1))
         assert extractor.extract(images).shape == (3, 2048)
-        # The same operations in two libraries, on the same resize: the differences between images are to be the same.
+        # Two libraries do the same operations after the same resize, so that images differ by as much in both.
         spread = (expected[0] - expected[1]).abs().max()
         assert spread > 0
         torch.testing.assert_close(extractor.extract(images), expected, rtol=1e-5, atol=float(spread) / 1000)
@@ -340,7 +358,7 @@ class TestExtractors:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two runs of seconds: their images are noise, but everything is there."""
+    """Two runs of seconds, with all files of a run; their samples are noise."""
     folder = tmp_path_factory.mktemp("runs")
     for script in ("train_unconditional", "train_conditional"):
         finish(start(script, f"{TINY} --max_train_samples 60 --train_batch_size 20", folder / script))
@@ -362,7 +380,7 @@ class TestGenerate:
             class_labels=[label], num_inference_steps=2, guidance_scale=2.0,
             generator=[torch.Generator().manual_seed(5 + 13)], output_type="pt",
         ).images  # fmt: skip
-        # Rounded, not cut off: and of another batch size, which may move a value across the border of a level.
+        # Levels are rounded, not cut off. Another batch size may move a value across the border between two.
         assert ((images[13] / 255 - expected).abs() <= (0.5 + 1e-3) / 255).all()
 
     def test_classes_are_found_by_name_and_must_be_the_models(self, runs):
@@ -407,7 +425,7 @@ class TestCalculateMetrics:
         ]
         for figure in [*figures.values(), *metrics["of_class"].values()]:
             assert figure["interval"][0] <= figure["value"] <= figure["interval"][1]
-        # A network of six steps draws noise.
+        # After six steps of training the samples are noise.
         assert figures["frechet_distance"]["value"] > 3 * figures["frechet_distance"]["real"]
         assert figures["near_copies"]["value"] == 0
         assert f"{figures['frechet_distance']['value']:.4g}" in output
@@ -436,7 +454,7 @@ class TestCalculateMetrics:
         assert "| coverage |" not in card
         assert "was not measured" in card
 
-    def test_a_folder_of_images_scores_as_the_model_that_drew_them(self, runs, run_script, tmp_path, capsys):
+    def test_a_folder_of_images_scores_as_the_model_that_sampled_them(self, runs, run_script, tmp_path, capsys):
         model, data = runs / "train_unconditional", "--dataset_name sprites --max_train_samples 60"
         run_script("calculate_metrics", f"{model} {self.FLAGS}")
         for scale in (1, 2):
@@ -503,6 +521,35 @@ class TestCalculateMetrics:
         assert not (tmp_path / "out").exists()
 
 
+MAIN = """
+import sys
+from importlib import import_module
+sys.argv.pop(0)
+try:
+    import_module(sys.argv[0]).main()
+except SystemExit as exit:
+    print(exit.code, *sorted({"torch", "diffusers", "datasets"} & sys.modules.keys()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        ("sprite_diffusion.sharing.hub --help", "0"),
+        ("sprite_diffusion.sharing.hub push --help", "0"),
+        ("sprite_diffusion.sharing.hub card . --no_such_flag", "2"),
+        ("calculate_metrics --help", "0"),
+        ("calculate_metrics --no_such_flag", "2"),
+        ("calculate_metrics model --num_images 3", "2"),
+        ("calculate_metrics model --scheduler no-such", "2"),
+        ("calculate_metrics model --dataset_nam x", "2"),
+    ],
+)
+def test_help_and_wrong_flags_do_not_wait_for_torch(command, status):
+    result = run_command([*PYTHON, "-c", MAIN, *command.split()])
+    assert result.stdout.splitlines()[-1] == status
+
+
 class TestEvaluateEvery:
     FLAGS = f"{TINY} --max_train_samples 40 --num_epochs 3 --evaluate_every 2 --checkpointing_steps 8"
 
@@ -515,11 +562,11 @@ class TestEvaluateEvery:
     def test_history_last_figures_trackers_and_card(self, run_script, tmp_path, script):
         run_script(script, f"{self.FLAGS} --logger tensorboard", tmp_path / "run")
         history = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-        assert [line["global_step"] for line in history] == [16, 24]  # of 8 steps an epoch: every two, and at the end
+        assert [line["global_step"] for line in history] == [16, 24]  # after epochs 2 and 3, of 8 steps
         assert history[-1] == read_metrics(tmp_path / "run")
         assert ("class_accuracy" in history[0]["figures"]) == (script == "train_conditional")
         assert history[0]["figures"] != history[1]["figures"]
-        assert "classified rightly" in history[0]["extractor"]  # labels serve the judge of either script
+        assert "classified rightly" in history[0]["extractor"]  # both scripts' classifiers learn the labels
         logs = EventAccumulator(str(next((tmp_path / "run" / "logs").rglob("events*")).parent)).Reload()
         logged = {event.step: event.value for event in logs.Scalars("metrics/precision")}
         assert logged == pytest.approx(

@@ -182,7 +182,7 @@ def test_half_precision_models(unconditional, dtype):
     ],
 )
 def test_any_compatible_scheduler_recovers_the_image(scheduler_class):
-    """With a network that knows the clean image, every sampler has to end at that image."""
+    """Every sampler has to end at the clean image that the network knows."""
     clean = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     unet = tiny_unet()
     alphas_cumprod = DDPMScheduler().alphas_cumprod
@@ -213,7 +213,7 @@ def test_class_names_ids_and_contexts_agree(conditional):
 
 
 def test_unet2d_is_given_the_embedding_of_the_label():
-    """What a mix does through a hook is, for a plain class, what UNet2DModel does by itself."""
+    """For a plain class, the hook that mixes classes does what UNet2DModel does by itself."""
     unet = tiny_unet(num_class_embeds=4)
     pipeline = quiet(ConditionalDDPMPipeline(unet, ClosedFormDDPMScheduler()))
     context = torch.tensor([[0.0, 1, 0], [0, 0, 0], [1, 0, 0.6]])

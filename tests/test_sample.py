@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from schedulers import ClosedFormDDPMScheduler, LinearCorruptionScheduler
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.sampling.conditions import Condition, choose_conditions
 from sprite_diffusion.sampling.figures import compare_samplers, find_snapshots, interpolate, show_collapse, slerp
-from sprite_diffusion.sampling.flags import SAMPLERS
+from sprite_diffusion.sampling.flags import SAMPLERS, parse_args
 from sprite_diffusion.sampling.generation import Request, Trajectory, frame_indices, sample_images
 from sprite_diffusion.sampling.pictures import to_pixels
 from sprite_diffusion.sampling.samplers import make_sampler
@@ -68,7 +69,7 @@ def unet(seed: int, num_classes: int | None = None) -> UNet2DModel:
 
 
 def random_process() -> ClosedFormDDPMScheduler:
-    """The velocity of a random network makes a random image; its noise would leave the starting noise as it is."""
+    """Returns a process of velocities: a random network's noise would leave the starting noise as it is."""
     return ClosedFormDDPMScheduler(prediction_type="v_prediction")
 
 
@@ -101,7 +102,7 @@ def pixels(path) -> np.ndarray:
 
 
 def labelled_cells(path, side: int = 64) -> list[np.ndarray]:
-    """The last row of cells of a labelled grid without column labels, from the right; each (side, side, 3)."""
+    """Returns the last row of a labelled grid without column labels, from the right; each cell (side, side, 3)."""
     canvas = pixels(path)
     return [canvas[-side - 2 : -2, -side - 2 - k * (side + 4) :][:, :side] for k in range(3)]
 
@@ -124,9 +125,17 @@ def test_help_and_wrong_flags_wait_for_no_library(flags, status):
     assert result.stdout.splitlines()[-1] == f"status {status} loaded []"
 
 
+def test_by_default_only_the_current_folder_has_to_be_writable(tmp_path, monkeypatch):
+    (tmp_path / "current").mkdir()
+    monkeypatch.chdir(tmp_path / "current")
+    monkeypatch.setattr("sys.argv", ["sample.py", "model"])
+    monkeypatch.setattr("os.access", lambda folder, mode: Path(folder) == Path.cwd())
+    assert parse_args(None).output == Path("samples.png")
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_finds_the_image_that_the_model_knows(name):
-    """With the exact predictor of a single image, each goes there, if it runs the model's own process."""
+    """Each sampler ends at the image that the exact predictor knows, if it runs the model's own process."""
     pipeline = gaussian_pipeline(mean=0.4)
     sampler = make_sampler("--scheduler", pipeline, name, 20)
     images = sample_images(pipeline, sampler, Request([0, 1], [Condition()] * 2))
@@ -137,7 +146,7 @@ def test_every_sampler_finds_the_image_that_the_model_knows(name):
 
 
 def test_samplers_of_few_steps_clip_as_the_model_was_trained_to():
-    """A prediction out of range ends at its border; 1.4 is what this model predicts."""
+    """A prediction out of range ends at the border of the range; this model predicts 1.4."""
     for name in ("dpmsolver++", "dpmsolver++_singlestep", "unipc"):
         pipeline = gaussian_pipeline(mean=1.4)
         pipeline.scheduler = make_sampler("--scheduler", pipeline, name, 5).scheduler
@@ -208,8 +217,9 @@ def test_scale(sample):
 def test_eta_is_that_of_diffusers(folders):
     pipeline = UnconditionalDDPMPipeline(unet(0), random_process())
     sampler = make_sampler("--scheduler", pipeline, "ddim", 5)
-    draws = {eta: sample_images(pipeline, sampler, Request([7], [Condition()], eta=eta)) for eta in (0.0, 1.0)}
-    for eta, images in draws.items():
+    request = Request([7], [Condition()])
+    images_by_eta = {eta: sample_images(pipeline, sampler, replace(request, eta=eta)) for eta in (0.0, 1.0)}
+    for eta, images in images_by_eta.items():
         scheduler = DDIMScheduler.from_config(random_process().config)
         stock = DDIMPipeline(unet(0), scheduler)
         expected = stock(
@@ -217,7 +227,7 @@ def test_eta_is_that_of_diffusers(folders):
         ).images
         # the same arithmetic
         np.testing.assert_allclose(images.permute(0, 2, 3, 1).numpy(), expected, rtol=0, atol=1e-6)
-    assert (draws[0.0] - draws[1.0]).abs().max() > 0.1
+    assert (images_by_eta[0.0] - images_by_eta[1.0]).abs().max() > 0.1
 
 
 def test_classes_and_mixes():
@@ -293,7 +303,7 @@ def test_frames_of_samplers_whose_noise_grows_are_shown_in_range(sample):
     assert ((levels > 5) & (levels < 250)).mean() > 0.4  # 68 % of normal numbers lie in [-1, 1]; a grid has borders
 
 
-def test_comparison_draws_what_each_sampler_draws_alone():
+def test_comparison_samples_what_each_sampler_does_by_itself():
     pipeline = conditional_pipeline()
     request = Request([3, 4, 5], choose_conditions(pipeline, None, None), batch_size=2)
     samplers = [make_sampler("--compare", pipeline, name, steps) for name, steps in [("ddpm", 6), ("heun", 3)]]
@@ -323,7 +333,7 @@ def test_comparison_and_the_other_views_are_written(sample, folders, tmp_path):
         assert picture.text["model"]
 
 
-def test_snapshots_are_drawn_each_with_its_own_weights(sample, folders):
+def test_snapshots_are_sampled_each_with_its_own_weights(sample, folders):
     sample("", f"--snapshots {folders / 'run'} --class hero --num_images 3 --num_inference_steps 2 --output all.png")
     for epoch in (4, 8):
         model = f"run/snapshots/epoch-{epoch:04d}"

@@ -26,7 +26,7 @@ def make(**config):
 
 
 def reference_betas(schedule, rescale):
-    """The schedules' formulas in extended precision, which bounds the reference's own cancellation."""
+    """Returns the formulas' betas in extended precision, which bounds the reference's own cancellation."""
     real = np.longdouble
     steps = np.arange(T, dtype=real) / (T - 1)
     start, end = real(0.0001), real(0.02)
@@ -58,13 +58,13 @@ def relative_error(actual, expected):
 
 
 def images(*values):
-    """One constant image per timestep, (T, 1, 1, 1) each."""
+    """Returns for each value one constant image per timestep, (T, 1, 1, 1)."""
     return [torch.full((T, 1, 1, 1), float(value)) for value in values]
 
 
 @pytest.fixture
 def unit_noise(monkeypatch):
-    """A draw of ones makes the standard deviation readable from the result."""
+    """Makes all noise ones, so that the standard deviation can be read from the result."""
     monkeypatch.setattr(
         scheduling_closed_form_ddpm, "randn_tensor", lambda shape, dtype, **_: torch.ones(shape, dtype=dtype)
     )
@@ -424,7 +424,7 @@ class _Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("limit", [{}, {"thresholding": True}, {"variance_type": "learned_range"}])
 def test_nothing_is_read_from_or_moved_to_the_device(limit):
-    """Meta tensors hold no data: whatever reads one raises."""
+    """Runs on meta tensors, which hold no data: whatever reads one raises."""
     scheduler = ClosedFormDDPMScheduler(**limit)
     scheduler.set_timesteps(10, device="meta")
     x = torch.empty(2, 3, 4, 4, device="meta")
@@ -606,7 +606,7 @@ def test_one_generator_per_image():
     ],
 )
 def test_gradients_are_those_of_stock(config):
-    """In float64, so that what remains is stock's float32 tables."""
+    """Compares in float64, so that the rounding of stock's float32 tables is all that remains."""
     gradients = []
     channels = 6 if "variance_type" in config else 3
     for scheduler_class in (ClosedFormDDPMScheduler, DDPMScheduler):

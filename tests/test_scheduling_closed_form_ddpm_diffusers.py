@@ -43,7 +43,7 @@ CONFIGS = [
 
 
 def ramp():
-    """diffusers' deterministic sample: 0..767 / 768 as (4, 3, 8, 8), in a permuted layout."""
+    """Returns diffusers' deterministic sample: 0..767 / 768 as (4, 3, 8, 8), in a permuted layout."""
     return (torch.arange(768) / 768).reshape(3, 8, 8, 4).permute(3, 0, 1, 2)
 
 
@@ -140,7 +140,7 @@ def test_saved_config_is_plain_json(tmp_path):
 
 @pytest.mark.parametrize(("prediction_type", "total"), [("epsilon", 258.9606), ("v_prediction", 202.0296)])
 def test_full_loop(prediction_type, total):
-    """The sum of magnitudes that diffusers expects of its own scheduler, and its tolerance."""
+    """Compares with the sum of magnitudes that diffusers expects of its own scheduler, within its tolerance."""
     scheduler = ClosedFormDDPMScheduler(prediction_type=prediction_type)
     sample = ramp()
     generator = torch.manual_seed(0)
@@ -151,7 +151,7 @@ def test_full_loop(prediction_type, total):
 
 
 def test_full_loop_with_noise():
-    """diffusers expects 387.9466 here, which is its own rounding: the two steps in float64 give 387.9673."""
+    """diffusers expects 387.9466 here, which is due to its own rounding: the two steps in float64 give 387.9673."""
     alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
     noise = (torch.arange(768).flip(-1) / 768).reshape(3, 8, 8, 4).permute(3, 0, 1, 2)
     drawn = torch.randn(ramp().shape, generator=torch.Generator().manual_seed(0)).double()
@@ -178,7 +178,7 @@ def test_full_loop_with_noise():
 
 @pytest.mark.parametrize("time", [0, 487, 999])
 def test_variance(time):
-    """diffusers' expected variances, read from the spread that `step` adds."""
+    """Compares the spread that `step` adds with the variances that diffusers expects."""
     scheduler = ClosedFormDDPMScheduler(prediction_type="sample")
     zeros = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
     noise = torch.randn(1, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -261,7 +261,7 @@ def test_in_a_pipeline_of_diffusers():
 
 
 def test_betas_go_along_to_a_scheduler_with_other_defaults():
-    """Values left at a class's default are lost by diffusers' `from_config`; Heun's default betas are others."""
+    """Values left at a class's default are lost by diffusers' `from_config`, and Heun has other default betas."""
     stock = diffusers.HeunDiscreteScheduler.from_config(DDPMScheduler().config)
     assert stock.config["beta_start"] == 0.00085
     ours = diffusers.HeunDiscreteScheduler.from_config(ClosedFormDDPMScheduler().config)

@@ -30,7 +30,7 @@ NUM_COMBINATIONS = len(SCHEDULES) * len(VARIANCES) * len(PREDICTIONS) * len(X0_L
 
 
 def reference_betas(schedule, rescale):
-    """The schedules' formulas, in float64."""
+    """Returns the betas of the schedules' formulas, in float64."""
     steps = np.arange(1000)
     if schedule == "linear":
         betas = 1e-4 + (0.02 - 1e-4) * steps / 999
@@ -68,7 +68,7 @@ def limit_x0(x0, config):
 
 
 def reference_run(model, timesteps, alpha_bar, config, noises):
-    """Ho et al. 2020, Algorithm 2 with eq. 7, in float64; no noise at the last step."""
+    """Runs Algorithm 2 of Ho et al. 2020 with eq. 7, in float64; without noise at the last step."""
     x = noises[0]
     trajectory = []
     for i, t in enumerate(timesteps):
@@ -104,7 +104,7 @@ def reference_run(model, timesteps, alpha_bar, config, noises):
 
 
 def make_model(alpha_bar, config):
-    """The optimal prediction for images distributed as N(mean, 0.5^2), linear in x; in float64 for every run."""
+    """Returns the optimal predictor of images from N(mean, 0.5^2), linear in x; in float64 for every run."""
     mean = torch.linspace(-0.9, 0.9, SHAPE[1] * SHAPE[2] * SHAPE[3], dtype=torch.float64).view(1, *SHAPE[1:])
     signal, noise = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
     # E[x_0 | x_t] = mean + gain (x_t - signal mean)
@@ -137,7 +137,7 @@ def scheduler_run(scheduler, model, noise_seed, x):
 
 
 def tolerance(prediction_type, timesteps, alpha_bar):
-    """1e-5, unless the float32 rounding of the model's output alone costs more."""
+    """Returns 1e-5, unless the float32 rounding of the model's output by itself costs more."""
     if prediction_type != "epsilon":
         return 1e-5
     now, previous = alpha_bar[timesteps], np.append(alpha_bar[timesteps[1:]], 1.0)

@@ -23,6 +23,12 @@ SLOW_STEP = (
 )
 
 
+def read_until(process: subprocess.Popen[str], text: str) -> None:
+    """Reads what a process prints on standard error until `text` comes; fails if it ends before."""
+    while text not in (line := process.stderr.readline(300)):
+        assert line
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("whole") / "run"
@@ -57,8 +63,7 @@ def test_sampling_is_interrupted_and_done_again(tmp_path, place):
     flags = f"{TINY} {place} --ddpm_num_inference_steps 300 --checkpoints_total_limit 1"
     finish(start("train_unconditional", flags, tmp_path / "whole"))
     process = start("train_unconditional", flags, tmp_path / "run")
-    while "sampling" not in process.stderr.readline(300):
-        pass
+    read_until(process, "0/300")  # steps of sampling, in a progress bar
     process.send_signal(signal.SIGINT)
     finish(process, 130)
     assert not (tmp_path / "run" / "samples").exists()
@@ -115,8 +120,7 @@ def test_interrupt_while_the_data_is_read(tmp_path):
         Image.new("RGB", (64, 64), (i % 256, 0, 0)).save(tmp_path / "pictures" / f"{i}.png")
     flags = f"{TINY} --train_data_dir {tmp_path / 'pictures'} --max_train_samples 2000"
     process = start("train_unconditional", flags, tmp_path / "run")
-    while "reading images" not in process.stderr.readline(300):
-        pass
+    read_until(process, "reading images")
     process.send_signal(signal.SIGINT)
     with suppress(subprocess.TimeoutExpired):
         process.wait(10)

@@ -1,4 +1,4 @@
-"""The trackers' own records, read back after runs."""
+"""Tests what TensorBoard, W&B and trackio have recorded of runs, read from their files."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from sprite_diffusion.sharing.trackers import Trackers
 
 
 def read_wandb_file(path: Path) -> list:
-    """The records of an offline run: LevelDB's log format after a header of 7 bytes, in blocks of 32 KiB."""
+    """Returns the records of an offline run: LevelDB's log format after a header of 7 bytes, in blocks of 32 KiB."""
     data, position, parts, records = path.read_bytes(), 7, [], []
     while position + 7 <= len(data):
         if 32768 - position % 32768 < 7:  # no record begins in the last bytes of a block
@@ -28,7 +28,7 @@ def read_wandb_file(path: Path) -> list:
         _, length, kind = struct.unpack_from("<IHB", data, position)
         parts.append(data[position + 7 : position + 7 + length])
         position += 7 + length
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # a whole record, or the last part of one
             record = pb.Record()
             record.ParseFromString(b"".join(parts))
             records.append(record)
@@ -42,17 +42,17 @@ def wandb_records(logging_dir: Path) -> list:
 
 
 def history(records: list) -> list[dict]:
-    """What was logged, a dict per call."""
+    """Returns what was logged, as a dictionary for each call."""
     rows = []
     for record in records:
         if record.WhichOneof("record_type") == "history":
             row: dict = {}
             for item in record.history.item:
                 *folders, name = item.nested_key or [item.key]
-                place = row
+                nested = row
                 for folder in folders:
-                    place = place.setdefault(folder, {})
-                place[name] = json.loads(item.value_json)
+                    nested = nested.setdefault(folder, {})
+                nested[name] = json.loads(item.value_json)
             rows.append(row)
     return rows
 
@@ -63,7 +63,7 @@ def artifacts(records: list) -> list:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run that is stopped, resumed from a step before its last, and compared: all of it tracked."""
+    """A tracked run that is stopped, resumed from an earlier step than its last, and sampled by `--compare`."""
     folder = tmp_path_factory.mktemp("tracked")
     output_dir = folder / "sprites run"
     environment = {"WANDB_MODE": "offline", "WANDB_DATA_DIR": str(folder), "TRACKIO_DIR": str(folder / "trackio")}
@@ -84,7 +84,7 @@ def test_wandb_has_every_step_and_one_run(run):
     assert [row["global_step"] for row in rows] == [1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7, 8]
     assert rows[0].keys() >= {"loss", "lr", "epoch", "grad_norm", "images_per_second", "ema_decay"}
     assert all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
-    # The schedule is that of 8 steps in the second part, of 7 in the first: the same until it is near its end.
+    # The learning rate follows a schedule of 7 steps in the first part and of 8 in the second: the ends differ.
     assert rows[3]["loss"] == rows[7]["loss"]
     axes = [r.metric for r in records if r.WhichOneof("record_type") == "metric"]
     assert any(axis.step_metric == "global_step" for axis in axes)
@@ -102,13 +102,13 @@ def test_wandb_has_the_pictures_the_table_and_the_configuration(run):
     assert (logged == np.asarray(Image.open(output_dir / "samples" / "step-000008.png"))).all()
 
     assert any("comparison_table" in row for row in rows)
-    [table] = [a for a in artifacts(records) if a.type == "run_table"]  # where W&B keeps the pictures of a table
+    [table] = [a for a in artifacts(records) if a.type == "run_table"]  # W&B keeps a table's pictures there
     files = {entry.path: entry.local_path for entry in table.manifest.contents}
     content = json.loads(Path(files["comparison_table.table.json"]).read_text())
     assert content["columns"] == ["input_noise", "ddpm:3", "ddim:2", "class"]
     assert [row[3] for row in content["data"]] == [name for name in CLASS_NAMES for _ in range(2)]
     cells = [cell["path"] for row in content["data"] for cell in row[:3]]
-    assert len(set(cells)) == 30  # ten images, each with its own noise, by two samplers
+    assert len(set(cells)) == 30  # ten images by two samplers, and the noise of each
     assert all(Image.open(files[path]).size == (64, 64) for path in cells)
     assert any("comparison" in row for row in rows)
 
@@ -128,7 +128,7 @@ def test_wandb_has_the_model(run):
     assert [set(model.aliases) for model in models] == [{f"epoch_{epoch}", "latest"} for epoch in (1, 2, 1, 2)]
     for model in models:
         assert model.name == "sprites-run"
-        # files of code are named after their content
+        # Files of code have a hash of their content in their names.
         assert {re.sub(r"_[0-9a-f]{8}\.py", ".py", entry.path) for entry in model.manifest.contents} == {
             "model_index.json",
             "pipeline_ddpm.py",
@@ -196,7 +196,7 @@ def test_tracker_that_fails_later_is_asked_once(tmp_path, capsys):
 
 
 def test_tracker_without_an_account_does_not_stop_training(tmp_path):
-    """W&B without a key, or a terminal to ask for one."""
+    """W&B has neither a key nor a terminal to ask for one."""
     output_dir = tmp_path / "run"
     environment = {"WANDB_MODE": "online", "HOME": str(tmp_path), "WANDB_API_KEY": ""}
     result = finish(start("train_unconditional", f"{TINY} --logger wandb", output_dir, environment=environment))

@@ -1,12 +1,12 @@
 """A small network trained on the data itself, whose features and classes the metrics use: nothing is downloaded."""
 
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -14,10 +14,10 @@ from torchvision.ops import Conv2dNormActivation
 from tqdm.auto import tqdm
 
 from sprite_diffusion.common.errors import UserInputError, first_line
-from sprite_diffusion.common.files import cache_dir
+from sprite_diffusion.common.files import DiskFullError, cache_dir, written_beside
 from sprite_diffusion.metrics.real_images import RealImages
 
-VERSION = 1  # of what is below: features of another version are not comparable
+VERSION = 1  # to be raised with any change below: features of different networks are not comparable
 NUM_FEATURES = 128
 TRAINING_STEPS = 800
 BATCH_SIZE = 128
@@ -28,15 +28,15 @@ TEMPERATURE = 0.2  # of the contrastive loss
 
 
 class Classifier(nn.Module):
-    """uint8 images (B, C, H, W) -> features (B, 128); `head` makes class scores of them.
+    """A network from uint8 images (B, C, H, W) to features (B, 128), and a `head` from features to class scores.
 
-    Where the data has no classes, the network was trained to tell images from one another whatever their place, size
-    and brightness (SimCLR, Chen et al. 2020), and `head` is the projection that this was done with.
+    Where the data has no classes, the network is trained to tell images from one another whatever their place, size
+    and brightness (SimCLR, Chen et al. 2020), and `head` is the projection that SimCLR compares images in.
     """
 
     def __init__(self, num_channels: int, num_outputs: int, image_size: tuple[int, int]) -> None:
         super().__init__()
-        num_halvings = min(4, max(1, round(math.log2(min(image_size) / 4))))  # to sides of about 4
+        num_halvings = min(4, max(1, round(math.log2(min(image_size) / 4))))  # to sides of about 4 pixels
         widths = [32, 64, *[NUM_FEATURES] * num_halvings][: num_halvings + 1]
         layers: list[nn.Module] = [Conv2dNormActivation(num_channels, widths[0])]
         for narrow, wide in zip(widths, [*widths[1:-1], NUM_FEATURES], strict=False):
@@ -49,7 +49,10 @@ class Classifier(nn.Module):
 
 
 def load_classifier(real: RealImages, device: torch.device) -> tuple[Classifier, float]:
-    """The classifier of the data and its accuracy on the held-out half, trained if that was not done before."""
+    """Returns the classifier of the data and its accuracy on the held-out half; trains it if the cache has none.
+
+    Raises `UserInputError` if the cache can't be written.
+    """
     path = cache_dir() / f"classifier-v{VERSION}-{real.key}.safetensors"
     num_classes = None if real.class_labels is None else int(real.class_labels.max()) + 1
     with torch.random.fork_rng(devices=[]):
@@ -64,7 +67,7 @@ def load_classifier(real: RealImages, device: torch.device) -> tuple[Classifier,
 
 
 def is_weak(accuracy: float, real: RealImages) -> bool:
-    """Whether the classifier is nearer to guessing than to knowing."""
+    """Returns whether the accuracy is nearer to that of guessing than to 1."""
     if real.class_labels is None:
         guess = 1 / VALIDATION_BATCH
     else:
@@ -73,23 +76,26 @@ def is_weak(accuracy: float, real: RealImages) -> bool:
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Writes a file of the cache, whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    """Writes a file of the cache, whole or not at all. Processes that write the same file take turns.
+
+    Raises `UserInputError` if the cache can't be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
+        with FileLock(path.with_suffix(".lock")), written_beside(path) as partial:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
+    except (OSError, SafetensorError, DiskFullError) as error:
         raise UserInputError(f"{path.parent} can't be written to ({first_line(error)}): set XDG_CACHE_HOME") from None
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """What `save_tensors` wrote."""
+    """Returns the tensors and the metadata of a file of `save_tensors`."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 - not a dict
 
 
 def _train(model: Classifier, real: RealImages) -> None:
+    """Trains on the reference half of the data."""
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LEARNING_RATE, total_steps=TRAINING_STEPS)
@@ -112,39 +118,50 @@ def _train(model: Classifier, real: RealImages) -> None:
 
 @torch.no_grad()
 def _validate(model: Classifier, real: RealImages) -> float:
-    """The share of held-out images put in their class; without classes, of those found again among others."""
+    """Returns the share of held-out images that are put in their class.
+
+    Without classes, returns the share whose two views find each other among those of a batch.
+    """
     model.eval()
     device = next(model.parameters()).device
-    right = 0
+    num_correct = 0
     for start in range(0, len(real.held_out), VALIDATION_BATCH):
         indices = real.held_out[start : start + VALIDATION_BATCH]
         images = real[indices].to(device)
         if real.class_labels is None:
             similarity = _project(model, _augment(images)) @ _project(model, _augment(images)).T
-            right += int((similarity.argmax(1).cpu() == torch.arange(len(images))).sum())
+            num_correct += int((similarity.argmax(1).cpu() == torch.arange(len(images))).sum())
         else:
-            right += int((model.head(model(images)).argmax(1).cpu() == real.class_labels[indices]).sum())
-    return right / len(real.held_out)
+            num_correct += int((model.head(model(images)).argmax(1).cpu() == real.class_labels[indices]).sum())
+    return num_correct / len(real.held_out)
 
 
 def _project(model: Classifier, images: torch.Tensor) -> torch.Tensor:
+    """Returns the output of the head as unit vectors (B, D)."""
     return F.normalize(model.head(model(images)), dim=1)
 
 
 def _contrastive_loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Each image's two views are to find each other among all; equation 1 of Chen et al. 2020, between the views."""
+    """Returns the loss of finding each image's other view among those of all images.
+
+    `a` and `b` (B, D) are projections of two views of the same images. Equation 1 of Chen et al. 2020, without its
+    comparisons inside of a set of views.
+    """
     similarity = a @ b.T / TEMPERATURE
-    own = torch.arange(len(a), device=a.device)
-    return (F.cross_entropy(similarity, own) + F.cross_entropy(similarity.T, own)) / 2
+    targets = torch.arange(len(a), device=a.device)
+    return (F.cross_entropy(similarity, targets) + F.cross_entropy(similarity.T, targets)) / 2
 
 
 def _shift(images: torch.Tensor) -> torch.Tensor:
-    """Moves each image by up to an eighth of its sides. No flips: facing may be a class. No noise: it is judged."""
+    """Moves each image by up to an eighth of its sides.
+
+    It does not flip, as the side that a sprite faces may be its class, nor add noise, which the features have to show.
+    """
     return _transform(images, scales=torch.ones(len(images)), max_shift=0.125)
 
 
 def _augment(images: torch.Tensor) -> torch.Tensor:
-    """Another view of each image: moved, enlarged or mirrored, darker or lighter."""
+    """Returns another view of each image, moved, enlarged and darkened at random, and mirrored for half of them."""
     scales = torch.empty(len(images)).uniform_(0.6, 1)
     mirrored = 1 - 2 * torch.randint(2, (len(images),))
     gain = torch.empty(len(images), 1, 1, 1).uniform_(0.7, 1).to(images.device)
@@ -154,8 +171,10 @@ def _augment(images: torch.Tensor) -> torch.Tensor:
 def _transform(
     images: torch.Tensor, scales: torch.Tensor, max_shift: float, scales_y: torch.Tensor | None = None
 ) -> torch.Tensor:
+    """Returns images (B, C, H, W) resampled at `scales` (B,) of their sides, moved by up to `max_shift` of a side."""
     affine = torch.zeros(len(images), 2, 3)
     affine[:, 0, 0], affine[:, 1, 1] = scales, scales if scales_y is None else scales_y
-    affine[:, :, 2] = torch.empty(len(images), 2).uniform_(-2 * max_shift, 2 * max_shift)  # sides are 2 long
+    # In the coordinates of affine_grid a side is 2 long.
+    affine[:, :, 2] = torch.empty(len(images), 2).uniform_(-2 * max_shift, 2 * max_shift)
     grid = F.affine_grid(affine, list(images.shape), align_corners=False).to(images.device)
     return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)

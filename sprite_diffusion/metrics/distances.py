@@ -1,4 +1,4 @@
-"""How far two sets of images are apart, by their features: each function takes features (N, D), one row per image."""
+"""Distances between two sets of images, by their features: each function takes features (N, D), a row per image."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,8 +7,8 @@ from torchmetrics.image.kid import poly_mmd
 
 NEIGHBOURS_OF_PRECISION = 3  # k of Kynkäänniemi et al. 2019
 NEIGHBOURS_OF_DENSITY = 5  # k of Naeem et al. 2020
-BLOCK_SIZE = 2500  # images of each set whose kernel is held at a time
-DISTANCES_AT_ONCE = 10_000_000
+BLOCK_SIZE = 2500  # images of each set whose kernel is in memory at a time
+DISTANCES_AT_ONCE = 10_000_000  # pairs of images whose distances are in memory at a time
 CMMD_BANDWIDTH = 10.0  # sigma and scale of Jayasumana et al. 2024
 CMMD_SCALE = 1000.0
 RESAMPLES_OF_DISTANCES = 50
@@ -19,11 +19,12 @@ Distance = Callable[[torch.Tensor, torch.Tensor], float]  # of real and generate
 
 
 def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
-    """Between the normal distributions fitted to both sets, in float64; equation 6 of Heusel et al. 2017.
+    """Returns the squared Fréchet distance between the normal distributions that fit two sets, in float64.
 
-    With centred features A and B, the trace of (A'A B'B)^(1/2) is the sum of the singular values of A B'. The usual
-    way, the square roots of the eigenvalues of a product of covariances, loses half of the digits: for fewer images
-    than features it gives a set a distance of -1e-6 to itself.
+    Equation 6 of Heusel et al. 2017; the distance of Inception's features is the FID. With centred features A and B,
+    the trace of (A'A B'B)^(1/2) is the sum of the singular values of A B'. The usual way, the square roots of the
+    eigenvalues of a product of covariances, loses half of the digits: for fewer images than features it gives a set a
+    distance of -1e-6 to itself.
     """
     real, generated = real.double(), generated.double()
     deviations = [_factor_covariance(features) for features in (real, generated)]  # each R with covariance R'R
@@ -34,9 +35,10 @@ def frechet_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
 
 
 def kernel_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
-    """KID of Binkowski et al. 2018: the unbiased squared MMD with a cubic kernel, in float64.
+    """Returns the KID of Binkowski et al. 2018: the unbiased squared MMD with a cubic kernel, in float64.
 
-    Large sets are cut into blocks, whose mean is unbiased as well: memory does not grow with the number of images.
+    It is 0 on average for sets of the same distribution, and may be negative. Large sets are cut into blocks, whose
+    mean is unbiased as well, so that memory does not grow with the square of the number of images.
     """
     num_blocks = -(-min(len(real), len(generated)) // BLOCK_SIZE)
     blocks = zip(real.double().tensor_split(num_blocks), generated.double().tensor_split(num_blocks), strict=True)
@@ -44,19 +46,22 @@ def kernel_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
 
 
 def cmmd(real: torch.Tensor, generated: torch.Tensor) -> float:
-    """CMMD of Jayasumana et al. 2024: the squared MMD with a Gaussian kernel, times 1000, of CLIP's embeddings."""
+    """Returns the CMMD of Jayasumana et al. 2024: 1000 times the squared MMD of CLIP's embeddings, Gaussian kernel."""
     pairs = ((real, real), (generated, generated), (real, generated))
     within_real, within_generated, between = (_mean_gaussian_kernel(a.double(), b.double()) for a, b in pairs)
     return CMMD_SCALE * (within_real + within_generated - 2 * between)
 
 
 def manifold_values(real: torch.Tensor, generated: torch.Tensor) -> dict[str, torch.Tensor]:
-    """For each image what it contributes to four figures, which are the means over the images.
+    """Returns for each image what it contributes to precision, recall, density and coverage, which are the means.
 
     Around each image of a set is a ball that reaches to its k-th neighbour in the set. Precision (of generated images)
-    and recall (of real ones), Kynkäänniemi et al. 2019: is the image in any ball of the other set? Density (of
-    generated images), Naeem et al. 2020: in how many balls of real ones, of k that are to be expected? Coverage (of
-    real images): is any generated image in the ball?
+    and recall (of real ones), Kynkäänniemi et al. 2019, count the images that are in a ball of the other set. Density
+    (of generated images), Naeem et al. 2020, is the number of real balls that an image is in, divided by k; it may
+    exceed 1. Coverage (of real images), also theirs, counts the balls that a generated image is in.
+
+    Returns:
+        Values (N_generated,) of "precision" and "density", and (N_real,) of "recall" and "coverage", in float64.
     """
     real_radius, real_wide_radius = _neighbour_distances(real)
     generated_radius, _ = _neighbour_distances(generated)
@@ -77,7 +82,7 @@ def manifold_values(real: torch.Tensor, generated: torch.Tensor) -> dict[str, to
 
 
 def interval_of_mean(values: torch.Tensor) -> Interval:
-    """95% bootstrap interval of a mean: percentiles over resampled images."""
+    """Returns the 95% bootstrap interval of the mean of values (N,): percentiles over resampled images."""
     generator = torch.Generator().manual_seed(0)
     means = [
         values[torch.randint(len(values), (len(values),), generator=generator)].mean()
@@ -88,10 +93,10 @@ def interval_of_mean(values: torch.Tensor) -> Interval:
 
 
 def interval_of_distance(distance: Distance, real: torch.Tensor, generated: torch.Tensor) -> Interval:
-    """95% bootstrap interval of a distance between sets, over which images were generated.
+    """Returns the 95% bootstrap interval of a distance between sets, over resampled generated images.
 
-    The distance, give or take 1.96 standard errors, and not percentiles: to a resampled set, in which images repeat,
-    every such distance is larger.
+    It reaches 1.96 standard errors to each side of the distance. Percentiles would not do: repeated images make every
+    distance to a resampled set larger.
     """
     generator = torch.Generator().manual_seed(0)
     resampled = [
@@ -103,27 +108,31 @@ def interval_of_distance(distance: Distance, real: torch.Tensor, generated: torc
 
 
 def _factor_covariance(features: torch.Tensor) -> torch.Tensor:
-    """R (min(N, D), D) such that R'R is the covariance."""
+    """Returns R (min(N, D), D) such that R'R is the covariance of features (N, D)."""
     centred = features - features.mean(0)
     return torch.linalg.qr(centred, mode="r").R / (len(features) - 1) ** 0.5
 
 
 def _mean_gaussian_kernel(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Returns the mean of exp(-|x - y|^2 / (2 sigma^2)) over all rows x of `a` and y of `b`."""
     sums = [(-distances.square() / (2 * CMMD_BANDWIDTH**2)).exp().sum() for _, distances in _distance_blocks(a, b)]
     return float(torch.stack(sums).sum()) / (len(a) * len(b))
 
 
 def _neighbour_distances(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The distances (N,) of each image to its neighbours of the ranks that precision and density use."""
-    most = max(NEIGHBOURS_OF_PRECISION, NEIGHBOURS_OF_DENSITY)
-    nearest = torch.cat(  # itself, at 0, is the first
-        [distances.topk(most + 1, largest=False).values for _, distances in _distance_blocks(features, features)]
+    """Returns the distances (N,) of each image to its neighbours of the ranks that precision and density use."""
+    farthest = max(NEIGHBOURS_OF_PRECISION, NEIGHBOURS_OF_DENSITY)
+    nearest = torch.cat(  # the first neighbour of an image is the image, at 0
+        [distances.topk(farthest + 1, largest=False).values for _, distances in _distance_blocks(features, features)]
     )
     return nearest[:, NEIGHBOURS_OF_PRECISION], nearest[:, NEIGHBOURS_OF_DENSITY]
 
 
 def _distance_blocks(a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Euclidean distances of some rows of `a` to all of `b`, without the cancellation of the faster way."""
+    """Yields some rows of `a` and their Euclidean distances (rows, N_b) to all of `b`, until no row is left.
+
+    The faster way, by a matrix product, would cancel most digits of a small distance.
+    """
     block_size = max(1, DISTANCES_AT_ONCE // len(b))
     for start in range(0, len(a), block_size):
         rows = slice(start, start + block_size)

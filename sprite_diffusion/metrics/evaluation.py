@@ -1,8 +1,8 @@
-"""Every figure of a set of images: how near to the real ones, how much of them, of the class asked for, and copied?"""
+"""The evaluation of a set of images: are they like the real ones, as varied, of the class asked for, and copied?"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,86 +30,93 @@ from sprite_diffusion.sampling.pictures import labelled_grid, to_pixels
 from sprite_diffusion.sampling.pipeline_loading import Pipeline
 from sprite_diffusion.sampling.samplers import Sampler, make_sampler
 
-DISTANCES = {  # by extractor: only with Inception's features are they called FID and KID
+DISTANCES = {  # by extractor; FID and KID are defined for Inception's features only
     "classifier": {"frechet_distance": frechet_distance, "kernel_distance": kernel_distance},
     "inception": {"fid": frechet_distance, "kid": kernel_distance},
     "clip": {"frechet_distance": frechet_distance, "cmmd": cmmd},
 }
-NEAR_COPY = 0.05  # of the pixels' range, root mean square: a difference that has to be searched for
+NEAR_COPY = 0.05  # root mean square, as a share of the pixels' range: a difference that the eye has to search for
 NUM_CLOSEST_PAIRS = 10
-MIN_IMAGES_OF_A_CLASS = 2  # for a covariance
+MIN_IMAGES_OF_A_CLASS = 2  # fewer have no covariance
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # rows of the evaluated set (B,), and their uint8 images (B, C, H, W)
 
 
+class Pair(NamedTuple):
+    """A generated image and the training image that is nearest to it."""
+
+    distance: float  # see `RealImages.find_nearest`
+    sample: torch.Tensor  # uint8 (C, H, W)
+    training_index: int
+
+
 @dataclass
 class _Measured:
-    """What is kept of generated images: never the images themselves, but for the closest pairs."""
+    """What is kept of generated images, by batch: never the images themselves, but for the closest pairs."""
 
     rows: list[torch.Tensor] = field(default_factory=list)
     features: list[torch.Tensor] = field(default_factory=list)
-    classes: list[torch.Tensor] = field(default_factory=list)  # as the classifier sees them
+    class_ids: list[torch.Tensor] = field(default_factory=list)  # as the classifier sees the images
     nearest: list[torch.Tensor] = field(default_factory=list)  # distances to the nearest training image
-    pairs: list[tuple[float, torch.Tensor, int]] = field(default_factory=list)  # distance, image, its nearest
+    pairs: list[Pair] = field(default_factory=list)
+
+    def extend(self, other: "_Measured") -> None:
+        """Adds what another process has measured."""
+        for name in vars(self):
+            getattr(self, name).extend(getattr(other, name))
+
+    def in_order(self, batches: list[torch.Tensor]) -> torch.Tensor:
+        """Returns the values of all images, sorted by the rows of the images."""
+        return torch.cat(batches)[torch.cat(self.rows).argsort()]
+
+
+class _Features(NamedTuple):
+    """The features (N, D) of the three sets that are compared."""
+
+    reference: torch.Tensor
+    held_out: torch.Tensor
+    generated: torch.Tensor
 
 
 def evaluate(
     real: RealImages, extractor: Extractor, images: Iterator[Batch], num_images: int, judge_classes: bool = False
 ) -> tuple[Report, Image.Image] | None:
-    """Measures images against `num_images` of the reference half; call it in every process, each with its share.
+    """Measures generated images against as many of the reference half, `num_images`.
 
-    Row i of a conditional model's images is of the class of `real.reference[i]`. Returns the report and a picture of
-    the samples that are closest to training images; None but on the main process.
+    Every process calls this with its share of the images. With `judge_classes`, row i is an image of the class of
+    `real.reference[i]`. Returns the report and a picture of the samples that are closest to training images; None but
+    on the main process.
     """
     state = PartialState()
-    measured = _measure(real, extractor, images, state.device, judge_classes)
-    parts: list[_Measured] = gather_object([measured])
-    if not state.is_main_process:
-        state.wait_for_everyone()
-        return None
-    order = torch.cat([rows for part in parts for rows in part.rows]).argsort()
-
-    def joined(name: str) -> torch.Tensor:
-        return torch.cat([tensor for part in parts for tensor in getattr(part, name)])[order]
-
-    reference, held_out = real.reference[:num_images], real.held_out[:num_images]
-    features = joined("features")
-    real_reference = real_features(extractor, real, reference, state.device)
-    real_held_out = real_features(extractor, real, held_out, state.device)
-    report = Report(num_images=len(features), extractor=extractor.description)
-    for name, distance in DISTANCES[extractor.name].items():
-        report.figures[name] = _measure_distance(distance, real_reference, real_held_out, features)
-    floors = manifold_values(real_reference, real_held_out)
-    for name, values in manifold_values(real_reference, features).items():
-        report.figures[name] = _measure_mean(values, floors[name])
-    if judge_classes and extractor.classify is not None and real.class_labels is not None:
-        labels = real.class_labels[reference]
-        floor = real.class_labels[held_out] == extractor.classify(real[held_out].to(state.device)).argmax(1).cpu()
-        report.figures["class_accuracy"] = _measure_mean(joined("classes") == labels, floor)
-        report.of_class = _distances_of_classes(real, extractor, real_reference, real_held_out, features, labels)
-    floor, _ = real.find_nearest(real[held_out].to(state.device), but=torch.from_numpy(held_out))
-    nearest = joined("nearest")
-    report.figures["nearest_distance"] = _measure_mean(nearest, floor.cpu())
-    report.figures[NEAR_COPIES] = _measure_mean(nearest <= NEAR_COPY, floor.cpu() <= NEAR_COPY)
-    picture = _draw_pairs(real, [pair for part in parts for pair in part.pairs])
+    parts = gather_object([_measure(real, extractor, images, state.device, judge_classes)])
+    result = None
+    if state.is_main_process:
+        measured = _Measured()
+        for part in parts:
+            measured.extend(part)
+        report = _make_report(real, extractor, measured, num_images, state.device, judge_classes)
+        result = report, _draw_pairs(real, measured.pairs)
     state.wait_for_everyone()
-    return report, picture
+    return result
 
 
 def choose_num_images(real: RealImages, wanted: int) -> int:
-    """As many as wanted, and no more than there are in each half of the data: so that the floor has as many."""
+    """Returns the number wanted, or half of the data if that is less: the held-out floor can use as many then."""
     return min(wanted, len(real.reference))
 
 
 def make_evaluation_sampler(pipeline: Pipeline, name: str | None, num_inference_steps: int | None) -> Sampler:
-    """The sampler of `--scheduler`; else DDIM, or the only one that the model's process has."""
+    """Returns the sampler of `--scheduler`; without a name DDIM, or the only one that the model's process has.
+
+    Raises `UserInputError` for an unknown name or too many steps.
+    """
     if name is None and pipeline.scheduler.compatibles:
         name = "ddim"
     return make_sampler("--scheduler", pipeline, name, num_inference_steps)
 
 
 def sampling_facts(pipeline: Pipeline, sampler: Sampler, guidance_scale: float, seed: int) -> dict[str, Any]:
-    """How images are drawn, for the record."""
+    """Returns how images are sampled, for the record."""
     guidance = {"guidance_scale": guidance_scale} if pipeline.num_classes > 0 else {}
     dtype = str(pipeline.unet.dtype).removeprefix("torch.")
     return {"sampler": sampler.label, **guidance, "seed": seed, "dtype": dtype}
@@ -124,7 +131,11 @@ def generate(
     guidance_scale: float,
     seed: int,
 ) -> Iterator[Batch]:
-    """This process's share of the images to be evaluated; image i is drawn from `seed` + i."""
+    """Yields this process's share of the images to be evaluated; image i is sampled from `seed` + i.
+
+    The classes of a conditional model's images are those of `real.reference`. Raises `UserInputError` if the model and
+    the data have different classes.
+    """
     state = PartialState()
     conditions = _match_conditions(pipeline, real, num_images)
     starts = range(0, num_images, batch_size)[state.process_index :: state.num_processes]
@@ -151,7 +162,7 @@ def generate(
 
 
 def read_in_order(images: RealImages, num_images: int, batch_size: int) -> Iterator[Batch]:
-    """This process's share of the first images of a folder."""
+    """Yields this process's share of the first `num_images` of a folder."""
     state = PartialState()
     for start in range(0, num_images, batch_size)[state.process_index :: state.num_processes]:
         rows = np.arange(start, min(start + batch_size, num_images))
@@ -159,12 +170,12 @@ def read_in_order(images: RealImages, num_images: int, batch_size: int) -> Itera
 
 
 def _match_conditions(pipeline: Pipeline, real: RealImages, num_images: int) -> list[Condition]:
-    """For each image the class of the real one that stands in its place: so classes are as frequent as in the data."""
+    """Returns for image i the class of `real.reference[i]`, so that classes are as frequent as in the data."""
     if pipeline.num_classes == 0:
         return [Condition()] * num_images
     if real.class_labels is None or real.id2label is None:
         raise UserInputError(
-            f"{real.source} has no classes, which this model draws by: name them by --label_column or --labels_file"
+            f"{real.source} has no classes, which this model samples by: name them by --label_column or --labels_file"
         )
     try:
         ids = {id: pipeline.get_class_id(name) for id, name in real.id2label.items()}
@@ -179,63 +190,101 @@ def _match_conditions(pipeline: Pipeline, real: RealImages, num_images: int) -> 
 def _measure(
     real: RealImages, extractor: Extractor, images: Iterator[Batch], device: torch.device, judge_classes: bool
 ) -> _Measured:
+    """Extracts features from generated images, and finds the training image nearest to each."""
     measured = _Measured()
     for rows, pixels in images:
         pixels = pixels.to(device)
         measured.rows.append(rows)
         measured.features.append(extractor.extract(pixels).cpu())
         if judge_classes and extractor.classify is not None:
-            measured.classes.append(extractor.classify(pixels).argmax(1).cpu())
+            measured.class_ids.append(extractor.classify(pixels).argmax(1).cpu())
         distances, indices = (values.cpu() for values in real.find_nearest(pixels))
         measured.nearest.append(distances)
-        pairs = zip(distances.tolist(), pixels.cpu(), indices.tolist(), strict=True)
+        pairs = map(Pair, distances.tolist(), pixels.cpu(), indices.tolist())
         measured.pairs = _closest([*measured.pairs, *pairs])
     return measured
 
 
-def _closest(pairs: list[tuple[float, torch.Tensor, int]]) -> list[tuple[float, torch.Tensor, int]]:
-    return sorted(pairs, key=lambda pair: pair[0])[:NUM_CLOSEST_PAIRS]
+def _closest(pairs: list[Pair]) -> list[Pair]:
+    return sorted(pairs, key=lambda pair: pair.distance)[:NUM_CLOSEST_PAIRS]
 
 
-def _measure_distance(
-    distance: Distance, reference: torch.Tensor, held_out: torch.Tensor, features: torch.Tensor
-) -> Measurement:
-    interval = interval_of_distance(distance, reference, features)
-    return Measurement(distance(reference, features), interval, distance(reference, held_out), len(features))
+def _make_report(
+    real: RealImages,
+    extractor: Extractor,
+    measured: _Measured,
+    num_images: int,
+    device: torch.device,
+    judge_classes: bool,
+) -> Report:
+    """Returns the measurements of the images of all processes, each beside that of as many held-out real images."""
+    reference, held_out = real.reference[:num_images], real.held_out[:num_images]
+    features = _Features(
+        reference=real_features(extractor, real, reference, device),
+        held_out=real_features(extractor, real, held_out, device),
+        generated=measured.in_order(measured.features),
+    )
+    report = Report(num_images=len(features.generated), extractor=extractor.description)
+    for name, distance in DISTANCES[extractor.name].items():
+        report.figures[name] = _measure_distance(distance, features)
+    floors = manifold_values(features.reference, features.held_out)
+    for name, values in manifold_values(features.reference, features.generated).items():
+        report.figures[name] = _measure_mean(values, floors[name])
+    if judge_classes:
+        _report_classes(report, real, extractor, measured, features, device)
+    nearest = measured.in_order(measured.nearest)
+    floor, _ = real.find_nearest(real[held_out].to(device), exclude=torch.from_numpy(held_out))
+    report.figures["nearest_distance"] = _measure_mean(nearest, floor.cpu())
+    report.figures[NEAR_COPIES] = _measure_mean(nearest <= NEAR_COPY, floor.cpu() <= NEAR_COPY)
+    return report
+
+
+def _report_classes(
+    report: Report,
+    real: RealImages,
+    extractor: Extractor,
+    measured: _Measured,
+    features: _Features,
+    device: torch.device,
+) -> None:
+    """Adds to a report how many images are of the class asked for, and the first distance for each class alone."""
+    if extractor.classify is None or real.class_labels is None or real.id2label is None:
+        return
+    held_out = real.held_out[: len(features.held_out)]
+    labels = real.class_labels[real.reference[: len(features.reference)]]
+    held_out_labels = real.class_labels[held_out]
+    seen_in_held_out = extractor.classify(real[held_out].to(device)).argmax(1).cpu()
+    report.figures["class_accuracy"] = _measure_mean(
+        measured.in_order(measured.class_ids) == labels, held_out_labels == seen_in_held_out
+    )
+    distance = next(iter(DISTANCES[extractor.name].values()))
+    for id, name in real.id2label.items():
+        rows, held_out_rows = labels == id, held_out_labels == id
+        if min(rows.sum(), held_out_rows.sum()) >= MIN_IMAGES_OF_A_CLASS:
+            of_class = _Features(features.reference[rows], features.held_out[held_out_rows], features.generated[rows])
+            report.of_class[name] = _measure_distance(distance, of_class)
+
+
+def _measure_distance(distance: Distance, features: _Features) -> Measurement:
+    """Returns the distance of the generated images from the reference, beside that of the held-out images."""
+    return Measurement(
+        value=distance(features.reference, features.generated),
+        interval=interval_of_distance(distance, features.reference, features.generated),
+        real=distance(features.reference, features.held_out),
+        num_images=len(features.generated),
+    )
 
 
 def _measure_mean(values: torch.Tensor, floor: torch.Tensor) -> Measurement:
+    """Returns the mean of `values` (N,) of generated images, beside the mean of `floor` (M,) of held-out ones."""
     values = values.double()
     return Measurement(float(values.mean()), interval_of_mean(values), float(floor.double().mean()), len(values))
 
 
-def _distances_of_classes(
-    real: RealImages,
-    extractor: Extractor,
-    real_reference: torch.Tensor,
-    real_held_out: torch.Tensor,
-    features: torch.Tensor,
-    labels: torch.Tensor,
-) -> dict[str, Measurement]:
-    """The first distance, of each class's images to the same class's real ones."""
-    assert real.class_labels is not None
-    assert real.id2label is not None
-    distance = next(iter(DISTANCES[extractor.name].values()))
-    held_out_labels = real.class_labels[real.held_out[: len(real_held_out)]]
-    figures = {}
-    for id, name in real.id2label.items():
-        own, own_held_out = labels == id, held_out_labels == id
-        if min(own.sum(), own_held_out.sum()) < MIN_IMAGES_OF_A_CLASS:
-            continue
-        figures[name] = _measure_distance(distance, real_reference[own], real_held_out[own_held_out], features[own])
-    return figures
-
-
-def _draw_pairs(real: RealImages, pairs: list[tuple[float, torch.Tensor, int]]) -> Image.Image:
-    """The closest pairs: a sample above, and the training image that is nearest to it below."""
+def _draw_pairs(real: RealImages, pairs: list[Pair]) -> Image.Image:
+    """Draws the closest pairs: a sample above, and the training image that is nearest to it below."""
     closest = _closest(pairs)
-    samples = torch.stack([pixels for _, pixels, _ in closest]) / 255
-    nearest = real[np.array([index for _, _, index in closest])] / 255
-    return labelled_grid(
-        [samples, nearest], ["sample", "nearest\ntraining image"], [f"{distance:.3f}" for distance, _, _ in closest]
-    )
+    samples = torch.stack([pair.sample for pair in closest]) / 255
+    nearest = real[np.array([pair.training_index for pair in closest])] / 255
+    distances = [f"{pair.distance:.3f}" for pair in closest]
+    return labelled_grid([samples, nearest], ["sample", "nearest\ntraining image"], distances)

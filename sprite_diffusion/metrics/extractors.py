@@ -1,4 +1,4 @@
-"""What turns images into the features that they are compared by."""
+"""Extractors, which turn images into the features that the images are compared by."""
 
 import hashlib
 from collections.abc import Callable
@@ -15,26 +15,27 @@ from sprite_diffusion.common.files import cache_dir
 from sprite_diffusion.metrics.classifier import is_weak, load_classifier, load_tensors, save_tensors
 from sprite_diffusion.metrics.real_images import RealImages
 
-EXTRACTORS = ("classifier", "inception", "clip")
-CLIP_MODEL = "openai/clip-vit-large-patch14-336"  # that of CMMD
 BATCH_SIZE = 256
+Function = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """`extract` turns uint8 images (B, C, H, W) into features (B, D), float32, on their device."""
+    """A network for features, and the classifier that judges a conditional model's samples."""
 
-    name: str
-    key: str  # of the features' cache
+    name: str  # of `EXTRACTORS`
+    key: str  # of the features in the cache
     description: str
-    extract: Callable[[torch.Tensor], torch.Tensor]
-    # The classifier that a conditional model's samples are judged by, as class scores, and its accuracy.
-    classify: Callable[[torch.Tensor], torch.Tensor] | None = None
-    accuracy: float | None = None
+    extract: Function  # from uint8 images (B, C, H, W) to features (B, D), float32, on their device
+    classify: Function | None = None  # from the same images to class scores (B, K); None without classes
+    accuracy: float | None = None  # of `classify` on the held-out half
 
 
 def make_extractor(name: str, clip_model: str, real: RealImages, device: torch.device) -> Extractor:
-    """The extractor of `--extractor`. The classifier of the data comes with each of them, where there are classes."""
+    """Returns the extractor of `--extractor`; where the data has classes, with the classifier of the data.
+
+    Warns of a classifier that is too weak to judge by. Raises `UserInputError` if a network can't be loaded.
+    """
     if name == "classifier" or real.class_labels is not None:
         network, accuracy = load_classifier(real, device)
         if real.class_labels is None:
@@ -46,7 +47,7 @@ def make_extractor(name: str, clip_model: str, real: RealImages, device: torch.d
         classify = None if real.class_labels is None else _in_batches(lambda x: network.head(network(x)))
         if name == "classifier":
             weights = b"".join(tensor.cpu().numpy().tobytes() for tensor in network.state_dict().values())
-            key = f"classifier-{hashlib.sha256(weights).hexdigest()[:8]}"  # one trained elsewhere differs
+            key = f"classifier-{hashlib.sha256(weights).hexdigest()[:8]}"  # other machines train other weights
             return Extractor(name, key, f"classifier ({kind})", _in_batches(network), classify, accuracy)
     else:
         classify = accuracy = None
@@ -57,8 +58,11 @@ def make_extractor(name: str, clip_model: str, real: RealImages, device: torch.d
 
 
 def real_features(extractor: Extractor, real: RealImages, indices: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Features (N, D) of some of the real images on the CPU, kept for the next time."""
-    digest = f"{real.key}-{indices[0]}-{len(indices)}"  # which half, and how much of it
+    """Returns features (N, D) on the CPU, from the cache or for it; `indices` (N,) are the first of a half.
+
+    Raises `UserInputError` if the cache can't be written.
+    """
+    digest = f"{real.key}-{indices[0]}-{len(indices)}"  # the first index tells the halves apart
     path = cache_dir() / f"features-{extractor.key}-{digest}.safetensors"
     if not path.exists():
         batches = [indices[start : start + BATCH_SIZE] for start in range(0, len(indices), BATCH_SIZE)]
@@ -68,7 +72,9 @@ def real_features(extractor: Extractor, real: RealImages, indices: np.ndarray, d
     return load_tensors(path)[0]["features"]
 
 
-def _in_batches(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+def _in_batches(function: Function) -> Function:
+    """Returns the function applied to some images at a time, without gradients."""
+
     @torch.no_grad()
     def apply(images: torch.Tensor) -> torch.Tensor:
         return torch.cat([function(batch).float() for batch in images.split(BATCH_SIZE)])
@@ -76,20 +82,22 @@ def _in_batches(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[t
     return apply
 
 
-def _load_inception(device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+def _load_inception(device: torch.device) -> Function:
+    """Returns Inception v3 with the weights of FID, which are downloaded the first time."""
     if find_spec("torch_fidelity") is None:
         raise UserInputError("--extractor inception: run 'pip install torch-fidelity' first")
     from torchmetrics.image.fid import NoTrainInceptionV3
 
     try:
-        # Without antialiasing, as FID is defined: the resize of TensorFlow 1.
+        # FID is defined with the resize of TensorFlow 1, which does not antialias.
         network = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"], antialias=False).to(device)
-    except (OSError, RuntimeError) as error:  # no network, no disk, or a damaged download
+    except (OSError, RuntimeError) as error:  # of a missing network, a full disk or a damaged download
         raise UserInputError(f"--extractor inception: its weights can't be had ({first_line(error)})") from None
     return lambda images: network(_to_rgb(images))
 
 
-def _load_clip(name: str, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+def _load_clip(name: str, device: torch.device) -> Function:
+    """Returns the image embeddings of a CLIP model, as unit vectors; `name` is a Hub id or a folder."""
     from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
     try:

@@ -9,15 +9,17 @@ import torch
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.dataset import ImageData, StoredImages
 
-MIN_IMAGES = 20  # of which half is compared with: fewer have no neighbourhoods
-SEARCHED_AT_ONCE = 4096  # images
+MIN_IMAGES = 20  # a half of fewer has no neighbourhoods
+SEARCHED_AT_ONCE = 4096  # images in memory at a time
 
 
 class RealImages:
     """The images of a dataset as uint8 (B, C, H, W), in order, cropped in the centre, never flipped.
 
-    A random half is the reference, which generated images are compared with, and which a classifier is trained on. The
-    other half is held out: compared with the reference it shows what figures a perfect model would get.
+    A random half is the reference, which generated images are compared with and a classifier is trained on. The other
+    half is held out: measured against the reference, it shows what a perfect model would get.
+
+    Raises `UserInputError` if the images are streamed, or fewer than `MIN_IMAGES`.
     """
 
     def __init__(self, data: ImageData) -> None:
@@ -38,6 +40,7 @@ class RealImages:
         return len(self._dataset)
 
     def __getitem__(self, indices: np.ndarray) -> torch.Tensor:
+        """Returns the images (B, C, H, W) at `indices` (B,), uint8; levels of 16 bits are rounded to 8."""
         pixels = self._dataset.gather(indices, self._dataset.max_offsets // 2)
         if pixels.dtype == np.uint16:
             pixels = (pixels / 257).round().astype(np.uint8)  # 257 * 255 = 65535
@@ -45,7 +48,7 @@ class RealImages:
 
     @cached_property
     def class_labels(self) -> torch.Tensor | None:
-        """(N,) int64; None where the data has none, or has one for all."""
+        """The class ids (N,), int64; None where the data has no classes, or one for all."""
         labels = self._dataset.class_labels
         if labels is None or len(np.unique(labels)) < 2:
             return None
@@ -53,7 +56,7 @@ class RealImages:
 
     @cached_property
     def key(self) -> str:
-        """A hash of every pixel and label: of the data, its resolution, and the way it was resized."""
+        """A hash of every pixel and label, so that of the resolution and the way of resizing too."""
         digest = hashlib.sha256(repr((len(self), self.num_channels, self.image_size)).encode())
         for start in range(0, len(self), SEARCHED_AT_ONCE):
             digest.update(self[np.arange(start, min(start + SEARCHED_AT_ONCE, len(self)))].numpy().tobytes())
@@ -61,11 +64,20 @@ class RealImages:
             digest.update(self.class_labels.numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def find_nearest(self, images: torch.Tensor, but: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """For each of `images`, uint8 (B, C, H, W), the distance to the nearest of the dataset's, and its index.
+    def find_nearest(
+        self, images: torch.Tensor, exclude: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the distance from each image to the nearest of the dataset, and the index of that.
 
-        The distance is the root mean square difference of pixels, as a share of their range: 0 is a copy, black is 1
-        from white. `but` (B,) are indices that each image must not find, as its own.
+        The distance is the root mean square difference of pixels, as a share of their range: that of a copy is 0, that
+        of black from white 1.
+
+        Args:
+            images: uint8 (B, C, H, W).
+            exclude: For each image the index (B,) of one in the dataset that it must not find, such as the image's.
+
+        Returns:
+            Distances (B,), float32, and indices (B,), int64, on the device of `images`.
         """
         device = images.device
         flat = images.flatten(1).float() / 255  # (B, D)
@@ -73,13 +85,14 @@ class RealImages:
         index = torch.zeros(len(images), dtype=torch.long, device=device)
         for start in range(0, len(self), SEARCHED_AT_ONCE):
             real = self[np.arange(start, min(start + SEARCHED_AT_ONCE, len(self)))].to(device).flatten(1).float() / 255
-            # Squares without |image|^2, which is the same for all: cancellation costs little where only order counts.
+            # |image|^2 is left out, as it is the same for all. Cancellation costs little where only the order counts.
             squares = real.square().sum(1) - 2 * flat @ real.T  # (B, N)
-            if but is not None:
-                own = torch.arange(start, start + len(real), device=device) == but.to(device)[:, None]
-                squares = squares.masked_fill(own, torch.inf)
-            smallest, where = squares.min(dim=1)
-            nearer = smallest < best
-            best, index = torch.where(nearer, smallest, best), torch.where(nearer, where + start, index)
+            if exclude is not None:
+                is_excluded = torch.arange(start, start + len(real), device=device) == exclude.to(device)[:, None]
+                squares = squares.masked_fill(is_excluded, torch.inf)
+            smallest, position = squares.min(dim=1)
+            is_nearer = smallest < best
+            best = torch.where(is_nearer, smallest, best)
+            index = torch.where(is_nearer, position + start, index)
         nearest = self[index.cpu().numpy()].to(device).flatten(1).float() / 255
         return (flat - nearest).square().mean(1).sqrt(), index

@@ -28,7 +28,8 @@ from sprite_diffusion.metrics.evaluation import (
     make_evaluation_sampler,
     sampling_facts,
 )
-from sprite_diffusion.metrics.extractors import CLIP_MODEL, make_extractor
+from sprite_diffusion.metrics.extractors import make_extractor
+from sprite_diffusion.metrics.flags import CLIP_MODEL
 from sprite_diffusion.metrics.real_images import RealImages
 from sprite_diffusion.metrics.report import append_history, is_lowest, write_report
 from sprite_diffusion.runs.checkpoint import Checkpoints

@@ -1,4 +1,4 @@
-"""Makes a pipeline folder of a checkpoint of the sprite course.
+"""Makes a pipeline folder of a checkpoint of the sprite course "How Diffusion Models Work".
 
 python -m sprite_diffusion.sampling.convert_course_checkpoint context_model_trained.pth runs/course
 """
@@ -32,10 +32,11 @@ COURSE_NAMES = {
 
 
 def convert_weights(course: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state dict of a `ContextUnet` -> that of a `ContextUNet2DModel`.
+    """Returns the state dict of a `ContextUNet2DModel` for that of the course's `ContextUnet`.
 
-    The course makes its shortcut convolution anew at each call, with random weights, so no checkpoint has it. Here it
-    is zero, the mean of those weights.
+    The course makes its shortcut convolution anew at each call, with random weights, so that no checkpoint has it.
+    Here the convolution is zero, the mean of those weights. Raises `UserInputError` for a name that a `ContextUnet`
+    does not have.
     """
     weights = {}
     for name, tensor in course.items():
@@ -51,7 +52,7 @@ def convert_weights(course: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def build_model(weights: dict[str, torch.Tensor]) -> ContextUNet2DModel:
-    """The network of a converted state dict, its sizes read from the shapes."""
+    """Returns the network of a converted state dict, whose sizes are read from the shapes."""
     num_features, in_channels = weights["conv_in.conv1.0.weight"].shape[:2]
     height, width = (4 * side for side in weights["unpool.0.weight"].shape[2:])
     model = ContextUNet2DModel(
@@ -68,30 +69,33 @@ def build_model(weights: dict[str, torch.Tensor]) -> ContextUNet2DModel:
 
 
 def course_scheduler() -> ClosedFormDDPMScheduler:
-    """The course's process: T = 500, its betas, variance beta_t, and predicted images that are not clipped.
+    """Returns the course's process: T = 500, its betas, variance beta_t, and predicted images that are not clipped.
 
     The course counts t from 1 to T in a table of T + 1 betas, and its alpha_bar_t has the unused beta_0 as a factor:
     here the first step has both.
     """
     betas = np.linspace(1e-4, 0.02, 501)
-    first = 1 - (1 - betas[0]) * (1 - betas[1])
+    first_beta = 1 - (1 - betas[0]) * (1 - betas[1])
     return ClosedFormDDPMScheduler(
         num_train_timesteps=500,
-        trained_betas=np.append(first, betas[2:]),
+        trained_betas=np.append(first_beta, betas[2:]),
         variance_type="fixed_large",
         clip_sample=False,
     )
 
 
 def convert(checkpoint: Path, output_dir: Path) -> None:
-    """Writes the pipeline folder of a course checkpoint."""
+    """Writes the pipeline folder of a course checkpoint.
+
+    Raises `UserInputError` if the checkpoint is not one, or the folder is not new or empty.
+    """
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UserInputError(f"{output_dir} is there already: name a folder that is new or empty")
     try:
         course = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserInputError(f"{checkpoint}: no such file") from None
-    except Exception as error:  # pickles and archives raise whatever a broken file leads them to
+    except Exception as error:  # unpickling a broken file can raise anything
         raise UserInputError(f"{checkpoint} is not a state dict of weights ({first_line(error)})") from None
     try:
         model = build_model(convert_weights(course))

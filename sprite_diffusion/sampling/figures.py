@@ -1,4 +1,4 @@
-"""The figures of sample.py, a function each: it draws the images and arranges them."""
+"""The figures of sample.py: each function samples the images of one and arranges them."""
 
 import time
 from collections import Counter
@@ -29,7 +29,7 @@ FORWARD_COLUMNS = 10
 
 @dataclass
 class Figure:
-    """Rows of images (N, C, H, W) in [0, 1] with labels, and what is worth a record."""
+    """Rows of images (N, C, H, W) in [0, 1] with labels, and a record of how they were made."""
 
     rows: list[torch.Tensor]
     row_labels: list[str]
@@ -37,11 +37,12 @@ class Figure:
     record: dict[str, Any] = field(default_factory=dict)
 
     def render(self, scale: int | None) -> Image.Image:
+        """Draws the figure, each image enlarged by `scale`; None chooses a scale."""
         return labelled_grid(self.rows, self.row_labels, self.column_labels, scale)
 
 
 def compare_samplers(pipeline: Pipeline, samplers: list[Sampler], request: Request) -> Figure:
-    """A row per sampler, all from the same noise, with what it took."""
+    """Returns a row per sampler, all from the same noise, labelled with its time and its calls of the network."""
     generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
     figure = Figure([to_unit_range(sample_noise(pipeline, generators))], ["noise"], _class_names(request))
     figure.record = {**request.record, "samplers": []}
@@ -53,13 +54,14 @@ def compare_samplers(pipeline: Pipeline, samplers: list[Sampler], request: Reque
             images = sample_images(pipeline, sampler, request)
             seconds = (time.perf_counter() - start) / len(images)
         num_batches = -(-len(images) // request.batch_size)
-        took = {"seconds_per_image": seconds, "network_calls": calls.total() // num_batches}
+        num_calls = calls.total() // num_batches
         figure.rows.append(images)
         figure.row_labels.append(
             f"{sampler.name}\n{sampler.num_inference_steps} steps\n"
-            f"{seconds:.2g} s per image\n{took['network_calls']} network calls"
+            f"{seconds:.2g} s per image\n{num_calls} network calls"
         )
-        figure.record["samplers"].append({**sampler.record, **took})
+        cost = {"seconds_per_image": seconds, "network_calls": num_calls}
+        figure.record["samplers"].append({**sampler.record, **cost})
     return figure
 
 
@@ -73,7 +75,7 @@ def comparison_table(figure: Figure) -> tuple[list[str], list[list[Any]]]:
 
 
 def show_learning(pipeline: Pipeline, snapshots: list[Path], sampler: Sampler, request: Request) -> Figure:
-    """A row per snapshot of a run, all from the same noise."""
+    """Returns a row per snapshot of a run, all from the same noise. The pipeline keeps the last one's network."""
     record = {**sampler.record, **request.record, "snapshots": [str(folder) for folder in snapshots]}
     figure = Figure([], [], _class_names(request), record)
     for folder in snapshots:
@@ -84,7 +86,7 @@ def show_learning(pipeline: Pipeline, snapshots: list[Path], sampler: Sampler, r
 
 
 def find_snapshots(run_dir: Path) -> list[Path]:
-    """The snapshots of a run, oldest first."""
+    """Returns the snapshots of a run, oldest first. Raises `UserInputError` if there are none."""
     epochs = {path: path.name.removeprefix("epoch-") for path in (run_dir / "snapshots").glob("epoch-*")}
     folders = sorted((path for path, epoch in epochs.items() if epoch.isdecimal()), key=lambda path: int(epochs[path]))
     if not folders:
@@ -93,7 +95,13 @@ def find_snapshots(run_dir: Path) -> list[Path]:
 
 
 def show_forward_process(pipeline: Pipeline, clean_images: torch.Tensor, seed: int) -> Figure:
-    """Images (N, C, H, W) in [-1, 1] on their way to noise, a row each, with the share of signal at each step."""
+    """Returns images on their way to noise, a row each, with the share of signal at each step.
+
+    Args:
+        pipeline: The model whose process adds the noise.
+        clean_images: The images, (N, C, H, W) in [-1, 1].
+        seed: Image i gets the noise of `seed` + i.
+    """
     scheduler = pipeline.scheduler
     timesteps = np.linspace(0, len(scheduler) - 1, FORWARD_COLUMNS).round().astype(int).tolist()
     if isinstance(scheduler, LinearCorruptionScheduler):
@@ -112,7 +120,10 @@ def show_forward_process(pipeline: Pipeline, clean_images: torch.Tensor, seed: i
 
 
 def load_clean_images(source: str, num_images: int, pipeline: Pipeline) -> torch.Tensor:
-    """The first images of a file, folder or dataset, (N, C, H, W) in [-1, 1], in the size of the model's."""
+    """Returns the first images of a file, folder or dataset, (N, C, H, W) in [-1, 1], in the size of the model's.
+
+    Raises `UserInputError`, about `--forward`, if there are none.
+    """
     channels, height, width = pipeline.sample_shape
     path = Path(source)
     options = DataConfig(
@@ -137,14 +148,16 @@ def load_clean_images(source: str, num_images: int, pipeline: Pipeline) -> torch
 
 
 def show_collapse(pipeline: Pipeline, sampler: Sampler, request: Request) -> Figure:
-    """DDPM's reverse process beside the same without the noise that each step adds."""
+    """Returns DDPM's reverse process, and below it the same without the noise that each step adds.
+
+    Raises `UserInputError` for a process that adds none.
+    """
     if not hasattr(sampler.scheduler, "alphas_cumprod"):
         name = type(sampler.scheduler).__name__
         raise UserInputError(f"--no-noise: {name} adds no noise on its way, there is none to leave out")
-    without = Sampler(
-        "no noise", NoiselessDDPMScheduler.from_config(sampler.scheduler.config), sampler.num_inference_steps
-    )
-    rows = [sample_images(pipeline, s, request) for s in (sampler, without)]
+    noiseless_scheduler = NoiselessDDPMScheduler.from_config(sampler.scheduler.config)
+    noiseless = Sampler("no noise", noiseless_scheduler, sampler.num_inference_steps)
+    rows = [sample_images(pipeline, s, request) for s in (sampler, noiseless)]
     record = {**sampler.record, **request.record}
     return Figure(rows, ["with the noise\nof each step", "without it"], _class_names(request), record)
 
@@ -152,18 +165,33 @@ def show_collapse(pipeline: Pipeline, sampler: Sampler, request: Request) -> Fig
 def interpolate(
     pipeline: Pipeline, sampler: Sampler, seeds: list[int], ends: list[Condition], size: int, request: Request
 ) -> Figure:
-    """From the noise of one seed to that of another, left to right; from one class or mix to another, downwards."""
+    """Returns the way from one seed to another, left to right, and from one class or mix to another, downwards.
+
+    Args:
+        pipeline: The model.
+        sampler: A sampler that adds no noise of its own, which would hide the way.
+        seeds: The two seeds whose noise lies at the ends of each row.
+        ends: The classes or mixes at the top and the bottom; one for all rows; or none.
+        size: The number of images in a row, and of rows between two `ends`.
+        request: The options of sampling; its seeds and conditions are not used.
+
+    Raises:
+        UserInputError: For more than two `ends`.
+    """
     if len(ends) > 2:
         raise UserInputError(f"--interpolate goes between 2 classes or mixes: {len(ends)} are given")
     first, last = sample_noise(pipeline, [torch.Generator().manual_seed(seed) for seed in seeds])
-    ways = [k / (size - 1) for k in range(size)]
-    noise = torch.stack([slerp(first, last, way) for way in ways])
+    fractions = [k / (size - 1) for k in range(size)]
+    noise = torch.stack([slerp(first, last, fraction) for fraction in fractions])
     conditions = ends or [Condition()]
     if len(ends) == 2:
         top, bottom = (end.weights for end in ends)
-        between = [Condition(f"{way:.0%}", torch.lerp(top, bottom, way)) for way in ways[1:-1]]  # type: ignore
+        between = [
+            Condition(f"{fraction:.0%}", torch.lerp(top, bottom, fraction))  # type: ignore  # both have weights
+            for fraction in fractions[1:-1]
+        ]
         conditions = [ends[0], *between, ends[1]]
-    column_labels = [f"seed {seeds[0]}", *(f"{way:.0%}" for way in ways[1:-1]), f"seed {seeds[1]}"]
+    column_labels = [f"seed {seeds[0]}", *(f"{fraction:.0%}" for fraction in fractions[1:-1]), f"seed {seeds[1]}"]
     record = {**sampler.record, "seeds": seeds, "guidance_scale": request.guidance_scale}
     figure = Figure([], [], column_labels, {**record, "classes": [condition.name for condition in conditions]})
     for condition in conditions:
@@ -173,17 +201,21 @@ def interpolate(
     return figure
 
 
-def slerp(first: torch.Tensor, last: torch.Tensor, way: float) -> torch.Tensor:
-    """Spherical interpolation (Shoemake 1985): noise between two noises, of their length, as the model expects."""
+def slerp(first: torch.Tensor, last: torch.Tensor, fraction: float) -> torch.Tensor:
+    """Returns noise between two noises, of their length, as the model expects: `first` at 0, `last` at 1.
+
+    Spherical interpolation (Shoemake 1985, "Animating Rotation with Quaternion Curves").
+    """
     cosine = torch.nn.functional.cosine_similarity(first.flatten(), last.flatten(), dim=0).clamp(-1, 1)
     angle = torch.arccos(cosine)
     if torch.sin(angle) < 1e-4:  # the same direction: a straight line, where the formula divides 0 by 0
-        return torch.lerp(first, last, way)
-    return (torch.sin((1 - way) * angle) * first + torch.sin(way * angle) * last) / torch.sin(angle)
+        return torch.lerp(first, last, fraction)
+    return (torch.sin((1 - fraction) * angle) * first + torch.sin(fraction * angle) * last) / torch.sin(angle)
 
 
 @contextmanager
 def _counted_calls(module: torch.nn.Module) -> Iterator[Counter]:
+    """Counts the calls of a module inside of the `with`."""
     calls: Counter = Counter()
     hook = module.register_forward_pre_hook(lambda module, args: calls.update(["call"]))
     try:
@@ -193,5 +225,6 @@ def _counted_calls(module: torch.nn.Module) -> Iterator[Counter]:
 
 
 def _class_names(request: Request) -> list[str]:
+    """Returns the column labels of the images' conditions, a line per class of a mix; none without classes."""
     names = [condition.name for condition in request.conditions]
     return [] if None in names else [str(name).replace(",", "\n") for name in names]

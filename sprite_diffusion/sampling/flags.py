@@ -49,11 +49,11 @@ def parse_args(description: str | None) -> argparse.Namespace:
         help="Output folder of a run, a checkpoint or snapshot in it, the id of a repository on the Hub, or "
         "wandb:ENTITY/PROJECT/ARTIFACT:ALIAS. Left out with --snapshots.",
     )
-    what = parser.add_argument_group("what to sample")
-    what.add_argument("--num_images", type=int, help="Images, for each class if there are any.")
-    what.add_argument("--seed", type=int, default=0, help="Image i is sampled from seed + i.")
-    what.add_argument("--class", dest="classes", action="append", help="Name or id; repeatable; default: all.")
-    what.add_argument("--mix", dest="mixes", action="append", help="Class weights: hero=1,food=0.6; repeatable.")
+    images = parser.add_argument_group("what to sample")
+    images.add_argument("--num_images", type=int, help="Images, for each class if there are any.")
+    images.add_argument("--seed", type=int, default=0, help="Image i is sampled from seed + i.")
+    images.add_argument("--class", dest="classes", action="append", help="Name or id; repeatable; default: all.")
+    images.add_argument("--mix", dest="mixes", action="append", help="Class weights: hero=1,food=0.6; repeatable.")
     _add_process_flags(parser)
     _add_view_flags(parser)
     out = parser.add_argument_group("output")
@@ -77,13 +77,13 @@ def parse_args(description: str | None) -> argparse.Namespace:
 
 def _add_process_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that say how to sample."""
-    how = parser.add_argument_group("how")
-    how.add_argument("--scheduler", metavar="NAME", help=f"{', '.join(SAMPLERS)}; default: the model's own.")
-    how.add_argument("--num_inference_steps", type=int, help="Default: all of the model's process; else 50.")
-    how.add_argument("--eta", type=float, default=0.0, help="DDIM: share of DDPM's noise at each step, 0 to 1.")
-    how.add_argument("--guidance_scale", type=float, help="Classifier-free guidance; 1 = none, the default.")
-    how.add_argument("--batch_size", type=int, default=64, help="Images at a time; changes speed only.")
-    add_speed_flags(how)
+    process = parser.add_argument_group("how to sample")
+    process.add_argument("--scheduler", metavar="NAME", help=f"{', '.join(SAMPLERS)}; default: the model's own.")
+    process.add_argument("--num_inference_steps", type=int, help="Default: all of the model's process; else 50.")
+    process.add_argument("--eta", type=float, default=0.0, help="DDIM: share of DDPM's noise at each step, 0 to 1.")
+    process.add_argument("--guidance_scale", type=float, help="Classifier-free guidance; 1 = none, the default.")
+    process.add_argument("--batch_size", type=int, default=64, help="Images at a time; changes speed only.")
+    add_speed_flags(process)
 
 
 def _add_view_flags(parser: argparse.ArgumentParser) -> None:
@@ -120,8 +120,8 @@ def check_args(args: argparse.Namespace) -> None:
     """Raises `UserInputError` for values out of range, and for flags that don't go together."""
     for name, limits in RANGES.items():
         limits.check(name, getattr(args, name))
-    for message, is_so in _contradictions(args).items():
-        if is_so:
+    for message, applies in _contradictions(args).items():
+        if applies:
             raise UserInputError(message)
     check_tracker(args.logger)
     _check_path("--output", args.output, ("", ".png"), "a .png file or a folder")

@@ -1,4 +1,4 @@
-"""Pictures for people: labelled grids, animations, PNG files that say how they were made."""
+"""Pictures for people: labelled grids, animations, and PNG files that say how they were made."""
 
 import json
 from pathlib import Path
@@ -14,22 +14,22 @@ FONT_SIZE = 13  # pixels
 GAP = 4  # pixels between images, and around text
 FRAME_MS = 80
 HOLD_MS = 2500  # of the last frame
-MIN_SIDE = 64  # pixels at which a person can look at a sprite
+MIN_SIDE = 64  # pixels, at which a person can look at a sprite
 
 
 def choose_scale(images: torch.Tensor) -> int:
-    """The whole number by which images (N, C, H, W) are enlarged to be looked at."""
+    """Returns the whole number by which images (N, C, H, W) are enlarged to be looked at."""
     return max(1, MIN_SIDE // max(images.shape[-2:]))
 
 
 def to_pixels(images: torch.Tensor, scale: int) -> torch.Tensor:
-    """Images (N, C, H, W) in [0, 1] -> uint8 (N, C, scale * H, scale * W): rounded, and each pixel a square."""
+    """Returns images (N, C, H, W) in [0, 1] as uint8 (N, C, scale * H, scale * W), each pixel a square."""
     levels = (images.float().cpu() * 255).round().to(torch.uint8)
     return levels.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
 
 
 def make_picture(images: torch.Tensor, columns: int, scale: int | None = None) -> Image.Image:
-    """Images (N, C, H, W) in [0, 1], `columns` in a row, enlarged by `scale`, else by `choose_scale`."""
+    """Draws images (N, C, H, W) in [0, 1], `columns` in a row, enlarged by `scale` or else by `choose_scale`."""
     scale = scale or choose_scale(images)
     return to_pil_image(make_grid(to_pixels(images, scale), nrow=columns, padding=scale, pad_value=255))
 
@@ -37,12 +37,20 @@ def make_picture(images: torch.Tensor, columns: int, scale: int | None = None) -
 def labelled_grid(
     rows: list[torch.Tensor], row_labels: list[str], column_labels: list[str], scale: int | None = None
 ) -> Image.Image:
-    """Rows of images (N, C, H, W) in [0, 1], a label before each row and, if there are any, one under each column."""
+    """Draws rows of images with a label before each row.
+
+    Args:
+        rows: The images of each row, (N, C, H, W) in [0, 1].
+        row_labels: A text for each row, of one or more lines.
+        column_labels: A text for each column, under the last row; none for a picture without.
+        scale: The whole number by which images are enlarged; None for that of `choose_scale`.
+    """
     scale = scale or choose_scale(rows[0])
     font = ImageFont.load_default(FONT_SIZE)
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
 
     def measure(label: str) -> tuple[int, int]:
+        """Returns the width and height of a text and the gap around it, in pixels."""
         left, top, right, bottom = ruler.multiline_textbbox((0, 0), label, font=font)
         return round(right - left) + 2 * GAP, round(bottom - top) + 2 * GAP
 
@@ -69,7 +77,7 @@ def labelled_grid(
 
 
 def save_png(picture: Image.Image, path: Path, metadata: dict[str, Any]) -> None:
-    """Writes a PNG with each of `metadata` as a text chunk."""
+    """Writes a PNG with a text chunk for each of `metadata`; values other than strings as JSON."""
     text = PngInfo()
     for name, value in metadata.items():
         text.add_text(name, value if isinstance(value, str) else json.dumps(value))
@@ -78,13 +86,13 @@ def save_png(picture: Image.Image, path: Path, metadata: dict[str, Any]) -> None
 
 
 def save_json(record: dict[str, Any], path: Path) -> None:
-    """Writes how a picture was made."""
+    """Writes how a picture was made, as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def save_animation(frames: list[torch.Tensor], path: Path, columns: int, scale: int | None = None) -> None:
-    """Writes frames, each of images (N, C, H, W) in [0, 1], as a grid that moves; a .gif or .webp that repeats."""
+    """Writes a grid that moves, as a .gif or .webp that repeats; each frame is images (N, C, H, W) in [0, 1]."""
     pictures = [make_picture(images, columns, scale) for images in frames]
     durations = [FRAME_MS] * (len(pictures) - 1) + [HOLD_MS]
     path.parent.mkdir(parents=True, exist_ok=True)

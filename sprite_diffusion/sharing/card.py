@@ -1,4 +1,4 @@
-"""The model card of a run."""
+"""The model card of a run: made of the files in the run's folder, around what people wrote into earlier cards."""
 
 import json
 from dataclasses import dataclass
@@ -130,7 +130,10 @@ def _check_type(name: str, value: Any, kind: Any) -> Any:
 
 
 def _read_cards(path: Path, hub_card: str | None) -> list[ModelCard]:
-    """Returns the cards that there are already, the one that counts first: the Hub's, then that of the folder."""
+    """Returns the cards that there are, that of the Hub before that of the run's folder.
+
+    Raises `UserInputError` if one can't be parsed.
+    """
     try:
         return [_parse(text) for text in (hub_card, path.read_text() if path.is_file() else None) if text]
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
@@ -138,7 +141,7 @@ def _read_cards(path: Path, hub_card: str | None) -> list[ModelCard]:
 
 
 def _parse(text: str) -> ModelCard:
-    """Returns a card of text that may have no metadata, of which `ModelCard` would warn."""
+    """Returns the card of a text. One without metadata gets an empty block, as `ModelCard` would warn otherwise."""
     return ModelCard(text if text.startswith("---") else f"---\n{{}}\n---\n{text}", ignore_metadata_errors=True)
 
 
@@ -149,7 +152,7 @@ def _hand_written(card: ModelCard) -> tuple[str, str]:
 
 
 def _merge_metadata(earlier_cards: list[ModelCard], metadata: dict[str, Any]) -> dict[str, Any]:
-    """Returns the metadata of a run with what people chose in earlier cards, the first of which counts most."""
+    """Returns the metadata of a run, with what people chose in earlier cards; the first card counts most."""
     kept = {key: value for card in reversed(earlier_cards) for key, value in card.data.to_dict().items()}
     tags = list(dict.fromkeys([*metadata["tags"], *kept.get("tags", [])]))
     merged = {key: value for key, value in kept.items() if key not in OF_THE_RUN_ALONE} | metadata | {"tags": tags}
@@ -159,7 +162,7 @@ def _merge_metadata(earlier_cards: list[ModelCard], metadata: dict[str, Any]) ->
 
 
 def _metadata(run: RunRecord, repo_id: str) -> dict[str, Any]:
-    """Returns what a run says to the Hub's search, in the order of the card."""
+    """Returns the metadata that a run determines, by which the Hub finds and shows it."""
     data_name = _data_name(run)
     results = [
         EvalResult(
@@ -188,7 +191,7 @@ def _metadata(run: RunRecord, repo_id: str) -> dict[str, Any]:
 
 
 def _results(run: RunRecord) -> list[tuple[str, str, float]]:
-    """Returns name, title and value of each metric, with how it was measured."""
+    """Returns the name of each metric, its title with how it was measured, and its value."""
     results = [] if run.loss is None else [("loss", "training loss", run.loss)]
     if run.report is None:
         return results
@@ -222,14 +225,14 @@ def _describe(run: RunRecord, repo_id: str) -> str:
         f"```bash\naccelerate launch {run.script} --config {CONFIG_FILE}\n```",
         "with the file of that name from this repository and the same data.",
         "## Limits",
-        "It draws what its data holds and at its resolution only. A small model may reproduce training images; "
-        f"{_copies(run)}.",
+        "It makes only images like those of its data, at their resolution. A small model may reproduce training "
+        f"images; {_copies(run)}.",
     ]
     return "\n\n".join(sections)
 
 
 def _snippet(run: RunRecord, repo_id: str) -> str:
-    """Returns a program that samples from the model, and what is to be known of it."""
+    """Returns a program that samples from the model, with a note on how it is loaded."""
     trust = ", trust_remote_code=True" if run.needs_remote_code else ""
     lines = [
         "from diffusers import DiffusionPipeline",
@@ -291,8 +294,8 @@ def _metrics_section(run: RunRecord) -> str:
         ]
         parts.append(
             f"{run.report.num_images:,} images by {run.sampler}{guidance}, against as many real ones; features "
-            f"of the {run.report.extractor}. Beside it the same for real images that were held out from the "
-            "comparison: what a perfect model would get.\n\n"
+            f"of the {run.report.extractor}. Beside each metric stands that of real images that were held out from "
+            "the comparison, which is what a perfect model would get.\n\n"
             "| metric | generated | 95% interval | held-out real |\n|---|---|---|---|\n" + "\n".join(rows)
         )
     if run.loss is not None:
@@ -304,6 +307,7 @@ def _metrics_section(run: RunRecord) -> str:
 
 
 def _copies(run: RunRecord) -> str:
+    """Returns the end of a sentence: how many samples were near-copies of training images."""
     if run.report is None:
         return "whether this one does was not measured"
     copies = run.report.figures[NEAR_COPIES]
@@ -314,7 +318,7 @@ def _copies(run: RunRecord) -> str:
 
 
 def _data_name(run: RunRecord) -> str:
-    """Returns what the data is called in public: of a path, the last part."""
+    """Returns the public name of the data: of a path, the last part only."""
     return run.data_source if _is_on_the_hub(run.dataset_name) else Path(run.data_source).name
 
 

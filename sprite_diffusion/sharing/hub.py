@@ -35,7 +35,7 @@ UPLOADED = [*PIPELINE_FILES, f"{SAMPLES_DIR}/*", SUMMARY_FILE, METRICS_FILE, HIS
 REPLACED = ["pipeline_*.py", "scheduler/*.py", "unet/*.py"]
 RETRY_DELAYS = (1.0, 4.0, 16.0)  # seconds
 # The errors of huggingface_hub have no base class in common: those of its network library come through (requests, then
-# httpx), and a failed upload of weights is a RuntimeError. Hence `except Exception` below, around its calls only.
+# httpx), and a failed upload of weights is a RuntimeError. Hence `except Exception` below, around what calls it.
 
 
 def create_repository(name: str, private: bool, token: str | None = None) -> str:

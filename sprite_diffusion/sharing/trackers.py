@@ -1,4 +1,4 @@
-"""Experiment trackers, through accelerate's."""
+"""The experiment trackers of a run, through accelerate."""
 
 import re
 import secrets
@@ -26,8 +26,8 @@ RUN_ID_FILE = "run-id"
 class Trackers:
     """The trackers of `--logger`; 'all' are those that are installed.
 
-    Each keeps its records for `logging_dir`: the same run is continued when they are opened for that folder again. A
-    tracker that fails is warned of once and then left out: training matters more.
+    Each tracker keeps its records for `logging_dir`, and continues the same run if it is opened for that folder again.
+    A tracker that fails costs a warning and is left out from then on: training matters more.
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class Trackers:
                 self._trackers.append(_start(name, logging_dir, config, resumed_from))
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Numbers of an optimizer step."""
+        """Logs numbers of an optimizer step, by name."""
         self._each(lambda tracker: _log(tracker, values, step))
 
     def log_image(self, name: str, image: Image.Image, caption: str, step: int | None = None) -> None:
-        """A picture with a line that says what it shows."""
+        """Logs a picture with a caption that says what it shows."""
 
         def log(tracker: Any) -> None:
             if tracker.name == "tensorboard":
@@ -57,7 +57,7 @@ class Trackers:
         self._each(log)
 
     def log_table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
-        """A table whose cells are strings, numbers or PIL images. TensorBoard has none and gets nothing."""
+        """Logs a table whose cells are strings, numbers or PIL images; not to TensorBoard, which has no tables."""
 
         def log(tracker: Any) -> None:
             if tracker.name == "tensorboard":
@@ -69,7 +69,10 @@ class Trackers:
         self._each(log)
 
     def log_model(self, folder: Path, alias: str, metadata: dict[str, Any]) -> None:
-        """The pipeline in `folder`, as a W&B artifact named after it. The newest has the alias 'latest' as well."""
+        """Gives W&B the pipeline in `folder` as an artifact named after the folder. Other trackers keep no models.
+
+        The artifact gets `alias`; the newest one has the alias 'latest' as well.
+        """
 
         def log(tracker: Any) -> None:
             if tracker.name != "wandb":
@@ -84,28 +87,31 @@ class Trackers:
         self._each(log)
 
     def finish(self) -> None:
-        """Waits for what is still to be sent, and closes."""
+        """Waits until the trackers have sent what they were given, and closes them."""
         self._each(lambda tracker: tracker.finish())
 
     def _each(self, action: Callable[[Any], None]) -> None:
+        """Does something with each tracker that has not failed so far."""
         for tracker in list(self._trackers):
             with self._warned(tracker.name):
                 action(tracker)
 
     @contextmanager
     def _warned(self, name: str) -> Iterator[None]:
+        """Turns an error inside into a warning, and drops the tracker of that name."""
         try:
             yield
-        except Exception as error:  # of three libraries, each of which raises what its network or disk gives it
+        except Exception as error:  # three libraries raise whatever their networks and the disk give them
             tqdm.write(f"warning: {name} failed ({first_line(error)}); the run goes on without it", file=sys.stderr)
             self._trackers = [tracker for tracker in self._trackers if tracker.name != name]
 
 
 def _start(name: str, logging_dir: Path, config: dict[str, Any], resumed_from: int | None) -> Any:
+    """Opens a tracker for a folder. `resumed_from` is the step of the checkpoint that the run goes on from."""
     logging_dir.mkdir(parents=True, exist_ok=True)
     run_id = _run_id(logging_dir)
     options: dict[str, dict[str, Any]] = {
-        # Hides what an interrupted run logged after the checkpoint that it is resumed from: it will be logged again.
+        # `purge_step` hides what an interrupted run logged after its checkpoint: a resumed run logs that again.
         "tensorboard": {
             "logging_dir": str(logging_dir),
             "purge_step": None if resumed_from is None else resumed_from + 1,
@@ -120,16 +126,17 @@ def _start(name: str, logging_dir: Path, config: dict[str, Any], resumed_from: i
     # TensorBoard takes numbers and strings only.
     tracker.store_init_configuration({k: v if isinstance(v, int | float | str) else str(v) for k, v in config.items()})
     if name == "wandb":
-        # W&B drops what is logged for an earlier step than its newest, as a resumed run does: so the step is a value
-        # among others there, which the plots take as their axis.
+        # A resumed run logs earlier steps than W&B's newest, which W&B would drop. Hence the step is a value among
+        # others there, and the plots take it as their axis.
         tracker.run.define_metric("*", step_metric="global_step")
         settings = tracker.run.settings
-        place = f"offline, in {settings.sync_dir}" if tracker.run.offline else tracker.run.url
-        tqdm.write(f"wandb run {run_id}: {place}")
+        address = f"offline, in {settings.sync_dir}" if tracker.run.offline else tracker.run.url
+        tqdm.write(f"wandb run {run_id}: {address}")
     return tracker
 
 
 def _run_id(logging_dir: Path) -> str:
+    """Returns the id of the run that logs into a folder; makes one up the first time."""
     file = logging_dir / RUN_ID_FILE
     if not file.exists():
         file.write_text(secrets.token_hex(4))
@@ -137,6 +144,7 @@ def _run_id(logging_dir: Path) -> str:
 
 
 def _log(tracker: Any, values: dict[str, Any], step: int | None) -> None:
+    """Logs values at a step, which W&B takes as a value."""
     if tracker.name == "wandb" and step is not None:
         tracker.log({**values, "global_step": step})
     else:
@@ -144,5 +152,5 @@ def _log(tracker: Any, values: dict[str, Any], step: int | None) -> None:
 
 
 def _library(tracker: GeneralTracker) -> Any:
-    """The module of a tracker: W&B and trackio have the same names for images, tables and artifacts."""
+    """Returns the module of W&B or trackio, which have the same names for images and tables."""
     return __import__(tracker.name)

@@ -1,0 +1,122 @@
+"""What calculate_metrics.py does after its flags are parsed: measures a model, or a folder of images, against data."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+
+from sprite_diffusion.common.errors import UserInputError, first_line
+from sprite_diffusion.common.machine import join_processes
+from sprite_diffusion.common.run_files import INDEX_FILE
+from sprite_diffusion.data.config import DataConfig
+from sprite_diffusion.data.dataset import load_image_data
+from sprite_diffusion.metrics.evaluation import (
+    choose_num_images,
+    evaluate,
+    generate,
+    make_evaluation_sampler,
+    read_in_order,
+    sampling_facts,
+)
+from sprite_diffusion.metrics.extractors import make_extractor
+from sprite_diffusion.metrics.real_images import RealImages
+from sprite_diffusion.metrics.report import Report
+from sprite_diffusion.sampling.pipeline_loading import Pipeline, load_pipeline, speed_up
+
+
+def calculate(
+    args: argparse.Namespace, config: DataConfig, data_flags: list[str], run_facts: dict[str, Any]
+) -> tuple[Report, Image.Image, dict[str, Any]] | None:
+    """Measures `args.model` against the images of `config`, at the model's resolution.
+
+    Returns the report, the picture of the closest pairs, and facts about what was measured, `run_facts` among them;
+    None but on the main process. Raises `UserInputError` if the model or the data can't be used.
+    """
+    state = join_processes()
+    pipeline = None if is_image_folder(args.model) else open_pipeline(args, state.device)
+    resolution = choose_resolution(pipeline, args.model, config, data_flags)
+    config = replace(config, resolution=resolution)
+    if pipeline is not None:
+        config = replace(config, image_mode=mode_of(pipeline.sample_shape[0]))
+    real = RealImages(load_image_data(config, with_labels=None))
+    num_images = choose_num_images(real, args.num_images)
+    facts = {
+        "model": Path(args.model).name,
+        "data": Path(real.source).name,
+        "num_training_images": len(real),
+        **run_facts,
+    }
+    if pipeline is None:
+        samples = read_image_folder(args.model, resolution, real.num_channels)
+        num_images = min(num_images, len(samples))
+        images = read_in_order(samples, num_images, args.batch_size)
+        sampled_by = ""
+    else:
+        sampler = make_evaluation_sampler(pipeline, args.scheduler, args.num_inference_steps)
+        images = generate(pipeline, sampler, real, num_images, args.batch_size, args.guidance_scale, args.seed)
+        facts |= sampling_facts(pipeline, sampler, args.guidance_scale, args.seed)
+        sampled_by = f" by {sampler.label}"
+    with state.local_main_process_first():
+        extractor = make_extractor(args.extractor, args.clip_model, real, state.device)
+    if state.is_main_process:
+        print(
+            f"measuring {num_images:,} images{sampled_by} of {args.model}\nagainst {real.source}: {len(real):,} images"
+        )
+    judge_classes = pipeline is not None and pipeline.num_classes > 0
+    result = evaluate(real, extractor, images, num_images, judge_classes)
+    return None if result is None else (*result, facts)
+
+
+def is_image_folder(model: str) -> bool:
+    """Returns whether a name is that of a folder without a pipeline."""
+    return Path(model).is_dir() and not (Path(model) / INDEX_FILE).is_file()
+
+
+def open_pipeline(args: argparse.Namespace, device: torch.device) -> Pipeline:
+    """Loads the pipeline to be measured. Raises `UserInputError` if it can't be loaded, or guided as the flags say."""
+    pipeline = load_pipeline(args.model, getattr(torch, args.dtype)).to(device)
+    speed_up(pipeline, args.compile)
+    if args.guidance_scale != 1 and pipeline.num_classes == 0:
+        raise UserInputError(f"--guidance_scale: {args.model} is unconditional, it has no classes")
+    return pipeline
+
+
+def choose_resolution(pipeline: Pipeline | None, model: str, config: DataConfig, data_flags: list[str]) -> str:
+    """Returns the resolution to measure at, as `--resolution` takes it.
+
+    It is that of the model; for a folder of images, which has no pipeline, that of the flag or else of the first
+    image. Raises `UserInputError` if the folder holds no images, or the first can't be decoded.
+    """
+    if pipeline is not None:
+        _, height, width = pipeline.sample_shape
+        return f"{width}x{height}"
+    suffixes = Image.registered_extensions()
+    files = sorted(path for path in Path(model).rglob("*") if path.suffix.lower() in suffixes)
+    if not files:
+        raise UserInputError(f"{model} holds neither a pipeline ({INDEX_FILE}) nor images")
+    try:
+        with Image.open(files[0]) as first:
+            size = f"{first.width}x{first.height}"
+    except Exception as error:  # decoders raise whatever a broken file leads them to
+        raise UserInputError(f"{files[0]} can't be decoded ({first_line(error)}): replace it") from None
+    if not any(flag.split("=")[0] == "--resolution" for flag in data_flags):
+        return size
+    height, width = config.image_size
+    if size != f"{width}x{height}":
+        print(f"warning: images of {size} in {model} are resized to {width}x{height}, which changes the figures")
+    return config.resolution
+
+
+def mode_of(num_channels: int) -> Literal["L", "RGB"]:
+    """Returns the `--image_mode` of images with so many channels."""
+    return "L" if num_channels == 1 else "RGB"
+
+
+def read_image_folder(folder: str, resolution: str, num_channels: int) -> RealImages:
+    """Reads the images of a folder, in the order of their names, cropped in the centre."""
+    mode = mode_of(num_channels)
+    config = DataConfig(train_data_dir=folder, resolution=resolution, image_mode=mode, center_crop=True)
+    return RealImages(load_image_data(config, with_labels=False))

@@ -1,0 +1,42 @@
+"""The flags of calculate_metrics.py, checked before torch is imported."""
+
+import argparse
+from pathlib import Path
+
+from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.common.files import check_writable
+from sprite_diffusion.common.flags import SEED_RANGE, ArgumentParser, Range
+from sprite_diffusion.sampling.flags import SAMPLERS, add_speed_flags
+
+EXTRACTORS = ("classifier", "inception", "clip")
+CLIP_MODEL = "openai/clip-vit-large-patch14-336"  # that of CMMD
+
+
+def parse_args(description: str | None) -> tuple[argparse.Namespace, list[str]]:
+    """Returns the flags and, unparsed, those that it does not know, which are for the data.
+
+    Raises `UserInputError` for a value out of range, and for an output folder that can't be written.
+    """
+    parser = ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("model", help="Folder of a run, checkpoint or snapshot; a Hub id; or a folder of images.")
+    parser.add_argument("--num_images", type=int, default=5000, help="At most; and at most half of the real images.")
+    parser.add_argument("--scheduler", metavar="NAME", help=f"{', '.join(SAMPLERS)}; default: ddim.")
+    parser.add_argument("--num_inference_steps", type=int, help="Default: 50; of the model's own scheduler, all.")
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="Classifier-free guidance; 1 = none.")
+    parser.add_argument("--batch_size", type=int, default=64, help="Images at a time; changes speed only.")
+    add_speed_flags(parser)
+    parser.add_argument("--seed", type=int, default=0, help="Image i is sampled from seed + i.")
+    parser.add_argument("--extractor", choices=EXTRACTORS, default="classifier", help="What gives the features.")
+    parser.add_argument("--clip_model", default=CLIP_MODEL, help="Of --extractor clip: a Hub id or a folder.")
+    parser.add_argument("--output_dir", type=Path, help="Default: the folder of the model, else the current one.")
+    args, data_flags = parser.parse_known_args()
+    for name, minimum in (("num_images", 10), ("num_inference_steps", 1), ("batch_size", 1)):
+        Range(at_least=minimum).check(name, getattr(args, name))
+    SEED_RANGE.check("seed", args.seed)
+    Range().check("guidance_scale", args.guidance_scale)
+    if args.scheduler is not None and args.scheduler not in SAMPLERS:
+        raise UserInputError(f"--scheduler: unknown sampler '{args.scheduler}'; known are {', '.join(SAMPLERS)}")
+    check_writable("--output_dir", args.output_dir)
+    if args.output_dir is not None and args.output_dir.exists() and not args.output_dir.is_dir():
+        raise UserInputError(f"--output_dir {args.output_dir} is a file: name a folder")
+    return args, data_flags
