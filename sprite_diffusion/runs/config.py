@@ -240,8 +240,15 @@ def parse_config(argv: list[str], default_preset: str) -> TrainingConfig:
     if path is None:
         return TrainingConfig(**vars(flags))
     yaml_argv = _read_as_flags(path, parser)
+    dropped: tuple[str, ...] = ()
     if flags.train_data_dir is not None and flags.dataset_name is None:  # else a preset's dataset would win over it
-        yaml_argv = [argument for argument in yaml_argv if not argument.startswith("--dataset_name=")]
+        dropped += ("--dataset_name=",)
+    if path.resolve().parent == presets_dir() and (flags.train_data_dir or flags.dataset_name) not in (
+        None,
+        BUILT_IN_DATASET,
+    ):
+        dropped += ("--max_train_samples=",)  # a preset's limit is for its own data
+    yaml_argv = [argument for argument in yaml_argv if not argument.startswith(dropped)]
     return TrainingConfig(**vars(parser.parse_args(yaml_argv + argv)))
 
 

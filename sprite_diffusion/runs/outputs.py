@@ -9,7 +9,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.common.errors import UserInputError, warn
 from sprite_diffusion.common.files import PARTIAL, FullDiskWarning
 from sprite_diffusion.common.run_files import (
     HISTORY_FILE,
@@ -99,6 +99,11 @@ class RunOutputs:
                 self.uploader = HubUploader(repo_id, self.output_dir, config.hub_private_repo, config.hub_token)
             self.folder = prepare_output_dir(config, self.checkpoints.known)
             self.checkpoints.begin(self.folder.files)
+            if config.lr_warmup_steps >= self.total_steps:
+                warn(
+                    f"--lr_warmup_steps {config.lr_warmup_steps} of {self.total_steps} steps: the learning rate will "
+                    f"never reach --learning_rate {config.learning_rate:g}; give more --num_epochs or less warm-up"
+                )
             start = f"from {checkpoint}" if checkpoint else "from the start"
             print_summary(self.accelerator, config, self.data, model, self.total_steps, start)
             self._write_skipped_images()
