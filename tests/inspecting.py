@@ -61,8 +61,11 @@ def assert_same_runs(first: Path, second: Path) -> None:
 
 def read_repeatable(path: Path) -> object:
     """Returns what a file of a run has in common with that of the same run in another folder."""
-    if path.name == "manifest.json":  # it has the SHA-256 of train_state.json, which holds times
+    # The first has the SHA-256 of train_state.json, which holds times, the second the number of a process.
+    if path.name in ("manifest.json", ".run.lock.json"):
         return None
+    if path.name == "run_files.txt":
+        return [line for line in path.read_text().splitlines() if not line.startswith("logs/")]
     if path.name in ("train_state.json", "training_summary.json"):
         return {name: value for name, value in json.loads(path.read_bytes()).items() if name not in TIMES}
     if path.name == "training_config.yaml":

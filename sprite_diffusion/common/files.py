@@ -10,6 +10,7 @@ from pathlib import Path
 from sprite_diffusion.common.errors import UserInputError, warn
 
 PARTIAL = ".partial"
+REMOVED = f".removed{PARTIAL}"  # a folder on its way out
 NO_ROOM = 2**20  # bytes: with less than this free, a failed write is put down to the full disk
 
 
@@ -76,7 +77,7 @@ def remove(path: Path) -> None:
 
 def remove_whole(path: Path) -> None:
     """Renames a folder and removes it under the new name: a killed process leaves no half of a folder behind."""
-    renamed = path.with_name(f"{path.name}.removed{PARTIAL}")
+    renamed = path.with_name(path.name + REMOVED)
     remove(renamed)
     path.rename(renamed)
     remove(renamed)

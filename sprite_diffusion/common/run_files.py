@@ -12,6 +12,7 @@ CARD_FILE = "README.md"
 CONFIG_FILE = "training_config.yaml"
 HISTORY_FILE = "metrics.jsonl"  # a line for each evaluation of a run
 INDEX_FILE = "model_index.json"
+MANIFEST_FILE = "manifest.json"  # of a checkpoint: size and SHA-256 of every other file
 METRICS_FILE = "metrics.json"
 PAIRS_FILE = "closest_pairs.png"
 SKIPPED_IMAGES_FILE = "skipped_images.jsonl"

@@ -12,11 +12,12 @@ from accelerate.utils import gather_object
 from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
-from sprite_diffusion.common.errors import UserInputError
-from sprite_diffusion.common.files import PARTIAL, DiskFullError, FullDiskWarning, remove_whole, written_beside
+from sprite_diffusion.common.errors import UserInputError, warn
+from sprite_diffusion.common.files import PARTIAL, DiskFullError, FullDiskWarning
+from sprite_diffusion.common.owned_files import OwnedFiles
 from sprite_diffusion.common.run_files import WEIGHTS_FILE
 from sprite_diffusion.runs.config import TrainingConfig
-from sprite_diffusion.runs.folder import BEST, list_best, list_checkpoints
+from sprite_diffusion.runs.folder import BEST, list_best, list_checkpoints, read_folder_state
 from sprite_diffusion.runs.manifest import STATE_FILE, write_manifest
 from sprite_diffusion.runs.state import TrainState
 from sprite_diffusion.runs.weights import Weights
@@ -36,6 +37,8 @@ class Checkpoints:
         self.lr_scheduler = lr_scheduler
         resumed_from = config.resume_from_checkpoint
         self.newest = None if resumed_from is None else self.output_dir / resumed_from  # of the whole ones
+        self.known = read_folder_state(self.output_dir)  # when the run began
+        self.files: OwnedFiles  # of the folder, once the main process has locked it
         self.disk = FullDiskWarning()
 
     def describe_newest(self) -> str:
@@ -60,10 +63,13 @@ class Checkpoints:
             names = self.weights.model.state_dict()
             self.weights.ema.shadow_params = [shadow[name].to(self.accelerator.device) for name in names]
             self.weights.ema.optimization_step = ema_optimization_step
-        if self.accelerator.is_main_process:  # a kill may have come between the newest checkpoint and this
-            for old in self._beyond_limit(path):
-                remove_whole(old)
         return TrainState(**values)
+
+    def begin(self, files: OwnedFiles) -> None:
+        """Takes the list of the folder's files, and removes checkpoints that a kill has left beyond the limit."""
+        self.files = files
+        if self.newest is not None:
+            self._remove(self._beyond_limit(self.newest))
 
     def save(self, state: TrainState, is_best: bool = False) -> None:
         """Writes `checkpoint-STEP`, then removes the oldest beyond the limit; or `checkpoint-best-STEP`.
@@ -85,13 +91,12 @@ class Checkpoints:
             self.newest = path
         if self.accelerator.is_main_process:
             tqdm.write(f"wrote {path}")
-            for old in self._superseded(path):
-                remove_whole(old)
+            self._remove(self._superseded(path))
         self.accelerator.wait_for_everyone()
 
     def _write(self, path: Path, state: TrainState) -> None:
         is_main = self.accelerator.is_main_process
-        with written_beside(path) if is_main else nullcontext(path.with_name(path.name + PARTIAL)) as partial:
+        with self.files.writing(path) if is_main else nullcontext(path.with_name(path.name + PARTIAL)) as partial:
             self.accelerator.wait_for_everyone()  # until no earlier attempt is left there
             error: Exception = DiskFullError(f"{path}: the disk of another process is full")
             try:
@@ -114,6 +119,11 @@ class Checkpoints:
                     values["ema_optimization_step"] = self.weights.ema.optimization_step
                 (partial / STATE_FILE).write_text(json.dumps(values))
                 write_manifest(partial)
+
+    def _remove(self, checkpoints: list[Path]) -> None:
+        for path in checkpoints:
+            if others := self.files.remove_folder(path):
+                warn(f"{path} is kept: {others[0].name} in it was not written by the run")
 
     def _all_have(self, done: bool) -> bool:
         flag = torch.tensor([float(done)], device=self.accelerator.device)

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import yaml
 
 from sprite_diffusion.common.errors import UserInputError
-from sprite_diffusion.common.files import write_text
 from sprite_diffusion.common.flags import (
     MAX_SEED,
     as_flags,
@@ -211,7 +210,7 @@ class TrainingConfig(DataConfig):
         """Writes the file that repeats this run with `--config PATH`; the token is never in it."""
         saved = {flag.name for flag in fields(self) if flag.metadata["saved"]}
         values = {name: value for name, value in asdict(self).items() if name in saved}
-        write_text(path, yaml.safe_dump(values, sort_keys=False))
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
 
     def differences(self, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Returns the flags that change the numbers of a run, with their values in a saved configuration and here."""
@@ -241,8 +240,15 @@ def parse_config(argv: list[str], default_preset: str) -> TrainingConfig:
     if path is None:
         return TrainingConfig(**vars(flags))
     yaml_argv = _read_as_flags(path, parser)
+    dropped: tuple[str, ...] = ()
     if flags.train_data_dir is not None and flags.dataset_name is None:  # else a preset's dataset would win over it
-        yaml_argv = [argument for argument in yaml_argv if not argument.startswith("--dataset_name=")]
+        dropped += ("--dataset_name=",)
+    if path.resolve().parent == presets_dir() and (flags.train_data_dir or flags.dataset_name) not in (
+        None,
+        BUILT_IN_DATASET,
+    ):
+        dropped += ("--max_train_samples=",)  # a preset's limit is for its own data
+    yaml_argv = [argument for argument in yaml_argv if not argument.startswith(dropped)]
     return TrainingConfig(**vars(parser.parse_args(yaml_argv + argv)))
 
 

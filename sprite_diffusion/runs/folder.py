@@ -2,45 +2,23 @@
 
 import json
 import math
+import os
 import shutil
+import socket
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from sprite_diffusion.common.errors import UserInputError, warn
-from sprite_diffusion.common.files import PARTIAL, check_writable, remove
-from sprite_diffusion.common.run_files import (
-    CONFIG_FILE,
-    HISTORY_FILE,
-    INDEX_FILE,
-    METRICS_FILE,
-    PAIRS_FILE,
-    SAMPLES_DIR,
-    SKIPPED_IMAGES_FILE,
-    SNAPSHOTS_DIR,
-    SUMMARY_FILE,
-    read_saved_config,
-)
+from sprite_diffusion.common.files import check_writable
+from sprite_diffusion.common.owned_files import LIST_FILE, LOCK_FILE, LOCK_OWNER_FILE, OwnedFiles, read_list
+from sprite_diffusion.common.run_files import CONFIG_FILE, SAMPLES_DIR, SNAPSHOTS_DIR, SUMMARY_FILE, read_saved_config
+from sprite_diffusion.data.config import BUILT_IN_DATASET
 from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.runs.manifest import find_damage
 
 BEST = "best-"
-# What a run writes: the only things that --overwrite_output_dir removes.
-RUN_FILES = (
-    CONFIG_FILE,
-    SUMMARY_FILE,
-    SKIPPED_IMAGES_FILE,
-    INDEX_FILE,
-    "unet",
-    "scheduler",
-    SAMPLES_DIR,
-    SNAPSHOTS_DIR,
-    METRICS_FILE,
-    HISTORY_FILE,
-    PAIRS_FILE,
-    "*.py",
-    "checkpoint-*",
-)
 
 
 def check_output_dir(config: TrainingConfig) -> None:
@@ -52,9 +30,21 @@ def check_output_dir(config: TrainingConfig) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise UserInputError(f"--output_dir {output_dir} is a file: name a folder")
     check_writable("--output_dir", output_dir)
+    _check_apart_from_images(config)
+    if not _is_used(output_dir):
+        if config.resume_from_checkpoint is not None:
+            find_checkpoint(output_dir, config.resume_from_checkpoint)
+        config.resume_from_checkpoint = None
+        return
+    is_copy = bool(list_checkpoints(output_dir)) and not (output_dir / CONFIG_FILE).exists()  # of a checkpoint alone
+    if read_list(output_dir) is None and not is_copy:
+        raise UserInputError(
+            f"--output_dir {output_dir} is not empty and has no {LIST_FILE}, the list of a run's files: name another "
+            f"folder; or, if all files in it are those of a run, by an earlier version too, make the list by: find "
+            f"{output_dir} -type f -printf '%P\\n' > {output_dir / LIST_FILE}"
+        )
+    _check_links(config)
     if config.resume_from_checkpoint is None and not config.overwrite_output_dir:
-        if not output_dir.is_dir() or all(path.name.endswith(PARTIAL) for path in output_dir.iterdir()):
-            return
         _check_same_run(config)
         config.resume_from_checkpoint = "latest"
     if config.resume_from_checkpoint is not None:
@@ -96,18 +86,86 @@ def _is_finished(output_dir: Path) -> bool:
     return finished and all(step <= summary["global_step"] for step in newest)
 
 
-def prepare_output_dir(config: TrainingConfig) -> None:
-    """Makes the folder, without the earlier run if it is to be overwritten, and saves the configuration."""
+FolderState = tuple[list[str], int | None]  # the checkpoints' names, and when the summary was written
+
+
+def read_folder_state(output_dir: Path) -> FolderState:
+    """Returns what shows that a run has worked in a folder, to compare with later."""
+    summary = output_dir / SUMMARY_FILE
+    written = summary.stat().st_mtime_ns if summary.exists() else None
+    return [path.name for path in list_checkpoints(output_dir)], written
+
+
+def _is_used(output_dir: Path) -> bool:
+    """Returns whether anything is in a folder besides the traces of a run that has not begun."""
+    ignored = {LOCK_FILE, LOCK_OWNER_FILE, LIST_FILE}
+    return output_dir.is_dir() and any(path.name not in ignored for path in output_dir.iterdir())
+
+
+def _check_apart_from_images(config: TrainingConfig) -> None:
+    """Raises `UserInputError` if the output folder holds or lies in the training images."""
+    name = config.dataset_name or config.train_data_dir or ""
+    output_dir, images = Path(config.output_dir).resolve(), Path(name).resolve()
+    if not name or name == BUILT_IN_DATASET or not images.exists():
+        return
+    if images.is_relative_to(output_dir) or output_dir.is_relative_to(images):
+        flag = "dataset_name" if config.dataset_name else "train_data_dir"
+        raise UserInputError(
+            f"--output_dir {config.output_dir} and --{flag} {name}: one lies in the other; name an output folder "
+            "outside of the images"
+        )
+
+
+def _check_links(config: TrainingConfig) -> None:
+    """Raises `UserInputError` if a folder that the run writes into is a link to another place."""
     output_dir = Path(config.output_dir)
-    leftovers = [name + PARTIAL for name in (*RUN_FILES, "samples/*", "snapshots/*", "staged*")]
-    overwritten = []
-    if config.overwrite_output_dir and config.resume_from_checkpoint is None:
-        overwritten = [*RUN_FILES, config.logging_dir]
-    for pattern in (*leftovers, *overwritten):
-        for path in output_dir.glob(pattern):
-            remove(path)
+    for name in (SAMPLES_DIR, SNAPSHOTS_DIR, "unet", "scheduler", *Path(config.logging_dir).parts[:1]):
+        if (output_dir / name).is_symlink():
+            raise UserInputError(f"{output_dir / name} is a link: a run writes into none, put a folder in its place")
+
+
+def prepare_output_dir(config: TrainingConfig, known: FolderState) -> "RunFolder":
+    """Makes the folder and locks it, removes the earlier run if it is to be overwritten, and saves the configuration.
+
+    Raises `UserInputError` if another process works in the folder, or has since its state was `known`.
+    """
+    output_dir = Path(config.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    config.save(output_dir / CONFIG_FILE)
+    folder = RunFolder(output_dir)
+    if read_folder_state(output_dir) != known:
+        raise UserInputError(f"--output_dir {output_dir} was used by another run meanwhile: give the command again")
+    folder.files.remove_leftovers()
+    if config.overwrite_output_dir and config.resume_from_checkpoint is None:
+        folder.files.remove(output_dir)
+    with folder.files.writing(output_dir / CONFIG_FILE) as partial:
+        config.save(partial)
+    return folder
+
+
+class RunFolder:
+    """The output folder of a run that is under way: locked against other processes, with the list of its files."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self._lock = FileLock(output_dir / LOCK_FILE)  # the system frees it when the process ends, however that is
+        owner = output_dir / LOCK_OWNER_FILE
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserInputError(f"--output_dir {output_dir} is in use by {_describe_owner(owner)}") from None
+        owner.write_text(json.dumps({"process": os.getpid(), "host": socket.gethostname()}))
+        self.files = OwnedFiles(output_dir)
+
+    def release(self) -> None:
+        """Lets other runs have the folder."""
+        self._lock.release()
+
+
+def _describe_owner(path: Path) -> str:
+    try:
+        owner = json.loads(path.read_text())
+        return f"process {owner['process']} on {owner['host']}: wait for its end, or name another folder"
+    except (OSError, ValueError, LookupError, TypeError):
+        return "another process: wait for its end, or name another folder"
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -135,6 +193,10 @@ def find_checkpoint(output_dir: Path, name: str) -> Path | None:
     checkpoints = list_checkpoints(output_dir)
     if name != "latest":
         path = output_dir / Path(name).name
+        if len(Path(name).parts) > 1 and Path(name).resolve() != path.resolve():
+            raise UserInputError(
+                f"--resume_from_checkpoint {name} is not in --output_dir {output_dir}: name one that is"
+            )
         checkpoints += list_best(output_dir)
         if path not in checkpoints:
             known = ", ".join(p.name for p in checkpoints) or "none"

@@ -4,7 +4,8 @@ import hashlib
 import json
 from pathlib import Path
 
-MANIFEST_FILE = "manifest.json"  # of a checkpoint: size and SHA-256 of every other file
+from sprite_diffusion.common.run_files import MANIFEST_FILE
+
 STATE_FILE = "train_state.json"
 
 

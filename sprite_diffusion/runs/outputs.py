@@ -9,9 +9,17 @@ from pathlib import Path
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from sprite_diffusion.common.errors import UserInputError
-from sprite_diffusion.common.files import PARTIAL, FullDiskWarning, remove, write_text, written_beside
-from sprite_diffusion.common.run_files import SAMPLES_DIR, SKIPPED_IMAGES_FILE, SNAPSHOTS_DIR, SUMMARY_FILE
+from sprite_diffusion.common.errors import UserInputError, warn
+from sprite_diffusion.common.files import PARTIAL, FullDiskWarning
+from sprite_diffusion.common.run_files import (
+    HISTORY_FILE,
+    METRICS_FILE,
+    PAIRS_FILE,
+    SAMPLES_DIR,
+    SKIPPED_IMAGES_FILE,
+    SNAPSHOTS_DIR,
+    SUMMARY_FILE,
+)
 from sprite_diffusion.data.dataset import ImageData
 from sprite_diffusion.metrics.evaluation import (
     choose_num_images,
@@ -89,13 +97,21 @@ class RunOutputs:
                 name = config.hub_model_id or self.output_dir.name
                 repo_id = create_repository(name, config.hub_private_repo, config.hub_token)
                 self.uploader = HubUploader(repo_id, self.output_dir, config.hub_private_repo, config.hub_token)
-            prepare_output_dir(config)
+            self.folder = prepare_output_dir(config, self.checkpoints.known)
+            self.checkpoints.begin(self.folder.files)
+            if config.lr_warmup_steps >= self.total_steps:
+                warn(
+                    f"--lr_warmup_steps {config.lr_warmup_steps} of {self.total_steps} steps: the learning rate will "
+                    f"never reach --learning_rate {config.learning_rate:g}; give more --num_epochs or less warm-up"
+                )
             start = f"from {checkpoint}" if checkpoint else "from the start"
             print_summary(self.accelerator, config, self.data, model, self.total_steps, start)
             self._write_skipped_images()
+        self.logging_dir = self.output_dir / config.logging_dir
+        self.earlier_logs = set(self.logging_dir.rglob("*"))
         self.trackers = Trackers(
             logger,
-            self.output_dir / config.logging_dir,
+            self.logging_dir,
             {name: value for name, value in asdict(config).items() if name != "hub_token"},
             resumed_from=None if checkpoint is None else state.global_step,
         )
@@ -108,10 +124,10 @@ class RunOutputs:
     def _write_skipped_images(self) -> None:
         path = self.output_dir / SKIPPED_IMAGES_FILE
         if not self.data.skipped_images:
-            path.unlink(missing_ok=True)  # of the run that is resumed
+            self.folder.files.remove(path)  # of the run that is resumed
             return
         lines = [json.dumps({"image": image.name, "reason": image.reason}) for image in self.data.skipped_images]
-        write_text(path, "\n".join(lines) + "\n")
+        self.folder.files.write_text(path, "\n".join(lines) + "\n")
         tqdm.write(f"wrote {path}")
 
     def log(self, metrics: dict[str, float], state: TrainState) -> None:
@@ -119,6 +135,12 @@ class RunOutputs:
         if math.isfinite(metrics["loss"]):
             state.loss = metrics["loss"]
         self.trackers.log(metrics, state.global_step)
+        self._claim_logs()
+
+    def _claim_logs(self) -> None:
+        """Lists the trackers' files as the run's: their libraries choose the names."""
+        if self.accelerator.is_main_process:
+            self.folder.files.claim_all_but(self.logging_dir, self.earlier_logs)
 
     def write(self, due: Due, state: TrainState) -> bool:
         """Writes what is due, of the averaged weights, and returns whether their distance is the lowest so far.
@@ -141,8 +163,11 @@ class RunOutputs:
         return is_best
 
     def close(self) -> None:
-        """Closes the trackers."""
+        """Closes the trackers, and lets other runs have the folder."""
         self.trackers.finish()
+        self._claim_logs()
+        if self.accelerator.is_main_process:
+            self.folder.release()
 
     def finish(self) -> None:
         """Waits for what is still to be sent, and closes.
@@ -181,6 +206,7 @@ class RunOutputs:
         }
         is_best = is_lowest(report, self.output_dir, state.global_step)
         with self.disk.instead_of_error("metrics"):
+            self.folder.files.claim(*(self.output_dir / name for name in (METRICS_FILE, HISTORY_FILE, PAIRS_FILE)))
             append_history(report, self.output_dir, facts)
             for path in write_report(report, closest_pairs, self.output_dir, facts):
                 tqdm.write(f"wrote {path}")
@@ -200,7 +226,7 @@ class RunOutputs:
         path = self.output_dir / SAMPLES_DIR / f"step-{global_step:06d}.png"
         picture = make_picture(images, grid.columns)
         with self.disk.instead_of_error("samples"):
-            with written_beside(path) as partial:
+            with self.folder.files.writing(path) as partial:
                 picture.save(partial, format="PNG")
             caption = f"epoch {epochs_done}, step {global_step}; {grid.caption}"
             self.trackers.log_image("samples", picture, caption, global_step)
@@ -211,7 +237,7 @@ class RunOutputs:
             return
         folder = self.output_dir / SNAPSHOTS_DIR / f"epoch-{epochs_done:04d}"
         with self.disk.instead_of_error("snapshot"):
-            with written_beside(folder) as partial:
+            with self.folder.files.writing(folder) as partial:
                 pipeline.save_pretrained(str(partial))
             tqdm.write(f"wrote {folder}")
 
@@ -221,22 +247,18 @@ class RunOutputs:
             return
         with self.disk.instead_of_error("pipeline"):
             staged = self.output_dir / f"staged{PARTIAL}"
-            with written_beside(staged) as partial:
+            files = self.folder.files
+            with files.writing(staged) as partial:
                 pipeline.save_pretrained(str(partial))
             # File by file: but for the weights, which are one file, they are the same at every step.
             for file in [path for path in sorted(staged.rglob("*")) if path.is_file()]:
                 target = self.output_dir / file.relative_to(staged)
                 target.parent.mkdir(exist_ok=True)
+                files.claim(target)
                 file.replace(target)
-            remove(staged)
-            write_summary(
-                self.output_dir / SUMMARY_FILE,
-                self.accelerator,
-                self.data,
-                self.weights.model,
-                state,
-                self.total_steps,
-            )
+            files.remove_folder(staged)
+            with files.writing(self.output_dir / SUMMARY_FILE) as partial:
+                write_summary(partial, self.accelerator, self.data, self.weights.model, state, self.total_steps)
             tqdm.write(f"wrote {self.output_dir}")
             if self.uploader is not None and (is_end or self.config.hub_strategy != "end"):
                 self.uploader.push(state.global_step)

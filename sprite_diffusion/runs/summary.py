@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from sprite_diffusion.common.files import write_text
 from sprite_diffusion.common.machine import describe_device
 from sprite_diffusion.data.dataset import ImageData
 from sprite_diffusion.runs.config import TrainingConfig
@@ -64,7 +63,7 @@ def write_summary(
         "precision": accelerator.mixed_precision,
         "versions": {name: version(name) for name in RECORDED_PACKAGES},
     }
-    write_text(path, json.dumps(summary, indent=2) + "\n")
+    path.write_text(json.dumps(summary, indent=2) + "\n")
 
 
 def count_parameters(model: torch.nn.Module) -> int:

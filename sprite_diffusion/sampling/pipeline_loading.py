@@ -84,6 +84,11 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Pipeline:
     missing = [name for name, weight in unet.named_parameters() if weight.is_meta]
     if missing:
         raise UserInputError(f"{model} lacks weights of its network: {', '.join(missing[:3])}; save or load it again")
+    for name, weight in unet.state_dict().items():
+        if not weight.isfinite().all():
+            raise UserInputError(
+                f"{model}: the weights of its network are not finite ({name}): take another checkpoint"
+            )
     options = {"id2label": index["id2label"]} if "id2label" in index else {}
     if not isinstance(options.get("id2label", {}), dict):
         raise UserInputError(f"{model}/model_index.json: id2label must give each class id a name")

@@ -1,0 +1,198 @@
+"""Nothing of the user's is lost: a run removes and replaces only the files which it has listed as its own."""
+
+import json
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from filelock import FileLock
+from inspecting import weights
+from launching import TINY, finish, kill, start
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from sprite_diffusion.common.owned_files import LIST_FILE, LOCK_FILE, LOCK_OWNER_FILE, OwnedFiles
+
+MINE = (
+    *("analysis.py", "samples/holiday.png", "unet/notes.txt", "logs/lab_notebook.txt", "checkpoint-notes.md"),
+    *("metrics.json", "src/model.py", "data.partial", "unet/config.json", "pipeline.py", "training_config.yaml"),
+)
+
+
+def fill(folder: Path, names=MINE) -> dict[str, bytes]:
+    """Puts files of the user's into a folder. Returns what they hold."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"mine: {name}")
+    return read(folder, names)
+
+
+def read(folder: Path, names=MINE) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+@pytest.fixture
+def refuses(run_script, capsys):
+    """Runs a command that must end with one line and status 2. Returns the line."""
+
+    def run(flags: str, output_dir: Path) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            run_script("train_unconditional", f"{TINY} {flags}", output_dir)
+        assert ended.value.code == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        assert len(lines) == 1
+        return lines[0]
+
+    return run
+
+
+@pytest.mark.parametrize("flags", ["", "--overwrite_output_dir", "--resume_from_checkpoint latest"])
+def test_a_folder_that_never_held_a_run_is_left_as_it_is(refuses, tmp_path, flags):
+    before = fill(tmp_path / "thesis")
+    error = refuses(flags, tmp_path / "thesis")
+    assert "is not empty and has no run_files.txt" in error
+    assert "name another folder" in error
+    assert read(tmp_path / "thesis") == before
+    assert {str(p.relative_to(tmp_path / "thesis")) for p in (tmp_path / "thesis").rglob("*") if p.is_file()} == {
+        *MINE
+    }
+
+
+def test_overwriting_a_run_keeps_what_is_not_the_runs(run_script, tmp_path):
+    run_script("train_unconditional", f"{TINY} --snapshot_epochs 1", tmp_path)
+    mine = [name for name in MINE if not (tmp_path / name).exists()]
+    assert len(mine) == 8  # all but the three names that the run has
+    mine += ["checkpoint-3/notes.txt", "snapshots/epoch-0001/notes.txt", "logs/sprite-diffusion/notes.txt"]
+    before = fill(tmp_path, mine)
+    run_script("train_unconditional", f"{TINY} --num_epochs 1 --overwrite_output_dir", tmp_path)
+    assert read(tmp_path, mine) == before
+    assert not (tmp_path / "checkpoint-8").exists()
+    assert [p.name for p in (tmp_path / "checkpoint-6").parent.glob("checkpoint-6*")] == []
+    assert {p.name for p in (tmp_path / "snapshots").iterdir()} == {"epoch-0001"}
+    assert {p.name for p in (tmp_path / "snapshots" / "epoch-0001").iterdir()} == {"notes.txt"}
+
+
+def test_a_checkpoint_with_a_file_of_the_users_is_not_removed(run_script, tmp_path, capsys):
+    run_script("train_unconditional", TINY, tmp_path)
+    (tmp_path / "checkpoint-3" / "notes.txt").write_text("mine")
+    flags = f"{TINY} --num_epochs 3 --resume_from_checkpoint latest --checkpoints_total_limit 2"
+    run_script("train_unconditional", flags, tmp_path)
+    assert {p.name for p in tmp_path.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-9", "checkpoint-12"}
+    assert "checkpoint-3 is kept: notes.txt in it was not written by the run" in capsys.readouterr().err
+
+
+def test_a_file_in_the_way_is_not_replaced(refuses, run_script, tmp_path):
+    run_script("train_unconditional", f"{TINY} --num_epochs 1", tmp_path)
+    (tmp_path / "samples" / "step-000008.png").write_text("mine")
+    error = refuses("--resume_from_checkpoint latest", tmp_path)
+    assert f"{tmp_path}/samples/step-000008.png is in the way and was not written by this run" in error
+    assert (tmp_path / "samples" / "step-000008.png").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["samples", "snapshots", "unet", "scheduler", "logs"])
+def test_links_are_not_followed(refuses, run_script, tmp_path, name):
+    run_script("train_unconditional", f"{TINY} --num_epochs 1 --snapshot_epochs 1", tmp_path / "run")
+    shutil.move(tmp_path / "run" / name, tmp_path / "elsewhere")
+    (tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere")
+    before = sorted(tmp_path.joinpath("elsewhere").rglob("*"))
+    for flags in ("--overwrite_output_dir", "--resume_from_checkpoint latest"):
+        assert f"{tmp_path}/run/{name} is a link" in refuses(flags, tmp_path / "run")
+    OwnedFiles(tmp_path / "run").remove(tmp_path / "run")  # whatever the checks let through
+    assert sorted(tmp_path.joinpath("elsewhere").rglob("*")) == before
+
+
+@pytest.mark.parametrize("output", ["X", "X/samples", "X/samples/run"])
+def test_outputs_and_training_images_are_kept_apart(refuses, tmp_path, output):
+    images = tmp_path / "X" / "samples"
+    images.mkdir(parents=True)
+    for i in range(4):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(images / f"{i}.png")
+    before = {path: path.read_bytes() for path in images.iterdir()}
+    for flags in ("", "--overwrite_output_dir"):
+        error = refuses(f"--train_data_dir {images} {flags}", tmp_path / output)
+        assert "one lies in the other" in error
+    assert {path: path.read_bytes() for path in images.iterdir()} == before
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(refuses, run_script, tmp_path):
+    output_dir = tmp_path / "run"
+    output_dir.mkdir()
+    with FileLock(output_dir / LOCK_FILE):
+        (output_dir / LOCK_OWNER_FILE).write_text(json.dumps({"process": 4711, "host": "elsewhere"}))
+        assert "is in use by process 4711 on elsewhere" in refuses("", output_dir)
+    run_script("train_unconditional", f"{TINY} --num_epochs 1", output_dir)  # a lock file alone is no obstacle
+    owner = json.loads((output_dir / LOCK_OWNER_FILE).read_text())
+    assert owner == {"process": os.getpid(), "host": socket.gethostname()}
+
+
+def test_two_runs_at_once_do_not_mix(tmp_path):
+    flags = f"{TINY} --num_epochs 40 --checkpointing_steps 50"
+    first = start("train_unconditional", flags, tmp_path)
+    while not (tmp_path / LOCK_OWNER_FILE).exists():
+        assert first.poll() is None
+    second = start("train_unconditional", f"{flags} --resume_from_checkpoint latest", tmp_path)
+    error = finish(second, 2).stderr
+    assert f"is in use by process {first.pid} on {socket.gethostname()}" in error
+    kill(first)
+    finish(start("train_unconditional", flags.replace("40", "2"), tmp_path / "free"))
+
+
+def test_a_killed_process_leaves_nothing_unlisted(tmp_path):
+    process = start("train_unconditional", f"{TINY} --num_epochs 50", tmp_path)
+    while not list(tmp_path.glob("checkpoint-*")):
+        assert process.poll() is None
+    kill(process)
+    trackers = tmp_path / "logs"  # the newest of their files may have come after the last look
+    others = [path for path in OwnedFiles(tmp_path).others(tmp_path) if trackers not in path.parents]
+    assert others == []
+
+
+def test_names_outside_of_the_folder_are_no_names(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "outside.txt").write_text("mine")
+    (tmp_path / "run" / LIST_FILE).write_text(f"../outside.txt\n{tmp_path}/outside.txt\n")
+    OwnedFiles(tmp_path / "run").remove(tmp_path / "run")
+    assert (tmp_path / "outside.txt").read_text() == "mine"
+
+
+def test_another_runs_checkpoint_is_not_taken_for_this_runs(refuses, run_script, tmp_path):
+    for name in ("one", "other"):
+        run_script("train_unconditional", f"{TINY} --num_epochs 1", tmp_path / name)
+    error = refuses(f"--resume_from_checkpoint {tmp_path}/other/checkpoint-3", tmp_path / "one")
+    assert f"is not in --output_dir {tmp_path}/one" in error
+
+
+def test_weights_that_are_not_finite_are_not_sampled(run_script, tmp_path, capsys):
+    run_script("train_unconditional", f"{TINY} --num_epochs 1", tmp_path / "run")
+    file = tmp_path / "run" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["conv_in.weight"][0] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+    for script in ("sample", "calculate_metrics"):
+        with pytest.raises(SystemExit) as ended:
+            run_script(script, f"{tmp_path}/run")
+        assert ended.value.code == 2
+        assert "the weights of its network are not finite (conv_in.weight)" in capsys.readouterr().err
+
+
+def test_a_presets_limit_does_not_bind_other_images(run_script, tmp_path):
+    images = tmp_path / "images"
+    for i in range(30):
+        (images / f"class-{i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(images / f"class-{i % 2}" / f"{i}.png")
+    flags = TINY.replace("--max_train_samples 20", "")
+    run_script("train_unconditional", f"{flags} --num_epochs 1 --train_data_dir {images}", tmp_path / "run")
+    saved = yaml.safe_load((tmp_path / "run" / "training_config.yaml").read_text())
+    assert saved["max_train_samples"] is None
+    assert weights(tmp_path / "run")
+
+
+def test_a_warm_up_longer_than_the_run_is_told_before_the_first_step(run_script, tmp_path, capsys):
+    run_script("train_unconditional", f"{TINY} --num_epochs 1 --lr_warmup_steps 4", tmp_path)
+    err = capsys.readouterr().err
+    assert "--lr_warmup_steps 4 of 4 steps" in err
