@@ -43,7 +43,7 @@ class OwnedFiles:
                 raise UserInputError(
                     f"{others[0]} is in the way and was not written by this run: move it, or name another --output_dir"
                 )
-        self._add(*(self._name(path) for path in paths))
+        self._add(*(self._name(path) for path in paths if not path.is_dir()))
 
     def claim_all_but(self, folder: Path, earlier: set[Path]) -> None:
         """Adds the files below `folder` that came after `earlier`: those of libraries, which choose the names."""
