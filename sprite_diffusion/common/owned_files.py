@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sprite_diffusion.common.errors import UserInputError
-from sprite_diffusion.common.files import PARTIAL, REMOVED, remove_whole, write_text, written_beside
+from sprite_diffusion.common.files import PARTIAL, REMOVED, DiskFullError, remove_whole, write_text, written_beside
 from sprite_diffusion.common.run_files import MANIFEST_FILE
 
 LOCK_FILE, LOCK_OWNER_FILE = ".run.lock", ".run.lock.json"
@@ -47,7 +47,8 @@ class OwnedFiles:
 
     def claim_all_but(self, folder: Path, earlier: set[Path]) -> None:
         """Adds the files below `folder` that came after `earlier`: those of libraries, which choose the names."""
-        self._add(*(self._name(file) for file in folder.rglob("*") if _is_file(file) and file not in earlier))
+        with suppress(DiskFullError):  # the next call adds them
+            self._add(*(self._name(file) for file in folder.rglob("*") if _is_file(file) and file not in earlier))
 
     @contextmanager
     def writing(self, path: Path) -> Iterator[Path]:
@@ -59,15 +60,18 @@ class OwnedFiles:
             yield beside
             written = [path / file.relative_to(beside) for file in beside.rglob("*") if _is_file(file)] or [path]
             self._add(removed, *(self._name(file) for file in written))
-        self._add()
+        with suppress(DiskFullError):  # what is gone may stay in the list for a while
+            self._add()
 
     def remove_folder(self, path: Path) -> list[Path]:
         """Removes a folder with nothing but the run's files in it, else returns those that are not the run's."""
         others = self.others(path)
         if not others:
-            self._add(f"{self._name(path)}{REMOVED}/")
+            with suppress(DiskFullError):  # removing makes room
+                self._add(f"{self._name(path)}{REMOVED}/")
             remove_whole(path)
-            self._add()
+            with suppress(DiskFullError):
+                self._add()
         return others
 
     def write_text(self, path: Path, text: str) -> None:
@@ -114,11 +118,12 @@ class OwnedFiles:
         return path.relative_to(self.folder).as_posix()
 
     def _add(self, *names: str) -> None:
-        """Writes the list with these names, and without those whose file is gone."""
+        """Writes the list with these names, and without those whose file is gone. Raises `DiskFullError`."""
         there = {name for name in self._names if (self.folder / name).exists() or (self.folder / name).is_symlink()}
-        if there | set(names) != self._names or not (self.folder / LIST_FILE).exists():
-            self._names = there | set(names)
-            write_text(self.folder / LIST_FILE, "".join(f"{name}\n" for name in sorted(self._names)))
+        wanted = there | set(names)
+        if wanted != self._names or not (self.folder / LIST_FILE).exists():
+            write_text(self.folder / LIST_FILE, "".join(f"{name}\n" for name in sorted(wanted)))
+            self._names = wanted
 
 
 def read_list(folder: Path) -> list[str] | None:
