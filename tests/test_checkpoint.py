@@ -319,9 +319,11 @@ def test_a_full_disk_costs_what_there_is_no_room_for_and_no_more(small_disk, lea
     flags += " --logging_steps 100 --save_images_epochs 1 --save_model_epochs 1 --ddpm_num_inference_steps 1"
     output_dir = small_disk / "run"
     process = start("train_unconditional", flags, output_dir)
+    assert wait_for(process, output_dir, "checkpoint-10")
+    began = time.monotonic()
     assert wait_for(process, output_dir, "checkpoint-20")
     ballast = fill(small_disk, leave)
-    time.sleep(1)
+    time.sleep(3 * (time.monotonic() - began))  # about three more checkpoints are due meanwhile
     assert process.poll() is None
     during = list_checkpoints(output_dir)
     assert [find_damage(checkpoint) for checkpoint in during] == [""] * len(during) != []
