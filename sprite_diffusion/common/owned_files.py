@@ -24,10 +24,6 @@ class OwnedFiles:
         self.folder = folder
         self._names = {*(read_list(folder) or ()), *_list_checkpoint_files(folder)}
 
-    def owns(self, path: Path) -> bool:
-        """Returns whether the run has written a file, or every file of a folder; True where nothing is."""
-        return not self.others(path)
-
     def others(self, path: Path) -> list[Path]:
         """Returns the files at or below `path` that the run has not written. Links count as files."""
         files = [path] if path.is_symlink() or not path.is_dir() else [p for p in path.rglob("*") if _is_file(p)]

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.common.flags import read_yaml
 
@@ -33,7 +31,6 @@ def find_run(path: Path) -> Path | None:
 def check_logging_dir(name: str) -> None:
     """Raises `UserInputError` if `--logging_dir` is not a folder inside of the run's."""
     parts = Path(name).parts
-    # Nor a pattern: --overwrite_output_dir removes what it names.
     if not parts or ".." in parts or Path(name).is_absolute() or {*"*?["} & {*name}:
         raise UserInputError(f"--logging_dir {name}: name a folder inside of --output_dir, such as logs")
 
@@ -48,7 +45,6 @@ def find_logging_dir(run_dir: Path) -> Path:
 def read_saved_config(run_dir: Path) -> dict[str, Any] | None:
     """Returns the saved flags of a run by name; None if they are missing or can't be read."""
     try:
-        saved = yaml.safe_load((run_dir / CONFIG_FILE).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return read_yaml(run_dir / CONFIG_FILE)
+    except UserInputError:
         return None
-    return saved if isinstance(saved, dict) else None

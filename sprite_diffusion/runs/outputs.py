@@ -115,6 +115,7 @@ class RunOutputs:
             {name: value for name, value in asdict(config).items() if name != "hub_token"},
             resumed_from=None if checkpoint is None else state.global_step,
         )
+        self._claim_logs()
         if config.evaluate_every is not None:  # here, so that an error in the data shows before the training
             self.real = RealImages(self.data)
             with self.accelerator.local_main_process_first():
@@ -135,7 +136,6 @@ class RunOutputs:
         if math.isfinite(metrics["loss"]):
             state.loss = metrics["loss"]
         self.trackers.log(metrics, state.global_step)
-        self._claim_logs()
 
     def _claim_logs(self) -> None:
         """Lists the trackers' files as the run's: their libraries choose the names."""
@@ -159,6 +159,7 @@ class RunOutputs:
                 self._write_snapshot(pipeline, epochs_done)
             if due.pipeline:  # last, as its summary says that a run is finished
                 self._write_pipeline(pipeline, state, due.end)
+        self._claim_logs()
         self.accelerator.wait_for_everyone()
         return is_best
 
