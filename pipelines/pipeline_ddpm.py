@@ -70,25 +70,58 @@ class _DDPMPipeline(DiffusionPipeline):
         folder = Path(save_directory)
         index_file = folder / self.config_name
         index = json.loads(index_file.read_text())
-        index["_class_name"] = _save_class(type(self), folder)
-        for name, component in self.components.items():
-            index[name] = _save_class(type(component), folder / name)
+        for name, part in {"_class_name": self, **self.components}.items():
+            subfolder = folder if part is self else folder / name
+            module = "diffusers" if _is_in_diffusers(part) else _save_source(type(part), subfolder)
+            index[name] = [module, type(part).__name__]
         index_file.write_text(json.dumps(index, indent=2) + "\n")
 
-    def _denoise(
+    @torch.no_grad()
+    def __call__(
         self,
-        predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-        batch_size: int,
-        num_inference_steps: int | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-        output_type: str,
-        return_dict: bool,
-        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None,
-        callback_on_step_end_tensor_inputs: tuple[str, ...],
-        eta: float,
+        batch_size: int = 1,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
+        eta: float = 0.0,
     ) -> Any:
-        """Runs Algorithm 2 of Ho et al. 2020; `predict(x_t, t)` is the network's prediction, (B, C, H, W) float32."""
+        r"""
+        Generates images by Algorithm 2 of Ho et al. 2020.
+
+        Args:
+            batch_size (`int`, defaults to 1):
+                The number of images.
+            num_inference_steps (`int`, *optional*):
+                The number of denoising steps; all timesteps of the training process if not given.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                One generator for the batch, or one for each image: an image then depends on its own seed only.
+            latents (`torch.Tensor` of shape `(batch_size, channels, height, width)`, *optional*):
+                The starting noise x_T, standard normal; drawn with `generator` if not given.
+            output_type (`str`, defaults to `"pil"`):
+                `"pil"` for `PIL.Image`s, `"np"` for an array `(batch_size, height, width, channels)` in [0, 1],
+                `"pt"` for a tensor `(batch_size, channels, height, width)` in [0, 1].
+            return_dict (`bool`, defaults to `True`):
+                Whether to return an [`~diffusers.ImagePipelineOutput`] or a tuple.
+            callback_on_step_end (`Callable`, *optional*):
+                Called after each step with the pipeline, the step's index, the timestep and a dict of the tensors
+                named by `callback_on_step_end_tensor_inputs`; it returns a dict that may hold changed `latents`.
+            callback_on_step_end_tensor_inputs (`tuple[str]`, defaults to `("latents",)`):
+                The tensors to pass to the callback: `"latents"` (x_{t-1}) and, for the schedulers that return it,
+                `"pred_original_sample"` (the clean images predicted at this step).
+            eta (`float`, defaults to 0):
+                For [`~diffusers.DDIMScheduler`]: the share of DDPM's noise that each step adds, 0 to 1; equation 16
+                of https://huggingface.co/papers/2010.02502. Other schedulers ignore it.
+
+        Returns:
+            [`~diffusers.ImagePipelineOutput`] or `tuple`: the images.
+
+        Raises:
+            ValueError: If an argument does not fit the others or the model.
+        """
         self._check_inputs(batch_size, generator, latents, output_type, callback_on_step_end_tensor_inputs)
         device = self._execution_device
         self.scheduler.set_timesteps(num_inference_steps or len(self.scheduler), device=device)
@@ -102,7 +135,7 @@ class _DDPMPipeline(DiffusionPipeline):
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             # 2. the network's prediction from x_t
             model_input = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
-            model_output = predict(model_input, t)
+            model_output = self._predict(model_input, t)  # (B, C, H, W) float32
 
             # 3. x_t -> x_{t-1}
             step_output = self.scheduler.step(model_output, t, latents, **step_kwargs)
@@ -117,6 +150,10 @@ class _DDPMPipeline(DiffusionPipeline):
         images = VaeImageProcessor().postprocess(latents, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _predict(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """Returns the network's prediction from noisy samples (B, C, H, W), float32."""
+        return self.unet(sample, timestep).sample.float()
 
     def _check_inputs(
         self,
@@ -159,69 +196,6 @@ class UnconditionalDDPMPipeline(_DDPMPipeline):
             their config.
     """
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        batch_size: int = 1,
-        num_inference_steps: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
-        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
-        eta: float = 0.0,
-    ) -> Any:
-        r"""
-        Generates images.
-
-        Args:
-            batch_size (`int`, defaults to 1):
-                The number of images.
-            num_inference_steps (`int`, *optional*):
-                The number of denoising steps; all timesteps of the training process if not given.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                One generator for the batch, or one for each image: an image then depends on its own seed only.
-            latents (`torch.Tensor` of shape `(batch_size, channels, height, width)`, *optional*):
-                The starting noise x_T, standard normal; drawn with `generator` if not given.
-            output_type (`str`, defaults to `"pil"`):
-                `"pil"` for `PIL.Image`s, `"np"` for an array `(batch_size, height, width, channels)` in [0, 1],
-                `"pt"` for a tensor `(batch_size, channels, height, width)` in [0, 1].
-            return_dict (`bool`, defaults to `True`):
-                Whether to return an [`~diffusers.ImagePipelineOutput`] or a tuple.
-            callback_on_step_end (`Callable`, *optional*):
-                Called after each step with the pipeline, the step's index, the timestep and a dict of the tensors
-                named by `callback_on_step_end_tensor_inputs`; it returns a dict that may hold changed `latents`.
-            callback_on_step_end_tensor_inputs (`tuple[str]`, defaults to `("latents",)`):
-                The tensors to pass to the callback: `"latents"` (x_{t-1}) and, for the schedulers that return it,
-                `"pred_original_sample"` (the clean images predicted at this step).
-            eta (`float`, defaults to 0):
-                For [`~diffusers.DDIMScheduler`]: the share of DDPM's noise that each step adds, 0 to 1; equation 16
-                of https://huggingface.co/papers/2010.02502. Other schedulers ignore it.
-
-        Returns:
-            [`~diffusers.ImagePipelineOutput`] or `tuple`: the images.
-
-        Raises:
-            ValueError: If an argument does not fit the others or the model.
-        """
-
-        def predict(model_input: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return self.unet(model_input, t).sample.float()  # (B, C, H, W)
-
-        return self._denoise(
-            predict,
-            batch_size,
-            num_inference_steps,
-            generator,
-            latents,
-            output_type,
-            return_dict,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-            eta,
-        )
-
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         r"""
         Saves weights and configs so that plain `DiffusionPipeline.from_pretrained` loads them.
@@ -238,7 +212,7 @@ class UnconditionalDDPMPipeline(_DDPMPipeline):
         scheduler = self.scheduler
         if type(scheduler).__name__ == "ClosedFormDDPMScheduler":
             scheduler = DDPMScheduler.from_config(scheduler.config)
-        if not all(_is_in_diffusers(type(part)) for part in (self.unet, scheduler)):
+        if not (_is_in_diffusers(self.unet) and _is_in_diffusers(scheduler)):
             super().save_pretrained(save_directory, **kwargs)
             return
         DDPMPipeline(unet=self.unet, scheduler=scheduler).save_pretrained(save_directory, **kwargs)
@@ -284,23 +258,16 @@ class ConditionalDDPMPipeline(_DDPMPipeline):
         return config.context_dim if "context_dim" in config else config.num_class_embeds - 1
 
     @torch.no_grad()
-    def __call__(
+    def __call__(  # type: ignore[override]  # the classes come first
         self,
         class_labels: int | str | Sequence[int | str] | None = None,
         context: torch.Tensor | Mapping[int | str, float] | Sequence[Mapping[int | str, float]] | None = None,
         guidance_scale: float = 1.0,
         batch_size: int | None = None,
-        num_inference_steps: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
-        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
-        eta: float = 0.0,
+        **kwargs: Any,
     ) -> Any:
         r"""
-        Generates images. The arguments that are not described here are those of [`UnconditionalDDPMPipeline`].
+        Generates images of classes.
 
         Args:
             class_labels (`int`, `str`, or a sequence of them, *optional*):
@@ -313,6 +280,7 @@ class ConditionalDDPMPipeline(_DDPMPipeline):
                 unconditional half is not computed.
             batch_size (`int`, *optional*):
                 The number of images; that of the classes if not given.
+            **kwargs: The other arguments of [`UnconditionalDDPMPipeline`]'s call.
 
         Returns:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: the images.
@@ -321,34 +289,16 @@ class ConditionalDDPMPipeline(_DDPMPipeline):
             ValueError: For an unknown class, or an argument that does not fit the others or the model.
         """
         context = self._prepare_context(class_labels, context, batch_size).to(self._execution_device)  # (B, K)
-        batch_size = len(context)
-        guided = guidance_scale != 1
-        if guided:
-            context = torch.cat([context, torch.zeros_like(context)])  # (2B, K)
+        with self._conditioned_on(context, guidance_scale):
+            return super().__call__(len(context), **kwargs)
 
-        with self._conditioned_on(context) as model_kwargs:
-
-            def predict(model_input: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-                if not guided:
-                    return self.unet(model_input, t, **model_kwargs).sample.float()  # (B, C, H, W)
-                # With and without the class in one batch; Ho and Salimans 2022, equation 6, with w = 1 + their w.
-                model_input = torch.cat([model_input, model_input])
-                model_output = self.unet(model_input, t, **model_kwargs).sample.float()  # (2B, C, H, W)
-                conditional, unconditional = model_output.chunk(2)
-                return unconditional + guidance_scale * (conditional - unconditional)
-
-            return self._denoise(
-                predict,
-                batch_size,
-                num_inference_steps,
-                generator,
-                latents,
-                output_type,
-                return_dict,
-                callback_on_step_end,
-                callback_on_step_end_tensor_inputs,
-                eta,
-            )
+    def _predict(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """Returns the guided prediction for the classes; Ho and Salimans 2022, equation 6, with w = 1 + their w."""
+        if self._guidance_scale == 1:
+            return self.unet(sample, timestep, **self._model_kwargs).sample.float()  # (B, C, H, W)
+        model_input = torch.cat([sample, sample])  # with and without the class: (2B, C, H, W)
+        conditional, unconditional = self.unet(model_input, timestep, **self._model_kwargs).sample.float().chunk(2)
+        return unconditional + self._guidance_scale * (conditional - unconditional)
 
     def get_class_id(self, label: int | str) -> int:
         r"""
@@ -374,7 +324,7 @@ class ConditionalDDPMPipeline(_DDPMPipeline):
         if class_labels is not None:
             many = isinstance(class_labels, (Sequence, torch.Tensor)) and not isinstance(class_labels, str)
             context = [{label: 1.0} for label in (class_labels if many else [class_labels])]
-        if context is None:
+        elif context is None:
             context = torch.zeros(1, self.num_classes)
         if not isinstance(context, torch.Tensor):
             mixes = [context] if isinstance(context, Mapping) else context
@@ -383,8 +333,7 @@ class ConditionalDDPMPipeline(_DDPMPipeline):
                 for label, weight in mix.items():
                     row[self.get_class_id(label)] = weight
             context = weights
-        if context.ndim == 1:
-            context = context[None]
+        context = torch.atleast_2d(context)
         if context.ndim != 2 or context.shape[1] != self.num_classes:
             raise ValueError(f"`context` has the shape {tuple(context.shape)}: it must be (B, {self.num_classes})")
         if batch_size is None or batch_size == len(context):
@@ -394,21 +343,26 @@ class ConditionalDDPMPipeline(_DDPMPipeline):
         return context.expand(max(batch_size, 0), -1)
 
     @contextmanager
-    def _conditioned_on(self, context: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
-        """Yields the arguments that condition the network on class weights (B, K)."""
+    def _conditioned_on(self, context: torch.Tensor, guidance_scale: float) -> Iterator[None]:
+        """Conditions every prediction on class weights (B, K)."""
+        if guidance_scale != 1:
+            context = torch.cat([context, torch.zeros_like(context)])  # (2B, K)
+        self._guidance_scale = guidance_scale
         if "context_dim" in self.unet.config:
-            yield {"context": context}
+            self._model_kwargs = {"context": context}
+            yield
             return
         # UNet2DModel looks labels up in a table. A mix of classes is the same mix of their rows, as offsets from the
         # null class's; for a one-hot context that is the class's own row.
-        table = self.unet.class_embedding.weight.float()
+        table = self.unet.class_embedding.weight.to(context.device, torch.float32)
         classes, null = table[:-1], table[-1]  # (K, D), (D,)
         embedding = null + context @ (classes - null)  # (B, D)
         one_hot = (context == 1).any(dim=1) & (context != 0).sum(dim=1).eq(1)
         embedding = torch.where(one_hot[:, None], classes[context.argmax(dim=1)], embedding)  # free of rounding
+        self._model_kwargs = {"class_labels": torch.zeros(len(context), dtype=torch.long, device=context.device)}
         hook = self.unet.class_embedding.register_forward_hook(lambda module, args, output: embedding.to(output.dtype))
         try:
-            yield {"class_labels": torch.zeros(len(context), dtype=torch.long, device=context.device)}
+            yield
         finally:
             hook.remove()
 
@@ -426,15 +380,9 @@ def _accepted_by(function: Callable, **kwargs: Any) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name in parameters}
 
 
-def _is_in_diffusers(cls: type) -> bool:
-    """Returns whether diffusers itself has the class, so that a folder needs no code of it."""
-    return cls.__module__.startswith("diffusers.")
-
-
-def _save_class(cls: type, folder: Path) -> list[str]:
-    """Returns the module and name of a class, for an index; saves the module into `folder` if it is not diffusers'."""
-    module = "diffusers" if _is_in_diffusers(cls) else _save_source(cls, folder)
-    return [module, cls.__name__]
+def _is_in_diffusers(part: Any) -> bool:
+    """Returns whether diffusers itself has the class of a part, so that a folder needs no code of it."""
+    return type(part).__module__.startswith("diffusers.")
 
 
 def _save_source(cls: type, folder: Path) -> str:

@@ -218,8 +218,8 @@ def test_unet2d_is_given_the_embedding_of_the_label():
     pipeline = quiet(ConditionalDDPMPipeline(unet, ClosedFormDDPMScheduler()))
     context = torch.tensor([[0.0, 1, 0], [0, 0, 0], [1, 0, 0.6]])
     sample, t = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(500)
-    with torch.no_grad(), pipeline._conditioned_on(context) as model_kwargs:
-        conditioned = unet(sample, t, **model_kwargs).sample
+    with torch.no_grad(), pipeline._conditioned_on(context, guidance_scale=1.0):
+        conditioned = pipeline._predict(sample, t)
     with torch.no_grad():
         expected = unet(sample, t, class_labels=torch.tensor([1, 3, 0])).sample
         table = unet.class_embedding.weight
@@ -343,8 +343,9 @@ def test_folder_with_own_network_carries_its_code(tmp_path):
 def test_conditional_folder_carries_its_code(conditional, tmp_path):
     folder = tmp_path / "model"
     conditional.save_pretrained(folder)
+    generator = torch.Generator().manual_seed(4)
     expected = conditional(
-        ["hero", "food"], None, 2.0, None, 20, torch.Generator().manual_seed(4), output_type="np"
+        ["hero", "food"], None, 2.0, num_inference_steps=20, generator=generator, output_type="np"
     ).images
     # once as saved by us, once as saved by the program that loaded it
     for source in (folder, tmp_path / "model-again"):

@@ -131,9 +131,11 @@ def test_interrupt_while_the_data_is_read(tmp_path):
 
 def test_a_terminals_interrupt_does_not_break_workers(tmp_path):
     """A terminal interrupts the whole group of processes, the workers that read a stream among them."""
+    images = tmp_path / "images"
+    images.mkdir()
     for i in range(8):
-        Image.new("RGB", (16, 16), (30 * i, 0, 0)).save(tmp_path / f"{i}.png")
-    flags = f"{TINY} --train_data_dir {tmp_path} --max_train_samples 8 --streaming --dataloader_num_workers 2"
+        Image.new("RGB", (16, 16), (30 * i, 0, 0)).save(images / f"{i}.png")
+    flags = f"{TINY} --train_data_dir {images} --max_train_samples 8 --streaming --dataloader_num_workers 2"
     flags += " --max_train_steps 5000 --num_epochs 5000 --checkpointing_steps 1000"
     process = start("train_unconditional", flags, tmp_path / "run", start_new_session=True)
     assert wait_for(process, tmp_path / "run", "logs/*/events*")
