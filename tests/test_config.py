@@ -11,7 +11,7 @@ from launching import REPOSITORY
 
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.runs.config import TrainingConfig, parse_config
-from sprite_diffusion.training.build import build_model, build_noise_scheduler
+from sprite_diffusion.training.build import build_model, build_noise_scheduler, check_network
 
 PRESETS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 
@@ -148,7 +148,7 @@ def test_default_network_is_the_official_one():
 def test_networks_that_can_not_be_built(flags, message):
     config = parse(f"--block_out_channels 32 32 64 --attention_levels 3 --attention_head_dim 32 {flags}")
     with pytest.raises(UserInputError, match=message):
-        build_model(config, 3)
+        check_network(config)
 
 
 def test_official_flags_keep_their_defaults():
@@ -159,6 +159,7 @@ def test_official_flags_keep_their_defaults():
     for name, default in rows:
         if name != "train_data_dir":
             assert str(getattr(defaults, name)) == default, name
+    assert dict(rows)["checkpoints_total_limit"] == "3"  # the only one that differs: there, None, which keeps all
 
 
 @pytest.mark.parametrize("channels", [[8], [32], [32, 64], [48, 96], [64], [128, 256]])

@@ -2,14 +2,18 @@
 
 import gc
 import io
+import os
 import re
+import stat
+import struct
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from filelock import FileLock
+from PIL import Image, ImageCms, ImageDraw
 
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data import decoding
@@ -412,15 +416,15 @@ def test_npy_images(load, tmp_path, channels):
 
 @pytest.mark.parametrize("one_hot", [True, False])
 def test_npy_labels(load, tmp_path, one_hot):
-    ids = np.array([2, 0, 3, 1, 2])
-    np.save(tmp_path / "images.npy", random_pixels(5, 8, 8, 3))
+    ids = np.array([2, 0, 3, 1, 2, 4])
+    np.save(tmp_path / "images.npy", random_pixels(6, 8, 8, 3))
     np.save(tmp_path / "labels.npy", np.eye(5)[ids] if one_hot else ids)
     flags = {"dataset_name": str(tmp_path / "images.npy"), "labels_file": str(tmp_path / "labels.npy")}
     data = load(with_labels=True, resolution="8", **flags)
     np.testing.assert_array_equal(data.dataset.class_labels, ids)
-    assert data.id2label == {k: str(k) for k in range(5 if one_hot else 4)}
-    data = load(with_labels=True, resolution="8", max_train_samples=2, class_names=list("vwxyz"), **flags)
-    assert (data.num_images, data.dataset.class_labels.tolist()) == (2, [2, 0])
+    assert data.id2label == {k: str(k) for k in range(5)}
+    data = load(with_labels=True, resolution="8", max_train_samples=5, class_names=list("vwxyz"), **flags)
+    assert (data.num_images, data.dataset.class_labels.tolist()) == (5, [2, 0, 3, 1, 4])
     assert data.id2label == dict(enumerate("vwxyz"))
 
 
@@ -479,18 +483,49 @@ def test_parquet_with_features(load, tmp_path):
 
 
 def test_label_columns_of_integers_and_strings(load, tmp_path):
-    path = save_parquet(tmp_path / "data.parquet", False, number=[3, 0, 1], word=["pear", "fig", "apple"])
+    path = save_parquet(tmp_path / "data.parquet", False, number=[2, 0, 1], word=["pear", "fig", "apple"])
     flags = {"dataset_name": path, "image_column": "image", "resolution": "8"}
     data = load(with_labels=True, label_column="number", **flags)
-    assert (data.dataset.class_labels.tolist(), data.id2label) == ([3, 0, 1], {k: str(k) for k in range(4)})
+    assert (data.dataset.class_labels.tolist(), data.id2label) == ([2, 0, 1], {k: str(k) for k in range(3)})
     data = load(with_labels=True, label_column="word", **flags)
     assert data.dataset.class_labels.tolist() == [2, 1, 0]
     assert data.id2label == {0: "apple", 1: "fig", 2: "pear"}
-    # Labels of a part of the data have the ids that they have in the whole.
-    data = load(with_labels=True, label_column="word", max_train_samples=2, **flags)
-    assert data.dataset.class_labels.tolist() == [2, 1]
+    # Labels of a part of the data have the ids that they have in the whole: a class must not go missing unseen.
+    with pytest.raises(UserInputError, match=r"no image is of the class pear: .*--max_train_samples"):
+        load(with_labels=True, label_column="word", max_train_samples=2, **flags)
     data = load(with_labels=True, label_column="word", class_names=["fig", "pear", "apple"], **flags)
     assert data.dataset.class_labels.tolist() == [1, 0, 2]
+
+
+def test_a_limited_set_has_images_of_all_classes(load, tmp_path):
+    """The first images of a file that is sorted by class would all be of one class."""
+    path = save_parquet(tmp_path / "data.parquet", True, label=[0] * 6 + [1] * 6 + [2] * 2)
+    data = load(with_labels=True, dataset_name=path, resolution="8", max_train_samples=8)
+    assert data.dataset.class_labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert (data.num_images, data.num_available) == (8, 14)
+    first, last = (load(with_labels=False, dataset_name=path, resolution="8", max_train_samples=n) for n in (14, 2))
+    np.testing.assert_array_equal(read_all(last), read_all(first)[[0, 7]])
+
+
+@pytest.mark.parametrize(("labels", "missing"), [([0, 1, 3, 3], "2"), ([0, 9_999, 0, 1], "2, 3, 4")])
+def test_classes_without_an_image_are_refused(load, tmp_path, labels, missing):
+    path = save_parquet(tmp_path / "data.parquet", False, number=labels)
+    flags = {"dataset_name": path, "image_column": "image", "label_column": "number", "resolution": "8"}
+    with pytest.raises(UserInputError, match=f"no image is of the class {missing}.*without gaps"):
+        load(with_labels=True, **flags)
+
+
+@pytest.mark.parametrize("label", [2 * 10**9, 2**64 - 1])
+def test_a_huge_label_is_refused_at_once(load, tmp_path, label):
+    np.save(tmp_path / "images.npy", random_pixels(3, 8, 8, 3))
+    np.save(tmp_path / "labels.npy", np.array([0, 1, label], np.uint64))
+    with pytest.raises(UserInputError, match=f"class {label}: number the classes anew"):
+        load(
+            with_labels=True,
+            dataset_name=str(tmp_path / "images.npy"),
+            labels_file=str(tmp_path / "labels.npy"),
+            resolution="8",
+        )
 
 
 def test_local_dataset_folder(load, tmp_path):
@@ -651,22 +686,122 @@ def test_store_keeps_depth_size_channels_and_skipped_images(load, pictures, deco
         np.testing.assert_array_equal(images[1, :, 0, 0], [0, 128 * 257, 65535])
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "table", "partial"])
+def swap_rows(path):
+    table = np.load(path)
+    np.save(path, table[::-1])
+
+
+DAMAGES = {
+    "pixels truncated": lambda folder: os.truncate(folder / "pixels.bin", 1),
+    "pixels of zeros": lambda folder: change_bytes(folder / "pixels.bin", lambda content: bytes(len(content))),
+    "pixels inverted": lambda folder: change_bytes(
+        folder / "pixels.bin", lambda content: bytes(255 - b for b in content)
+    ),
+    "one bit": lambda folder: change_bytes(
+        folder / "pixels.bin", lambda content: content[:-1] + bytes([content[-1] ^ 1])
+    ),
+    "rows swapped": lambda folder: swap_rows(folder / "table.npy"),
+    "table empty": lambda folder: (folder / "table.npy").write_bytes(b""),
+    "table of one number": lambda folder: np.save(folder / "table.npy", 1),
+    "table of other columns": lambda folder: np.save(folder / "table.npy", np.zeros((2, 2), np.int64)),
+    "table of objects": lambda folder: np.save(folder / "table.npy", np.array([{}, {}]), allow_pickle=True),
+    "no skipped images": lambda folder: (folder / "skipped.json").unlink(),
+    "skipped images of another form": lambda folder: (folder / "skipped.json").write_text("[[1]]"),
+    "skipped images not UTF-8": lambda folder: (folder / "skipped.json").write_bytes(b"\xff"),
+    "digest empty": lambda folder: (folder / "xxh3.txt").write_text(""),
+    "digest not UTF-8": lambda folder: (folder / "xxh3.txt").write_bytes(b"\xff"),
+    "digest missing": lambda folder: (folder / "xxh3.txt").unlink(),
+    "a folder for a file": lambda folder: ((folder / "table.npy").unlink(), (folder / "table.npy").mkdir()),
+    "a file for the folder": lambda folder: (folder.rename(folder.with_name("other")), folder.touch()),
+    "a process was killed while it wrote": lambda folder: folder.rename(folder.with_suffix(".partial")),
+}
+
+
+def change_bytes(path, change):
+    path.write_bytes(change(path.read_bytes()))
+
+
+def stores(tmp_path):
+    """Returns the folders of stored images."""
+    return [path for path in (tmp_path / "store").rglob("images/*") if path.is_dir()]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_store_is_written_anew(load, pictures, decoded, tmp_path, damage):
     save_tree(pictures, ["0.png", "1.png"])
     first = read_all(load(train_data_dir=str(pictures), resolution="8"))
-    (folder,) = (path for path in (tmp_path / "store").rglob("images/*") if path.is_dir())
-    if damage == "truncated":
-        (folder / "pixels.bin").write_bytes((folder / "pixels.bin").read_bytes()[:-1])
-    elif damage == "missing":
-        (folder / "skipped.json").unlink()
-    elif damage == "table":
-        (folder / "table.npy").write_bytes(b"")
-    else:  # a process was killed while it wrote
-        folder.rename(folder.with_suffix(".partial"))
-    decoded.clear()
-    torch.testing.assert_close(read_all(load(train_data_dir=str(pictures), resolution="8")), first, rtol=0, atol=0)
-    assert len(decoded) == 2
+    (folder,) = stores(tmp_path)
+    DAMAGES[damage](folder)
+    for num_decoded in (2, 0):
+        decoded.clear()
+        torch.testing.assert_close(read_all(load(train_data_dir=str(pictures), resolution="8")), first, rtol=0, atol=0)
+        assert len(decoded) == num_decoded
+
+
+@pytest.mark.parametrize("kind", ["folder", "array", "parquet", "dataset folder"])
+def test_pixels_that_change_at_the_same_time_of_change_are_read_anew(load, pictures, tmp_path, kind):
+    """`cp -p`, `rsync -t` and archives keep the time of modification."""
+    path = {"folder": pictures / "0.png", "array": tmp_path / "images.npy"}.get(
+        kind, tmp_path / "set" / "train.parquet"
+    )
+    path.parent.mkdir(exist_ok=True)
+    flag = {"folder": {"train_data_dir": str(pictures)}, "dataset folder": {"dataset_name": str(path.parent)}}
+    flags = flag.get(kind, {"dataset_name": str(path)})
+
+    def write(level):
+        if kind == "folder":
+            Image.new("L", (8, 8), level).save(path)
+        elif kind == "array":
+            np.save(path, np.full((1, 8, 8, 1), level, np.uint8))
+        else:
+            features = datasets.Features(image=datasets.Image())
+            images = [{"bytes": encode(Image.new("L", (8, 8), level)), "path": None}]
+            datasets.Dataset.from_dict({"image": images}, features=features).to_parquet(path)
+
+    sizes = []
+    for level in (100, 101):
+        write(level)
+        sizes.append(path.stat().st_size)
+        os.utime(path, (1e9, 1e9))
+        assert read_one(load(resolution="8", **flags)).max() == level
+    assert sizes[0] == sizes[1]
+
+
+def test_others_can_not_read_the_stored_pixels(load, pictures, decoded, tmp_path):
+    save_tree(pictures, ["0.png"])
+    load(train_data_dir=str(pictures), resolution="8")
+    (folder,) = stores(tmp_path)
+    cache = folder.parent.parent
+    assert (cache.name, stat.S_IMODE(cache.stat().st_mode)) == ("sprite-diffusion", 0o700)
+    cache.chmod(0o755)  # as earlier versions made it
+    load(train_data_dir=str(pictures), resolution="8")
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+
+
+def test_the_cache_has_a_limit_and_holds_no_leftovers(load, pictures, decoded, tmp_path, monkeypatch):
+    save_tree(pictures, ["0.png"])
+
+    def read(side):
+        load(train_data_dir=str(pictures), resolution=str(side))
+
+    read(100)  # 10,000 bytes
+    (oldest,) = stores(tmp_path)
+    os.utime(oldest, (1e9, 1e9))
+    (oldest.parent / "killed.partial").mkdir()
+    (oldest.parent / "busy.partial").mkdir()
+    with FileLock(oldest.parent / "busy.lock"):  # as of a process that decodes
+        read(101)
+        assert oldest in stores(tmp_path)
+        assert not (oldest.parent / "killed.partial").exists()
+        assert (oldest.parent / "busy.partial").exists()
+    read(100)  # which is used again, and is no longer the oldest
+    monkeypatch.setenv("SPRITE_DIFFUSION_CACHE_GB", "0.000011")
+    read(102)
+    assert oldest in stores(tmp_path)
+    assert len(stores(tmp_path)) == 2
+    monkeypatch.setenv("SPRITE_DIFFUSION_CACHE_GB", "many")
+    with pytest.raises(UserInputError, match="SPRITE_DIFFUSION_CACHE_GB is 'many': give gigabytes"):
+        read(100)
 
 
 def test_store_that_cannot_be_written(load, tmp_path, monkeypatch):
@@ -676,11 +811,16 @@ def test_store_that_cannot_be_written(load, tmp_path, monkeypatch):
         load(dataset_name="sprites", max_train_samples=2, resolution="16")
 
 
-def test_images_are_mapped_not_loaded(load, tmp_path, decoded):
-    """Reads 64 MB of pixels in batches, which take no memory but that of a batch."""
-    np.save(tmp_path / "images.npy", np.zeros((4000, 73, 73, 3), np.uint8))
+@pytest.mark.parametrize("width", [73, 74])
+def test_images_are_mapped_not_loaded(load, tmp_path, decoded, width):
+    """Reads 64 MB of pixels in batches, which take no memory but that of a batch.
+
+    An array of the resolution is mapped where it is; another one is copied into the store.
+    """
+    np.save(tmp_path / "images.npy", np.zeros((4000, 73, width, 3), np.uint8))
     flags = {"dataset_name": str(tmp_path / "images.npy"), "resolution": "73"}
     load(**flags)
+    assert len(decoded) == (0 if width == 73 else 4000)
 
     def private_bytes():
         return int(re.search(r"RssAnon:\s*(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
@@ -690,6 +830,57 @@ def test_images_are_mapped_not_loaded(load, tmp_path, decoded):
     for start in range(0, 4000, 500):
         data.dataset.__getitems__(list(range(start, start + 500)))
     assert private_bytes() - before < 32e6
+
+
+def exchange_red_and_green(profile):
+    """Returns an sRGB profile under another name, with red and green exchanged."""
+    content = bytearray(profile)
+    at = {tag: content.find(tag) for tag in (b"rXYZ", b"gXYZ")}  # in the table: signature, offset, size
+    offsets = {tag: content[place + 4 : place + 12] for tag, place in at.items()}
+    content[at[b"rXYZ"] + 4 : at[b"rXYZ"] + 12] = offsets[b"gXYZ"]
+    content[at[b"gXYZ"] + 4 : at[b"gXYZ"] + 12] = offsets[b"rXYZ"]
+    return bytes(content).replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be"))
+
+
+SRGB_PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("mode", "profile", "expected"),
+    [
+        ("RGB", exchange_red_and_green(SRGB_PROFILE), (40, 200, 90)),
+        ("RGBA", exchange_red_and_green(SRGB_PROFILE), (40, 200, 90)),
+        ("P", exchange_red_and_green(SRGB_PROFILE), (40, 200, 90)),
+        ("RGB", SRGB_PROFILE, (200, 40, 90)),
+        ("RGB", b"broken", (200, 40, 90)),
+        ("L", exchange_red_and_green(SRGB_PROFILE), (93, 93, 93)),  # a profile of another mode is ignored
+    ],
+)
+def test_colour_profiles_are_converted_to_srgb(load, pictures, mode, profile, expected):
+    image = Image.new("RGB", (8, 8), (200, 40, 90))
+    image = image.quantize() if mode == "P" else image.convert(mode)
+    if mode == "RGBA":
+        image.putpixel((0, 0), (200, 40, 90, 0))  # its transparency stays
+    image.save(pictures / "0.png", icc_profile=profile)
+    pixels = read_one(load(train_data_dir=str(pictures), resolution="8", image_mode="RGB"))
+    # lcms rounds the linear values and the result: half a level each, and the curve's steep end doubles the former.
+    np.testing.assert_allclose(pixels[:, 4, 4], expected, atol=2)
+    if mode == "RGBA":
+        assert pixels[:, 0, 0].tolist() == [255, 255, 255]
+
+
+def test_premultiplied_alpha(load, pictures):
+    """A TIFF whose colours are multiplied by their opacity already shows what its straight twin shows."""
+    image = Image.new("RGBA", (8, 8), (100, 50, 24, 128))
+    image.save(pictures / "straight.tif")
+    content = bytearray((pictures / "straight.tif").read_bytes())
+    entry = content.find(struct.pack("<HHI", 338, 3, 1))  # ExtraSamples
+    assert content[entry + 8] == 2
+    content[entry + 8] = 1  # associated alpha: the same pixels stand for colours of 255 / 128 times as much
+    (pictures / "straight.tif").write_bytes(content)
+    pixels = read_one(load(train_data_dir=str(pictures), resolution="8"))
+    # On white: c + (1 - 128 / 255) * 255 = c + 127. Dividing by the opacity and multiplying again rounds twice.
+    np.testing.assert_allclose(pixels[:, 4, 4], (227, 177, 151), atol=1)
 
 
 # Streams

@@ -15,7 +15,8 @@ from launching import TINY, finish, kill, start
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sprite_diffusion.common.owned_files import LIST_FILE, LOCK_FILE, LOCK_OWNER_FILE, OwnedFiles
+from sprite_diffusion.common.owned_files import LOCK_FILE, LOCK_OWNER_FILE, OwnedFiles
+from sprite_diffusion.common.run_files import LIST_FILE
 
 MINE = (
     *("analysis.py", "samples/holiday.png", "unet/notes.txt", "logs/lab_notebook.txt", "checkpoint-notes.md"),

@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sprite_diffusion.common.errors import UserInputError, warn
@@ -23,9 +23,28 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sprite-diffusion"
 
 
+def make_private_folder(path: Path) -> None:
+    """Makes a folder of the cache, which others than the user can't read: it holds pixels of private images."""
+    path.mkdir(parents=True, exist_ok=True)
+    with suppress(PermissionError):  # somebody else's, who decides
+        cache_dir().chmod(0o700)
+
+
 def check_writable(flag: str, path: Path | None) -> None:
-    """Raises `UserInputError` if `path` can't be made. Makes nothing."""
-    existing = next(folder for folder in (path or Path()).absolute().parents if folder.exists())
+    """Raises `UserInputError` if `path`, None for some file of the current folder, can't be made. Makes nothing."""
+    path = (path or Path("file")).absolute()
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # what is in the way, if anything, is found below
+    except (OSError, ValueError) as error:  # a name too long, or with a NUL in it
+        raise UserInputError(
+            f"{flag} {path}: {getattr(error, 'strerror', None) or error}; give another name"
+        ) from None
+    for place in (path, *path.parents):
+        if place.is_symlink() and not place.exists():
+            raise UserInputError(f"{flag} {path}: {place} is a link that leads nowhere; remove it, or name another")
+    existing = next(folder for folder in path.parents if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserInputError(f"{flag} {path}: {existing} is not a folder that can be written to")
 

@@ -8,10 +8,9 @@ from pathlib import Path
 
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.common.files import PARTIAL, REMOVED, DiskFullError, remove_whole, write_text, written_beside
-from sprite_diffusion.common.run_files import MANIFEST_FILE
+from sprite_diffusion.common.run_files import LIST_FILE, MANIFEST_FILE
 
 LOCK_FILE, LOCK_OWNER_FILE = ".run.lock", ".run.lock.json"
-LIST_FILE = "run_files.txt"  # a line for each file, relative to the folder; a line that ends in / is a whole folder
 
 
 class OwnedFiles:
@@ -50,12 +49,13 @@ class OwnedFiles:
     def writing(self, path: Path) -> Iterator[Path]:
         """Yields a name to write a file or folder under, as `written_beside` does, and adds what was written."""
         partial, removed = (f"{self._name(path)}{ending}/" for ending in (PARTIAL, REMOVED))
-        self.claim(path, path.with_name(path.name + PARTIAL))
-        self._add(partial)
-        with written_beside(path) as beside:
-            yield beside
-            written = [path / file.relative_to(beside) for file in beside.rglob("*") if _is_file(file)] or [path]
-            self._add(removed, *(self._name(file) for file in written))
+        with _reports_lost_folder(path):
+            self.claim(path, path.with_name(path.name + PARTIAL))
+            self._add(partial)
+            with written_beside(path) as beside:
+                yield beside
+                written = [path / file.relative_to(beside) for file in beside.rglob("*") if _is_file(file)] or [path]
+                self._add(removed, *(self._name(file) for file in written))
         with suppress(DiskFullError):  # what is gone may stay in the list for a while
             self._add()
 
@@ -120,6 +120,18 @@ class OwnedFiles:
         if wanted != self._names or not (self.folder / LIST_FILE).exists():
             write_text(self.folder / LIST_FILE, "".join(f"{name}\n" for name in sorted(wanted)))
             self._names = wanted
+
+
+@contextmanager
+def _reports_lost_folder(path: Path) -> Iterator[None]:
+    """Turns the error inside into a line if a run's folder was moved, replaced or protected while the run lasts."""
+    try:
+        yield
+    except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        raise UserInputError(
+            f"{path} can't be written ({error.strerror}), and what the run did since its last checkpoint is lost: "
+            f"{path.parent} was a folder that the run could write to; make it one again, and give the same command"
+        ) from error
 
 
 def read_list(folder: Path) -> list[str] | None:

@@ -10,6 +10,7 @@ CARD_FILE = "README.md"
 CONFIG_FILE = "training_config.yaml"
 HISTORY_FILE = "metrics.jsonl"  # a line for each evaluation of a run
 INDEX_FILE = "model_index.json"
+LIST_FILE = "run_files.txt"  # the files that a run has written: a line for each, a folder's ends in /
 MANIFEST_FILE = "manifest.json"  # of a checkpoint: size and SHA-256 of every other file
 METRICS_FILE = "metrics.json"
 PAIRS_FILE = "closest_pairs.png"
@@ -18,6 +19,21 @@ SUMMARY_FILE = "training_summary.json"
 WEIGHTS_FILE = "unet/diffusion_pytorch_model.safetensors"
 SAMPLES_DIR = "samples"
 SNAPSHOTS_DIR = "snapshots"
+RESERVED_NAMES = {
+    CARD_FILE,
+    CONFIG_FILE,
+    HISTORY_FILE,
+    INDEX_FILE,
+    LIST_FILE,
+    METRICS_FILE,
+    PAIRS_FILE,
+    SKIPPED_IMAGES_FILE,
+    SUMMARY_FILE,
+    SAMPLES_DIR,
+    SNAPSHOTS_DIR,
+    "scheduler",
+    "unet",
+}
 # A pipeline for others. A `*` goes across folders: `*.py` would take those of snapshots.
 PIPELINE_FILES = [INDEX_FILE, "pipeline*.py", "unet/*", "scheduler/*", CONFIG_FILE]
 
@@ -31,8 +47,10 @@ def find_run(path: Path) -> Path | None:
 def check_logging_dir(name: str) -> None:
     """Raises `UserInputError` if `--logging_dir` is not a folder inside of the run's."""
     parts = Path(name).parts
-    if not parts or ".." in parts or Path(name).is_absolute() or {*"*?["} & {*name}:
+    if not parts or ".." in parts or Path(name).is_absolute() or {*"*?[\0"} & {*name}:
         raise UserInputError(f"--logging_dir {name}: name a folder inside of --output_dir, such as logs")
+    if parts[0] in RESERVED_NAMES or parts[0].startswith(("checkpoint-", "pipeline", ".run.lock")):
+        raise UserInputError(f"--logging_dir {name}: a run has other files of this name, give another, such as logs")
 
 
 def find_logging_dir(run_dir: Path) -> Path:

@@ -31,7 +31,8 @@ class DataConfig:
     class_names: list[str] | None = flag(None, "Names of the classes, in order, where the data has none.")
     max_train_samples: int | None = flag(
         None,
-        "Use the first N images; for 'sprites', how many are drawn (8,000 if not given).",
+        "Use N images, spread over the classes or, without classes, over the set; of a stream the first; "
+        "for 'sprites', how many are drawn (8,000 if not given).",
         at_least=1,
         changes="pixels",
     )

@@ -14,15 +14,23 @@ import datasets
 import numpy as np
 import PIL
 import torch
+import xxhash
 from PIL import ImageColor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.config import BUILT_IN_DATASET, DataConfig
-from sprite_diffusion.data.decoding import SkippedImage, crop_and_flip, name_image, prepare_or_skip, to_model_range
+from sprite_diffusion.data.decoding import (
+    SkippedImage,
+    choose_mode,
+    crop_and_flip,
+    name_image,
+    prepare_or_skip,
+    to_model_range,
+)
 from sprite_diffusion.data.image_store import ImageStore, decode_once
-from sprite_diffusion.data.labels import choose_class_names, to_class_id, to_class_ids
+from sprite_diffusion.data.labels import check_each_has_images, choose_class_names, to_class_id, to_class_ids
 from sprite_diffusion.data.sources import Source, Table, draw_built_in, open_arrays, open_table, read_table
 
 STREAM_HEAD_SIZE = 16  # images that decide the channel count of a stream
@@ -37,6 +45,12 @@ class ImageData:
     skipped_images: list[SkippedImage]  # of a stream, only those that are found before an image is decoded
     source: str  # the name of the data, for messages and the model card
     license: str | None = None  # if the data names one
+    num_available: int | None = None  # of which `max_train_samples` are used; None for a stream
+
+    @property
+    def identity(self) -> str | None:
+        """Returns a hash of all pixels and labels; None for a stream."""
+        return self.dataset.identity if isinstance(self.dataset, StoredImages) else None
 
     @property
     def num_channels(self) -> int:
@@ -69,6 +83,12 @@ class StoredImages(Dataset):
         self.dtype = np.uint16 if store.table[:, 4].max() == 2 else np.uint8
         self.max_offsets = store.table[:, 2:4] - np.array(self.image_size)  # (N, 2)
         self.begin_epoch(0)
+
+    @property
+    def identity(self) -> str:
+        """A hash of all pixels and labels."""
+        labels = b"" if self.class_labels is None else self.class_labels.tobytes()
+        return xxhash.xxh3_128(self.store.digest.encode() + labels).hexdigest()
 
     def begin_epoch(self, epoch: int, seed: int = 0, random_flip: bool = False) -> None:
         """Chooses the crops and flips of an epoch."""
@@ -182,11 +202,13 @@ def load_image_data(config: DataConfig, with_labels: bool | None, streaming: boo
         raise UserInputError("--labels_file belongs to a --dataset_name that is an .npy file")
     if not is_array and name != BUILT_IN_DATASET:
         table = open_table(config, with_labels, streaming)
-        return _open_stream(table, config) if streaming else _decode_all(read_table(table, config), config)
+        if streaming:
+            return _open_stream(table, config)
+        return _decode_all(read_table(table, config), config, with_labels)
     if streaming:
         raise UserInputError(f"--streaming can't be used with {name}, which fits into memory: leave it out")
     open_source = open_arrays if is_array else draw_built_in
-    return _decode_all(open_source(config, with_labels), config)
+    return _decode_all(open_source(config, with_labels), config, with_labels)
 
 
 def load_tensor(
@@ -262,17 +284,31 @@ def _open_stream(table: Table, config: DataConfig) -> ImageData:
     return ImageData(dataset, class_names, table.skipped_images, table.name, table.rows.info.license or None)
 
 
-def _decode_all(source: Source, config: DataConfig) -> ImageData:
+def _decode_all(source: Source, config: DataConfig, with_labels: bool | None) -> ImageData:
     """Decodes all images, or opens the store of those that an earlier run has decoded."""
-    store = decode_once(_cache_key(source, config), _decode(source, config))
+    if source.array is not None and _is_ready(source.array, config):
+        pixels = source.array if len(source.rows) == len(source.array) else source.array[source.rows]
+        store = ImageStore.from_array(pixels.transpose(0, 3, 1, 2))
+    else:
+        store = decode_once(_cache_key(source, config), _decode(source, config))
     if len(store) == 0:
         raise UserInputError(f"{source.name} holds no image that can be decoded")
     class_labels = source.class_labels
-    if class_labels is not None:
-        class_labels = np.delete(class_labels[: source.num_images], [row for row, _ in store.skipped])
+    if class_labels is not None and source.class_names is not None:
+        class_labels = np.delete(class_labels, [row for row, _ in store.skipped])
+        if with_labels:
+            check_each_has_images(class_labels, source.class_names, source.name)
     dataset = StoredImages(store, class_labels, config.image_size)
     skipped_images = [*source.skipped_images, *(image for _, image in store.skipped)]
-    return ImageData(dataset, source.class_names, skipped_images, source.name, source.license)
+    return ImageData(
+        dataset, source.class_names, skipped_images, source.name, source.license, num_available=source.num_available
+    )
+
+
+def _is_ready(array: np.ndarray, config: DataConfig) -> bool:
+    """Returns whether images (N, H, W, C) uint8 would be decoded to what they are, so that they need no copy."""
+    mode = {1: "L", 3: "RGB"}.get(array.shape[3])
+    return array.shape[1:3] == config.image_size and mode == choose_mode("L" if array.shape[3] == 1 else "RGB", config)
 
 
 def _cache_key(source: Source, config: DataConfig) -> str:
@@ -280,7 +316,8 @@ def _cache_key(source: Source, config: DataConfig) -> str:
     flags = {
         flag.name: getattr(config, flag.name) for flag in fields(DataConfig) if flag.metadata["changes"] == "pixels"
     }
-    digest = hashlib.sha256(json.dumps([source.identity, flags, PIL.__version__]).encode())
+    rows = hashlib.sha256(source.rows.tobytes()).hexdigest()
+    digest = hashlib.sha256(json.dumps([source.identity, rows, flags, PIL.__version__]).encode())
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
@@ -289,6 +326,6 @@ def _cache_key(source: Source, config: DataConfig) -> str:
 def _decode(source: Source, config: DataConfig) -> Iterator[np.ndarray | SkippedImage]:
     """Yields each image, decoded or skipped, with a progress bar."""
     for name, value in tqdm(
-        source.images, desc="reading images", total=source.num_images, unit="image", dynamic_ncols=True
+        source.images, desc="reading images", total=len(source.rows), unit="image", dynamic_ncols=True
     ):
         yield prepare_or_skip(value, name, config)

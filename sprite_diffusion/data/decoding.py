@@ -1,13 +1,17 @@
 """Decodes one image: from a file, bytes or an array to the pixels that a network is trained on."""
 
+import math
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import torch
-from PIL import Image, ImageColor, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageColor, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from sprite_diffusion.common.errors import UserInputError, first_line, printable
@@ -15,6 +19,10 @@ from sprite_diffusion.data.config import DataConfig
 
 DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")  # grey of more than 8 bits
 GREY_MODES = ("1", "L", "LA", "La", *DEEP_MODES)
+# A small file may hold a huge image, of which Pillow needs 4 to 26 bytes a pixel. A photograph has up to 50 million.
+MAX_IMAGE_PIXELS = 2**26
+MAX_TIMES_RESOLUTION = 2**8  # images may be larger if that many times the pixels of `--resolution` are more
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
 
 class SkippedImage(NamedTuple):
@@ -34,7 +42,7 @@ def load_image_file(path: str, config: DataConfig) -> torch.Tensor:
     H and W are as in `prepare_image`. Raises `UserInputError` if the file can't be decoded.
     """
     try:
-        return to_model_range(torch.from_numpy(prepare_image(open_image(path), path, config)))
+        return to_model_range(torch.from_numpy(prepare_image(open_image(path, config), path, config)))
     except BadImageError as error:
         raise UserInputError(f"{path} {error}") from None
 
@@ -51,7 +59,7 @@ def prepare_or_skip(value: Any, name: str, config: DataConfig) -> np.ndarray | S
         UserInputError: For an image that can't be decoded, unless `--on_bad_image` is 'skip'.
     """
     try:
-        return prepare_image(open_image(value), name, config)
+        return prepare_image(open_image(value, config), name, config)
     except BadImageError as error:
         return skip_image(name, str(error), config)
 
@@ -81,11 +89,12 @@ def name_image(value: Any, position: str) -> str:
     return value["path"] if value["bytes"] is None else f"{position} ({value['path']})"
 
 
-def open_image(value: Any) -> Image.Image:
+def open_image(value: Any, config: DataConfig) -> Image.Image:
     """Decodes an image, and turns it upright as its EXIF orientation says.
 
     Args:
         value: An (H, W, C) uint8 array of 1, 3 or 4 channels, a file name, a file's bytes or a `datasets` example.
+        config: `resolution`, which bounds how large an image may be.
 
     Raises:
         BadImageError: If `value` is nothing of these, or can't be decoded.
@@ -96,17 +105,30 @@ def open_image(value: Any) -> Image.Image:
         value = {"path": value, "bytes": None} if isinstance(value, str) else {"path": None, "bytes": value}
     if not isinstance(value, dict):
         raise BadImageError(f"is not an image but {type(value).__name__}")
+    max_pixels = max(MAX_IMAGE_PIXELS, MAX_TIMES_RESOLUTION * math.prod(config.image_size))
     try:
-        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+        with _pixel_limit(max_pixels):
             return datasets.Image().decode_example(value)  # which turns the image upright
     except UnidentifiedImageError:
         raise BadImageError("is not an image that Pillow can read") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise BadImageError(f"has more than {Image.MAX_IMAGE_PIXELS:,} pixels") from None
+        raise BadImageError(f"has more than {max_pixels:,} pixels, the most for this --resolution") from None
     except Exception as error:  # Pillow's decoders raise errors of many types on broken files
         if isinstance(error, OSError) and error.strerror:
             raise BadImageError(f"can't be read ({error.strerror})") from None
         raise BadImageError(f"can't be decoded ({first_line(error)})") from None
+
+
+@contextmanager
+def _pixel_limit(max_pixels: int) -> Iterator[None]:
+    """Lets Pillow raise an error for an image of more pixels, before it decodes the image."""
+    former = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = max_pixels
+    try:
+        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = former
 
 
 def prepare_image(image: Image.Image, name: str, config: DataConfig) -> np.ndarray:
@@ -131,12 +153,13 @@ def prepare_image(image: Image.Image, name: str, config: DataConfig) -> np.ndarr
         raise UserInputError(
             f"{name} is {image.width}x{image.height}, --resolution {width}x{height}: give --resize_mode crop or pad"
         )
-    mode = _choose_mode(image, config)
+    mode = choose_mode(image.mode, config)
+    image = _to_srgb(image)
     # Before the resize, which would mix the hidden colour of transparent pixels into the edges.
     image = _flatten(image, mode, config.background)
     scale = (max if config.resize_mode == "crop" else min)(width / image.width, height / image.height)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    if Image.MAX_IMAGE_PIXELS is not None and size[0] * size[1] > Image.MAX_IMAGE_PIXELS:
+    if size[0] * size[1] > max(MAX_IMAGE_PIXELS, MAX_TIMES_RESOLUTION * height * width):
         raise BadImageError(f"is {image.width}x{image.height}, too thin to be resized to {size[0]}x{size[1]}")
     pixels = np.asarray(image.resize(size, Image.Resampling[config.interpolation.upper()]))
     if pixels.dtype == np.float32:
@@ -152,12 +175,39 @@ def prepare_image(image: Image.Image, name: str, config: DataConfig) -> np.ndarr
     return np.ascontiguousarray(pixels)
 
 
-def _choose_mode(image: Image.Image, config: DataConfig) -> str:
-    """Returns 'L' or 'RGB', the mode to train on."""
+def choose_mode(image_mode: str, config: DataConfig) -> str:
+    """Returns 'L' or 'RGB', the mode to train on, for an image of one of Pillow's modes."""
     if config.image_mode != "auto":
         return config.image_mode
     red, green, blue = ImageColor.getrgb(config.background)[:3]
-    return "L" if image.mode in GREY_MODES and red == green == blue else "RGB"
+    return "L" if image_mode in GREY_MODES and red == green == blue else "RGB"
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """Converts the colours of an image that names another colour space by its ICC profile.
+
+    Images of more than 8 bits are grey, and Pillow can't convert them. A profile that can't be read, or that is of
+    another mode, is ignored, as browsers do.
+    """
+    profile_bytes = image.info.get("icc_profile")
+    if not profile_bytes or image.mode in DEEP_MODES:
+        return image
+    try:
+        profile = ImageCms.ImageCmsProfile(BytesIO(profile_bytes))
+        if "srgb" in ImageCms.getProfileDescription(profile).lower():
+            return image
+        if image.mode == "P":
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        grey = image.mode in GREY_MODES
+        alpha = image.getchannel("A") if image.mode in ("RGBA", "LA") else None
+        opaque = image.convert({"RGBA": "RGB", "LA": "L"}.get(image.mode, image.mode))
+        converted = ImageCms.profileToProfile(opaque, profile, SRGB, outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image
+    assert converted is not None  # a new image, as it is not converted in place
+    if alpha is not None:
+        converted.putalpha(alpha)
+    return converted.convert("LA" if alpha is not None else "L") if grey else converted
 
 
 def _flatten(image: Image.Image, mode: str, background: str) -> Image.Image:

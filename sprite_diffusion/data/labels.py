@@ -7,6 +7,8 @@ import numpy as np
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.config import DataConfig
 
+SURELY_FITTING_CLASSES = 10_000
+
 
 def to_class_ids(
     labels: list[Any], known_names: list[str] | None, config: DataConfig, source: str
@@ -45,7 +47,13 @@ def choose_class_names(known_names: list[str] | None, labels: list[Any], config:
     if all(isinstance(value, str) for value in values):
         return sorted(set(values))
     if all(isinstance(value, int) for value in values):
-        return [str(k) for k in range(max(values, default=-1) + 1)]
+        largest = max(values, default=-1)
+        if largest >= max(len(values), SURELY_FITTING_CLASSES):  # the names of so many might fill the memory
+            raise UserInputError(
+                f"{source}: integer labels are 0 to K-1 for K classes, and {len(values):,} images can't have a class "
+                f"{largest}: number the classes anew"
+            )
+        return [str(k) for k in range(largest + 1)]
     raise UserInputError(f"{source}: labels must be integers or strings")
 
 
@@ -60,3 +68,29 @@ def to_class_id(label: Any, class_names: list[str], source: str) -> int:
     raise UserInputError(
         f"{source}: label {label} is outside of the {len(class_names)} classes, 0 to {len(class_names) - 1}"
     )
+
+
+def check_each_has_images(class_labels: np.ndarray, class_names: list[str], source: str) -> None:
+    """Raises `UserInputError` if a class is without images: a model would have its name, and know nothing of it."""
+    counts = np.bincount(class_labels, minlength=len(class_names))
+    if empty := [name for name, count in zip(class_names, counts, strict=True) if count == 0]:
+        raise UserInputError(
+            f"{source}: no image is of the class {', '.join(empty)}: give it some, leave its name out, raise "
+            "--max_train_samples, or number the classes without gaps"
+        )
+
+
+def spread_over_classes(class_labels: np.ndarray | None, num_images: int, limit: int | None) -> np.ndarray:
+    """Returns the rows (n,) of at most `limit` images: of each class the first, as many of each as there are.
+
+    Without labels the rows are spread evenly: files are often sorted by what they show.
+    """
+    if limit is None or limit >= num_images:
+        return np.arange(num_images)
+    if class_labels is None:
+        return np.arange(limit) * num_images // limit
+    order = np.argsort(class_labels, kind="stable")
+    sorted_labels = class_labels[order]
+    rank = np.empty(num_images, np.int64)  # among those of the same class
+    rank[order] = np.arange(num_images) - np.searchsorted(sorted_labels, sorted_labels)
+    return np.sort(np.lexsort((class_labels, rank))[:limit])

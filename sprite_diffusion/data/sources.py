@@ -5,19 +5,22 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import xxhash
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image
 
 from sprite_diffusion.common.errors import UserInputError, first_line
 from sprite_diffusion.data.config import BUILT_IN_DATASET, DataConfig
 from sprite_diffusion.data.decoding import SkippedImage, name_image, skip_image
-from sprite_diffusion.data.labels import choose_class_names, to_class_ids
+from sprite_diffusion.data.labels import choose_class_names, spread_over_classes, to_class_ids
 from sprite_diffusion.data.sprites import CLASS_NAMES, draw_sprites
 
 BUILT_IN_SIZE = 8000
@@ -29,9 +32,11 @@ class Source:
 
     name: str
     identity: tuple[Any, ...]  # another one if an image changes
-    num_images: int
+    rows: np.ndarray  # of the images, among `num_available`
+    num_available: int
     images: Iterable[tuple[str, Any]]  # an image's name in messages, and what `open_image` takes
-    class_labels: np.ndarray | None = None  # int64, of these images and perhaps of more that follow them
+    array: np.ndarray | None = None  # (N, H, W, C) uint8, where the images are the rows of one
+    class_labels: np.ndarray | None = None  # int64, of these images
     class_names: list[str] | None = None
     license: str | None = None
     skipped_images: Sequence[SkippedImage] = ()  # those that are known before any image is decoded
@@ -46,6 +51,7 @@ class Table:
     image_column: str
     label_column: str | None  # None if no labels are wanted, or there are none
     skipped_images: list[SkippedImage]  # files of a folder that are in no row
+    files: "LocalFiles | None"  # None if the rows are not on this machine
 
     @property
     def labels_name(self) -> str:
@@ -58,16 +64,38 @@ class Table:
         return getattr(self.rows.features[self.label_column], "names", None)
 
 
+class LocalFiles:
+    """The files of a dataset on this machine: what tells whether one of them has changed."""
+
+    def __init__(self) -> None:
+        self._digest = xxhash.xxh3_128()
+        self.newest_change = 0.0  # seconds since 1970
+
+    def add(self, path: Path, status: os.stat_result) -> None:
+        """Takes a file into account. Copies may keep the time of modification, but nothing sets that of the change."""
+        times = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        self._digest.update(os.fsencode(path) + repr(times).encode())
+        self.newest_change = max(self.newest_change, status.st_ctime)
+
+    @property
+    def identity(self) -> str:
+        """A hash of the files' names, sizes and times."""
+        return self._digest.hexdigest()
+
+
 def draw_built_in(config: DataConfig, with_labels: bool | None) -> Source:
     """Draws the built-in sprites. `with_labels` is as in `load_image_data`."""
     images, class_labels, _ = draw_sprites(config.max_train_samples or BUILT_IN_SIZE)
     return Source(
         f"{BUILT_IN_DATASET} (built in)",
         ("sprites", hashlib.sha256(images.tobytes()).hexdigest()),
+        np.arange(len(images)),
         len(images),
         ((f"sprite {row}", image) for row, image in enumerate(images)),
-        None if with_labels is False else class_labels,
-        None if with_labels is False else choose_class_names(list(CLASS_NAMES), [], config, "the built-in sprites"),
+        class_labels=None if with_labels is False else class_labels,
+        class_names=None
+        if with_labels is False
+        else choose_class_names(list(CLASS_NAMES), [], config, "the built-in sprites"),
         license="apache-2.0",
     )
 
@@ -90,14 +118,17 @@ def open_arrays(config: DataConfig, with_labels: bool | None) -> Source:
         raise UserInputError(f"{path} has no labels: name their .npy file by --labels_file")
     if config.labels_file is not None and with_labels is not False:
         class_labels, class_names = _read_label_array(config.labels_file, len(images), config)
-    images = images[: config.max_train_samples]
-    status = os.stat(path)
+    rows = spread_over_classes(class_labels, len(images), config.max_train_samples)
+    files = LocalFiles()
+    files.add(Path(path).resolve(), os.stat(path))
     return Source(
         path,
-        (os.path.realpath(path), status.st_size, status.st_mtime_ns),
+        (files.identity,),
+        rows,
         len(images),
-        ((f"image {row} of {path}", image) for row, image in enumerate(images)),
-        class_labels,
+        ((f"image {row} of {path}", images[row]) for row in rows),
+        images,
+        None if class_labels is None else class_labels[rows],
         class_names,
     )
 
@@ -142,7 +173,7 @@ def open_table(config: DataConfig, with_labels: bool | None, streaming: bool) ->
     `with_labels` and `streaming` are as in `load_image_data`. Raises `UserInputError` if the dataset can't be read, or
     its columns can't be found.
     """
-    name, rows, skipped_images = _open_dataset(config, streaming)
+    name, rows, skipped_images, files = _open_dataset(config, streaming)
     if rows.features is None:
         raise UserInputError(f"--streaming: the columns of {name} are not known in advance: leave it out")
     image_column = _find_column(rows.features, datasets.Image, "image_column", config.image_column, name)
@@ -161,36 +192,55 @@ def open_table(config: DataConfig, with_labels: bool | None, streaming: bool) ->
     if isinstance(rows.features[image_column], datasets.Image):
         # `datasets` would decode the images too, but not name the image that it can't decode.
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
-    return Table(name, rows, image_column, label_column, skipped_images)
+    return Table(name, rows, image_column, label_column, skipped_images, files)
 
 
 def _open_dataset(
     config: DataConfig, streaming: bool
-) -> tuple[str, datasets.Dataset | datasets.IterableDataset, list[SkippedImage]]:
-    """Returns the name of a dataset, the dataset, and the files of a folder of images that can't be used."""
+) -> tuple[str, datasets.Dataset | datasets.IterableDataset, list[SkippedImage], LocalFiles | None]:
+    """Returns the name of a dataset, the dataset, files that can't be used, and all files."""
     if config.dataset_name is None:
         assert config.train_data_dir is not None
         folder = _find_image_folder(Path(config.train_data_dir), config.dataset_split)
-        skipped_images = _check_image_files(folder, config)
+        skipped_images, image_files = _check_image_files(folder, config)
         # Not by `data_dir`: if some names hold "train", `datasets` would drop the files whose names don't.
         pattern = glob.escape(str(folder)) + "/**"
-        rows = _load("imagefolder", f"--train_data_dir {folder}", pattern, "train", config, streaming)
-        return str(folder), rows, skipped_images
+        rows = _load("imagefolder", f"--train_data_dir {folder}", pattern, "train", config, streaming, image_files)
+        return str(folder), rows, skipped_images, image_files
     name = config.dataset_name
     flag = f"--dataset_name {name}"
     if name.endswith(".parquet"):
         pattern = glob.escape(name) if Path(name).is_file() else name
-        return name, _load("parquet", flag, pattern, config.dataset_split, config, streaming), []
-    if not Path(name).is_dir():
+        files = _find_local_files(glob.glob(pattern))
+        return name, _load("parquet", flag, pattern, config.dataset_split, config, streaming, files), [], files
+    files = None
+    if Path(name).is_dir():
+        files = _find_local_files(glob.glob(f"{glob.escape(name)}/**", recursive=True))
+    else:
         try:
             validate_repo_id(name)
         except HFValidationError:
             raise UserInputError(f"{flag}: no such folder, nor a name on the Hub") from None
-    return name, _load(name, flag, None, config.dataset_split, config, streaming), []
+    return name, _load(name, flag, None, config.dataset_split, config, streaming, files), [], files
+
+
+def _find_local_files(paths: list[str]) -> LocalFiles | None:
+    """Returns the facts about files and folders; None if there are none, as of a pattern on another machine."""
+    files = LocalFiles()
+    for path in sorted(paths):
+        with suppress(OSError):
+            files.add(Path(path).absolute(), os.stat(path))
+    return files if paths else None
 
 
 def _load(
-    builder: str, flag: str, pattern: str | None, split: str, config: DataConfig, streaming: bool
+    builder: str,
+    flag: str,
+    pattern: str | None,
+    split: str,
+    config: DataConfig,
+    streaming: bool,
+    files: LocalFiles | None,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Loads a dataset with the `datasets` library.
 
@@ -201,6 +251,7 @@ def _load(
         split: The split to load.
         config: Gives the dataset's configuration and the folder for downloads.
         streaming: Whether to read the dataset while it is used.
+        files: Those of the dataset, if they are on this machine.
 
     Raises:
         UserInputError: If the dataset can't be loaded.
@@ -208,15 +259,23 @@ def _load(
     is_local = pattern is not None or Path(builder).is_dir()
     if is_local:  # the bars of local files would flash past; the bar of a download is worth seeing
         datasets.disable_progress_bars()
+    load = partial(
+        datasets.load_dataset,
+        builder,
+        config.dataset_config_name,
+        data_files=None if pattern is None else {"train": pattern},
+        split=split,
+        cache_dir=config.cache_dir,
+        streaming=streaming,
+    )
     try:
-        return datasets.load_dataset(
-            builder,
-            config.dataset_config_name,
-            data_files=None if pattern is None else {"train": pattern},
-            split=split,
-            cache_dir=config.cache_dir,
-            streaming=streaming,
-        )
+        rows = load()
+        if files is not None and not streaming:
+            # `datasets` knows a file by its time of modification, which a copy may keep.
+            copies = [os.stat(copy["filename"]).st_mtime for copy in rows.cache_files]
+            if min(copies, default=files.newest_change) < files.newest_change:
+                rows = load(download_mode="force_redownload")
+        return rows
     except Exception as error:  # builders raise errors of many types on broken data, archives and networks
         split_flag = "" if split == "train" else f", --dataset_split {split}"
         reason = "" if is_local else "no such folder, and on the Hub: "
@@ -227,6 +286,8 @@ def _find_image_folder(folder: Path, split: str) -> Path:
     """Returns the subfolder of a split or, for 'train' without a subfolder, the folder itself."""
     if not folder.is_dir():
         raise UserInputError(f"--train_data_dir {folder}: no such folder")
+    if Path(split).parts != (split,) or split == "..":
+        raise UserInputError(f"--dataset_split '{split}': name a subfolder of {folder}, such as train")
     if (folder / split).is_dir():
         folder = folder / split
     elif split != "train":
@@ -234,16 +295,17 @@ def _find_image_folder(folder: Path, split: str) -> Path:
     return folder
 
 
-def _check_image_files(folder: Path, config: DataConfig) -> list[SkippedImage]:
-    """Returns what `datasets` would pass over in silence: broken links, linked folders, folders that can't be read.
+def _check_image_files(folder: Path, config: DataConfig) -> tuple[list[SkippedImage], LocalFiles]:
+    """Returns what `datasets` would pass over in silence, and the facts about a folder's files.
 
-    Raises `UserInputError` for the first of these unless `--on_bad_image` is 'skip', if there is no image, and for a
-    name that `datasets` can't read.
+    It passes over broken links, linked folders and folders that can't be read. Raises `UserInputError` for the first
+    of these unless `--on_bad_image` is 'skip', if there is no image, and for a name that `datasets` can't read.
     """
     endings = Image.registered_extensions()
     errors: list[OSError] = []
     skipped_images = []
     has_images = False
+    files = LocalFiles()
     for parent, folders, names in os.walk(folder, onerror=errors.append):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))  # as `datasets` does
         for path in (Path(parent, name) for name in folders):
@@ -254,10 +316,12 @@ def _check_image_files(folder: Path, config: DataConfig) -> list[SkippedImage]:
                 str(path).encode()
             except UnicodeEncodeError:  # `datasets` refuses a folder that holds one such name, of whatever file
                 raise UserInputError(f"{path}: the name is not UTF-8, rename this file") from None
-            if path.suffix.lower() not in endings:
-                continue
             try:
-                if stat.S_ISREG(path.stat().st_mode):
+                status = path.stat()
+                files.add(path, status)
+                if path.suffix.lower() not in endings:
+                    continue
+                if stat.S_ISREG(status.st_mode):
                     has_images = True
                 else:
                     skipped_images.append(skip_image(str(path), "is not a file", config))
@@ -267,7 +331,7 @@ def _check_image_files(folder: Path, config: DataConfig) -> list[SkippedImage]:
         skipped_images.append(skip_image(str(unreadable.filename), f"can't be read ({unreadable.strerror})", config))
     if not has_images:
         raise UserInputError(f"--train_data_dir {folder}: no image in this folder or below (such as .png or .jpg)")
-    return skipped_images
+    return skipped_images, files
 
 
 def _find_column(
@@ -291,16 +355,17 @@ def read_table(table: Table, config: DataConfig) -> Source:
         # The labels of all rows, so that the ids don't depend on `max_train_samples`.
         labels = table.rows[table.label_column][:]
         class_labels, class_names = to_class_ids(labels, table.known_class_names, config, table.labels_name)
-    num_images = min(len(table.rows), config.max_train_samples or len(table.rows))
-    images = table.rows.select_columns(table.image_column).select(range(num_images))
-    values = (row[table.image_column] for row in images)
+    rows = spread_over_classes(class_labels, len(table.rows), config.max_train_samples)
+    images = table.rows.select_columns(table.image_column)
+    values = (example[table.image_column] for example in (images if len(rows) == len(images) else images.select(rows)))
     return Source(
         table.name,
-        (table.rows._fingerprint, table.image_column),
-        num_images,
-        ((name_image(value, f"row {row} of {table.name}"), value) for row, value in enumerate(values)),
-        class_labels,
-        class_names,
-        table.rows.info.license or None,
-        table.skipped_images,
+        (table.rows._fingerprint, "" if table.files is None else table.files.identity, table.image_column),
+        rows,
+        len(table.rows),
+        ((name_image(value, f"row {row} of {table.name}"), value) for row, value in zip(rows, values, strict=True)),
+        class_labels=None if class_labels is None else class_labels[rows],
+        class_names=class_names,
+        license=table.rows.info.license or None,
+        skipped_images=table.skipped_images,
     )

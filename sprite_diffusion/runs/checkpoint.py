@@ -16,6 +16,7 @@ from sprite_diffusion.common.errors import UserInputError, warn
 from sprite_diffusion.common.files import PARTIAL, DiskFullError, FullDiskWarning
 from sprite_diffusion.common.owned_files import OwnedFiles
 from sprite_diffusion.common.run_files import WEIGHTS_FILE
+from sprite_diffusion.data.dataset import ImageData
 from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.runs.folder import BEST, list_best, list_checkpoints, read_folder_state
 from sprite_diffusion.runs.manifest import STATE_FILE, write_manifest
@@ -29,9 +30,12 @@ class Checkpoints:
     A checkpoint is a pipeline folder too, so that samples can be drawn from it; with an EMA, its weights are those.
     """
 
-    def __init__(self, accelerator: Accelerator, config: TrainingConfig, weights: Weights, lr_scheduler: Any) -> None:
+    def __init__(
+        self, accelerator: Accelerator, config: TrainingConfig, data: ImageData, weights: Weights, lr_scheduler: Any
+    ) -> None:
         self.accelerator = accelerator
         self.config = config
+        self.data = data
         self.output_dir = Path(config.output_dir)
         self.weights = weights
         self.lr_scheduler = lr_scheduler
@@ -53,6 +57,7 @@ class Checkpoints:
             return TrainState()
         values = json.loads((path / STATE_FILE).read_text())
         check_num_processes(self.config, path, values, self.accelerator.num_processes)
+        check_data(path, values.pop("data", None), self.data)
         self.accelerator.load_state(str(path))
         self.lr_scheduler.load_state_dict(values.pop("lr_scheduler"))
         ema_optimization_step = values.pop("ema_optimization_step", None)
@@ -114,6 +119,7 @@ class Checkpoints:
                     "num_processes": num_processes,
                     "total_batch_size": self.config.total_batch_size(num_processes),
                     "lr_scheduler": self.lr_scheduler.state_dict(),
+                    "data": describe_data(self.data),
                 }
                 if self.weights.ema is not None:
                     values["ema_optimization_step"] = self.weights.ema.optimization_step
@@ -142,8 +148,7 @@ class Checkpoints:
     def _beyond_limit(self, newest: Path) -> list[Path]:
         checkpoints = list_checkpoints(self.output_dir)
         place = checkpoints.index(newest) + 1 if newest in checkpoints else 0
-        limit = self.config.checkpoints_total_limit
-        return [] if limit is None else checkpoints[: max(0, place - limit)]
+        return checkpoints[: max(0, place - self.config.checkpoints_total_limit)]
 
 
 def check_same_on_all(checkpoint: Path | None) -> None:
@@ -154,6 +159,40 @@ def check_same_on_all(checkpoint: Path | None) -> None:
             f"--output_dir does not hold the same checkpoints on every machine ({', '.join(map(str, names))}): share "
             "the folder, or copy the checkpoint to each"
         )
+
+
+def describe_data(data: ImageData) -> dict[str, Any]:
+    """Returns what a checkpoint says of the images that it was trained on."""
+    return {"class_names": data.class_names, "num_images": data.num_images, "identity": data.identity}
+
+
+def check_data(path: Path, saved: dict[str, Any] | None, data: ImageData) -> None:
+    """Compares the images of a run with what its checkpoint says of them, None if it was written before it said so.
+
+    Raises `UserInputError` for other classes, whose labels would mean something else from here on. Warns of other
+    images.
+    """
+    if saved is None:
+        return
+    before, now = saved["class_names"], data.class_names
+    if before != now:
+        raise UserInputError(
+            f"{path} was trained on {_compare_classes(before, now)}: give the same classes, or train anew"
+        )
+    if saved["num_images"] != data.num_images:
+        warn(f"{path} was trained on {saved['num_images']} images, and the run goes on with {data.num_images}")
+    elif saved["identity"] != data.identity:
+        warn(f"{path} was trained on other images or labels than those that the run goes on with: some have changed")
+
+
+def _compare_classes(before: list[str] | None, now: list[str] | None) -> str:
+    if before is None or now is None:
+        return "images with classes, and these have none" if now is None else "images without classes"
+    gone, new = ([name for name in names if name not in others] for names, others in ((before, now), (now, before)))
+    if gone or new:
+        changes = [f"without {', '.join(gone)}"] * bool(gone) + [f"with {', '.join(new)}"] * bool(new)
+        return f"{len(before)} classes, and the images now come {' and '.join(changes)}"
+    return f"the classes {', '.join(before)}, and their order is now {', '.join(now)}"
 
 
 def check_num_processes(config: TrainingConfig, path: Path, values: dict[str, Any], num_processes: int) -> None:

@@ -151,7 +151,7 @@ class TrainingConfig(DataConfig):
     checkpointing_steps: int = flag(
         500, "Write a checkpoint to resume from every N optimizer steps.", at_least=1, changes="nothing"
     )
-    checkpoints_total_limit: int | None = flag(None, "Keep the newest N checkpoints.", at_least=1, changes="nothing")
+    checkpoints_total_limit: int = flag(3, "Keep the newest N checkpoints.", at_least=1, changes="nothing")
     keep_best_checkpoint: bool = flag(
         False, "Keep the checkpoint of the lowest Frechet distance besides. Needs `evaluate_every`.", changes="nothing"
     )

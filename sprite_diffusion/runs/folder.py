@@ -12,8 +12,15 @@ from filelock import FileLock, Timeout
 
 from sprite_diffusion.common.errors import UserInputError, warn
 from sprite_diffusion.common.files import check_writable
-from sprite_diffusion.common.owned_files import LIST_FILE, LOCK_FILE, LOCK_OWNER_FILE, OwnedFiles, read_list
-from sprite_diffusion.common.run_files import CONFIG_FILE, SAMPLES_DIR, SNAPSHOTS_DIR, SUMMARY_FILE, read_saved_config
+from sprite_diffusion.common.owned_files import LOCK_FILE, LOCK_OWNER_FILE, OwnedFiles, read_list
+from sprite_diffusion.common.run_files import (
+    CONFIG_FILE,
+    LIST_FILE,
+    SAMPLES_DIR,
+    SNAPSHOTS_DIR,
+    SUMMARY_FILE,
+    read_saved_config,
+)
 from sprite_diffusion.data.config import BUILT_IN_DATASET
 from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.runs.manifest import find_damage
@@ -79,11 +86,11 @@ def _is_finished(output_dir: Path) -> bool:
     """Returns whether the run in a folder wrote its last file, the summary, and was not trained on since."""
     try:
         summary = json.loads((output_dir / SUMMARY_FILE).read_text())
-    except (OSError, ValueError):
+        step, total = int(summary["global_step"]), int(summary["total_steps"])
+    except (OSError, ValueError, TypeError, LookupError):
         return False
-    finished = summary["global_step"] >= summary["total_steps"]
     newest = [step_of(path) for path in list_checkpoints(output_dir)[-1:]]
-    return finished and all(step <= summary["global_step"] for step in newest)
+    return step >= total and all(other <= step for other in newest)
 
 
 FolderState = tuple[list[str], int | None]  # the checkpoints' names, and when the summary was written
@@ -230,9 +237,8 @@ def check_room(config: TrainingConfig, model: torch.nn.Module, global_step: int,
     if free < size:
         raise UserInputError(f"{folder} has {free:,.1f} MB free, a checkpoint takes {size:,.1f} MB: {remedy}")
     to_come = math.ceil((total_steps - global_step) / config.checkpointing_steps)
-    if config.checkpoints_total_limit is not None:  # a new one is written before an old one goes
-        there = len(list_checkpoints(output_dir))
-        to_come = max(1, min(to_come, config.checkpoints_total_limit + 1 - there))
+    # A new one is written before an old one goes.
+    to_come = max(1, min(to_come, config.checkpoints_total_limit + 1 - len(list_checkpoints(output_dir))))
     to_come += config.keep_best_checkpoint
     if free < to_come * size:
         warn(

@@ -113,7 +113,8 @@ class RunOutputs:
             logger,
             self.logging_dir,
             {name: value for name, value in asdict(config).items() if name != "hub_token"},
-            resumed_from=None if checkpoint is None else state.global_step,
+            # Also of a run that was killed before its first checkpoint: its steps come again.
+            resumed_from=state.global_step if self.earlier_logs else None,
         )
         self._claim_logs()
         if config.evaluate_every is not None:  # here, so that an error in the data shows before the training

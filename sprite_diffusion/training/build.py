@@ -25,22 +25,36 @@ def build_noise_scheduler(config: TrainingConfig) -> ClosedFormDDPMScheduler | L
     )
 
 
-def build_model(config: TrainingConfig, num_channels: int, num_classes: int | None = None) -> torch.nn.Module:
-    """Returns the network with random weights; with `num_classes`, one that takes labels 0..K-1, and K for "no class".
+def check_network(config: TrainingConfig) -> None:
+    """Raises `UserInputError` if the network's flags do not fit each other or the resolution.
 
-    Raises `UserInputError` if the flags do not fit each other, the resolution or the network.
+    It needs no images: they may take long to decode.
     """
     if config.gradient_checkpointing and config.model_class != "UNet2DModel":
         raise UserInputError(f"--gradient_checkpointing: {config.model_class} does not have it, leave it out")
+    if config.model_class != "UNet2DModel":
+        _check_sides(config, multiple=4)
+        channels = config.block_out_channels
+        if config.model_class == "ContextUNet2DModel" and (len(channels) != 1 or channels[0] % 8):
+            raise UserInputError("--block_out_channels must be one multiple of 8 for ContextUNet2DModel, such as 64")
+    elif config.model_config_name_or_path is not None:
+        levels = _load_unet2d_config(config.model_config_name_or_path)["block_out_channels"]
+        _check_sides(config, multiple=2 ** (len(levels) - 1))
+    else:
+        _check_sides(config, multiple=2 ** (len(config.block_out_channels) - 1))
+        _check_attention(config)
+
+
+def build_model(config: TrainingConfig, num_channels: int, num_classes: int | None = None) -> torch.nn.Module:
+    """Returns the network with random weights; with `num_classes`, one that takes labels 0..K-1, and K for "no class".
+
+    Raises `UserInputError` if the network takes no classes, or diffusers can't build it.
+    """
     if config.model_class == "BasicUNet2DModel":
         if num_classes is not None:
             raise UserInputError("--model_class BasicUNet2DModel takes no class labels: use train_unconditional.py")
-        _check_sides(config, multiple=4)
         return BasicUNet2DModel(sample_size=config.image_size, in_channels=num_channels, out_channels=num_channels)
     if config.model_class == "ContextUNet2DModel":
-        _check_sides(config, multiple=4)
-        if len(config.block_out_channels) != 1 or config.block_out_channels[0] % 8:
-            raise UserInputError("--block_out_channels must be one multiple of 8 for ContextUNet2DModel, such as 64")
         return ContextUNet2DModel(
             sample_size=config.image_size,
             in_channels=num_channels,
@@ -62,7 +76,6 @@ def _build_unet2d(config: TrainingConfig, num_channels: int, num_classes: int | 
     }
     if config.model_config_name_or_path is not None:
         model_config = _load_unet2d_config(config.model_config_name_or_path)
-        _check_sides(config, multiple=2 ** (len(model_config["block_out_channels"]) - 1))
         try:
             model = UNet2DModel.from_config({**model_config, **shape})
         except Exception as error:  # whatever its values lead diffusers to
@@ -71,8 +84,6 @@ def _build_unet2d(config: TrainingConfig, num_channels: int, num_classes: int | 
             ) from None
     else:
         channels = config.block_out_channels
-        _check_sides(config, multiple=2 ** (len(channels) - 1))
-        _check_attention(config)
         attention = [level in config.attention_levels for level in range(1, len(channels) + 1)]
         model = UNet2DModel(
             **shape,

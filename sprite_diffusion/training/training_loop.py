@@ -22,6 +22,7 @@ from sprite_diffusion.runs.signals import EXIT_STATUS, Signals
 from sprite_diffusion.runs.state import find_due
 from sprite_diffusion.runs.weights import Weights
 from sprite_diffusion.training.bad_steps import BadSteps
+from sprite_diffusion.training.build import check_network
 from sprite_diffusion.training.meter import Meter
 from sprite_diffusion.training.performance import compile_model, make_accelerator, prepare_attention
 from sprite_diffusion.training.steps import Batch, Steps
@@ -56,7 +57,7 @@ def training_loop(
     train_model = compile_model(model, config, accelerator, steps.total)
     weights = Weights(accelerator, model, config, make_pipeline)
     bad_steps = BadSteps(accelerator, optimizer, weights.model, config.max_skipped_steps)
-    checkpoints = Checkpoints(accelerator, config, weights, lr_scheduler)
+    checkpoints = Checkpoints(accelerator, config, data, weights, lr_scheduler)
     state = checkpoints.load()
     signals = Signals(accelerator, config.shutdown_grace, checkpoints.describe_newest)
     outputs = RunOutputs(accelerator, config, data, weights, grid, steps.total, checkpoints, signals)
@@ -126,11 +127,12 @@ def training_loop(
 def begin_run(config: TrainingConfig) -> None:
     """Joins the processes, checks what can be checked before the images are read, and seeds the random numbers.
 
-    Raises `UserInputError` if the output folder or the tracker can't be used.
+    Raises `UserInputError` if the output folder, the tracker or the network can't be used.
     """
     join_processes()
     check_output_dir(config)
     check_tracker(config.logger)
+    check_network(config)
     set_seed(config.seed)
 
 
