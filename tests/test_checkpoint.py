@@ -389,3 +389,86 @@ def test_the_errors_of_every_writer_are_told_from_others(small_disk, kind):
     (small_disk / "ballast").unlink()
     with pytest.raises(ZeroDivisionError), written_beside(small_disk / "file"):
         1 / 0  # noqa: B018
+
+
+def save_classes(folder, classes):
+    """Saves three images of each class."""
+    for level, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("L", (16, 16), 40 * level + i).save(folder / name / f"{i}.png")
+
+
+class TestImagesOfACheckpoint:
+    """The classes, the number and the pixels of the images belong to a checkpoint."""
+
+    @pytest.fixture
+    def resume(self, run_script, tmp_path, capsys):
+        """Trains on cats and dogs, lets a function change their folder, and trains on. Returns what is said."""
+
+        def train_and_resume(change, streaming=""):
+            save_classes(tmp_path / "images", ["cat", "dog"])
+            flags = f"{TINY} --train_data_dir {tmp_path / 'images'} --logger none {streaming}"
+            flags = flags.replace("--max_train_samples 20", "")
+            run_script("train_conditional", f"{flags} --max_train_steps 1", tmp_path / "run")
+            change(tmp_path / "images")
+            capsys.readouterr()
+            arguments = f"{flags} --max_train_steps 2 --resume_from_checkpoint latest"
+            run_script("train_conditional", arguments, tmp_path / "run")
+            return capsys.readouterr().err
+
+        return train_and_resume
+
+    @pytest.mark.parametrize("streaming", ["", "--streaming"])
+    @pytest.mark.parametrize(
+        ("change", "difference"),
+        [
+            (lambda folder: (folder / "cat").rename(folder / "wolf"), "without cat and with wolf"),
+            (lambda folder: save_classes(folder, ["ant"]), "with ant"),
+            (
+                lambda folder: (shutil.rmtree(folder / "cat"), save_classes(folder, ["a", "b"])),
+                "without cat and with a, b",
+            ),
+        ],
+    )
+    def test_other_classes_are_refused(self, resume, tmp_path, capsys, change, difference, streaming):
+        with pytest.raises(SystemExit) as ended:
+            resume(change, streaming)
+        assert ended.value.code == 2
+        error = capsys.readouterr().err
+        assert f"{tmp_path}/run/checkpoint-1 was trained on 2 classes, and the images now come {difference}" in error
+        assert find_damage(tmp_path / "run" / "checkpoint-1") == ""
+        assert not (tmp_path / "run" / "checkpoint-2").exists()
+
+    def test_names_in_another_order_are_refused(self, run_script, tmp_path, capsys):
+        save_classes(tmp_path / "images", ["cat", "dog"])
+        flags = f"{TINY} --train_data_dir {tmp_path / 'images'} --logger none".replace("--max_train_samples 20", "")
+        run_script("train_conditional", f"{flags} --class_names a b --max_train_steps 1", tmp_path / "run")
+        flags += " --class_names b a --max_train_steps 2 --resume_from_checkpoint latest"
+        with pytest.raises(SystemExit):
+            run_script("train_conditional", flags, tmp_path / "run")
+        assert "trained on the classes a, b, and their order is now b, a" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("change", "warning"),
+        [
+            (
+                lambda folder: (folder / "cat" / "0.png").unlink(),
+                "was trained on 6 images, and the run goes on with 5",
+            ),
+            (lambda folder: Image.new("L", (16, 16), 9).save(folder / "cat" / "0.png"), "was trained on other images"),
+            (
+                lambda folder: (folder / "cat" / "0.png").rename(folder / "dog" / "9.png"),
+                "was trained on other images",
+            ),
+        ],
+    )
+    def test_other_images_are_warned_of(self, resume, change, warning):
+        assert f"checkpoint-1 {warning}" in resume(change)
+
+    def test_the_same_images_elsewhere_are_not_warned_of(self, resume):
+        def copy(folder):
+            shutil.move(folder, folder.with_name("moved"))
+            shutil.copytree(folder.with_name("moved"), folder)
+
+        assert "was trained on" not in resume(copy)

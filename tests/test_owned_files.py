@@ -4,19 +4,21 @@ import json
 import os
 import shutil
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from filelock import FileLock
-from inspecting import weights
+from inspecting import wait_for, weights
 from launching import TINY, finish, kill, start
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sprite_diffusion.common.owned_files import LOCK_FILE, LOCK_OWNER_FILE, OwnedFiles
 from sprite_diffusion.common.run_files import LIST_FILE
+from sprite_diffusion.runs.manifest import find_damage
 
 MINE = (
     *("analysis.py", "samples/holiday.png", "unet/notes.txt", "logs/lab_notebook.txt", "checkpoint-notes.md"),
@@ -197,3 +199,52 @@ def test_a_warm_up_longer_than_the_run_is_told_before_the_first_step(run_script,
     run_script("train_unconditional", f"{TINY} --num_epochs 1 --lr_warmup_steps 4", tmp_path)
     err = capsys.readouterr().err
     assert "--lr_warmup_steps 4 of 4 steps" in err
+
+
+@pytest.mark.parametrize("change", ["removed", "moved"])
+def test_a_folder_that_goes_while_a_run_lasts_is_made_anew(tmp_path, change):
+    output_dir = tmp_path / "run"
+    process = start(
+        "train_unconditional", f"{TINY} --num_epochs 20 --checkpointing_steps 20 --logger none", output_dir
+    )
+    assert wait_for(process, output_dir, "checkpoint-20/manifest.json")
+    if change == "removed":
+        shutil.rmtree(output_dir, ignore_errors=True)  # the run may write into it meanwhile
+    else:
+        output_dir.rename(tmp_path / "moved")
+    finish(process)
+    assert weights(output_dir)
+    assert find_damage(output_dir / "checkpoint-80") == ""
+    assert (output_dir / "training_config.yaml").is_file()
+
+
+def test_a_folder_that_becomes_a_file_while_a_run_lasts_ends_it_with_a_line(tmp_path):
+    output_dir = tmp_path / "run"
+    process = start(
+        "train_unconditional", f"{TINY} --num_epochs 20 --checkpointing_steps 20 --logger none", output_dir
+    )
+    assert wait_for(process, output_dir, "checkpoint-20/manifest.json")
+    output_dir.rename(tmp_path / "moved")
+    while not output_dir.is_file():  # the run may make it anew meanwhile
+        shutil.rmtree(output_dir, ignore_errors=True)
+        with suppress(FileExistsError, IsADirectoryError):
+            output_dir.touch(exist_ok=False)
+    error = finish(process, 2).stderr
+    assert f"what the run did since its last checkpoint is lost: make {output_dir} a folder" in error
+    assert "Traceback" not in error
+    assert output_dir.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    "name", ["model_index.json", "run_files.txt", "unet", "samples/logs", "checkpoint-5", "pipeline.py", ".run.lock"]
+)
+def test_trackers_do_not_take_the_names_of_a_runs_files(refuses, tmp_path, name):
+    assert f"--logging_dir {name}: a run has other files of this name" in refuses(f"--logging_dir {name}", tmp_path)
+
+
+@pytest.mark.parametrize("summary", ["[]", "{}", "null", "7", "{", '{"global_step": null, "total_steps": 1}', "\xff"])
+def test_a_garbled_summary_does_not_stop_a_run_from_going_on(run_script, tmp_path, summary):
+    run_script("train_unconditional", f"{TINY} --num_epochs 1", tmp_path)
+    (tmp_path / "training_summary.json").write_text(summary, encoding="latin-1")
+    run_script("train_unconditional", f"{TINY} --num_epochs 1", tmp_path)
+    assert json.loads((tmp_path / "training_summary.json").read_text())["global_step"] == 4

@@ -49,7 +49,7 @@ class OwnedFiles:
     def writing(self, path: Path) -> Iterator[Path]:
         """Yields a name to write a file or folder under, as `written_beside` does, and adds what was written."""
         partial, removed = (f"{self._name(path)}{ending}/" for ending in (PARTIAL, REMOVED))
-        with _reports_lost_folder(path):
+        with _reports_lost_folder(self.folder):
             self.claim(path, path.with_name(path.name + PARTIAL))
             self._add(partial)
             with written_beside(path) as beside:
@@ -118,19 +118,20 @@ class OwnedFiles:
         there = {name for name in self._names if (self.folder / name).exists() or (self.folder / name).is_symlink()}
         wanted = there | set(names)
         if wanted != self._names or not (self.folder / LIST_FILE).exists():
-            write_text(self.folder / LIST_FILE, "".join(f"{name}\n" for name in sorted(wanted)))
+            with _reports_lost_folder(self.folder):
+                write_text(self.folder / LIST_FILE, "".join(f"{name}\n" for name in sorted(wanted)))
             self._names = wanted
 
 
 @contextmanager
-def _reports_lost_folder(path: Path) -> Iterator[None]:
+def _reports_lost_folder(folder: Path) -> Iterator[None]:
     """Turns the error inside into a line if a run's folder was moved, replaced or protected while the run lasts."""
     try:
         yield
     except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
         raise UserInputError(
-            f"{path} can't be written ({error.strerror}), and what the run did since its last checkpoint is lost: "
-            f"{path.parent} was a folder that the run could write to; make it one again, and give the same command"
+            f"{error.filename or folder} can't be written ({error.strerror}), and what the run did since its last "
+            f"checkpoint is lost: make {folder} a folder that can be written to, and give the same command"
         ) from error
 
 

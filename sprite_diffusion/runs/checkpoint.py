@@ -18,7 +18,7 @@ from sprite_diffusion.common.owned_files import OwnedFiles
 from sprite_diffusion.common.run_files import WEIGHTS_FILE
 from sprite_diffusion.data.dataset import ImageData
 from sprite_diffusion.runs.config import TrainingConfig
-from sprite_diffusion.runs.folder import BEST, list_best, list_checkpoints, read_folder_state
+from sprite_diffusion.runs.folder import BEST, list_best, list_checkpoints, read_folder_state, step_of
 from sprite_diffusion.runs.manifest import STATE_FILE, write_manifest
 from sprite_diffusion.runs.state import TrainState
 from sprite_diffusion.runs.weights import Weights
@@ -142,8 +142,8 @@ class Checkpoints:
         """
         if path.name.startswith(f"checkpoint-{BEST}"):
             return [other for other in list_best(self.output_dir) if other != path]
-        checkpoints = list_checkpoints(self.output_dir)
-        return self._beyond_limit(path) + checkpoints[checkpoints.index(path) + 1 :]
+        later = [other for other in list_checkpoints(self.output_dir) if step_of(other) > step_of(path)]
+        return self._beyond_limit(path) + later
 
     def _beyond_limit(self, newest: Path) -> list[Path]:
         checkpoints = list_checkpoints(self.output_dir)

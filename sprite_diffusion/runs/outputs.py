@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from sprite_diffusion.common.errors import UserInputError, warn
 from sprite_diffusion.common.files import PARTIAL, FullDiskWarning
 from sprite_diffusion.common.run_files import (
+    CONFIG_FILE,
     HISTORY_FILE,
     METRICS_FILE,
     PAIRS_FILE,
@@ -259,6 +260,9 @@ class RunOutputs:
                 files.claim(target)
                 file.replace(target)
             files.remove_folder(staged)
+            if not (self.output_dir / CONFIG_FILE).exists():  # the folder was moved or removed while the run lasts
+                with files.writing(self.output_dir / CONFIG_FILE) as partial:
+                    self.config.save(partial)
             with files.writing(self.output_dir / SUMMARY_FILE) as partial:
                 write_summary(partial, self.accelerator, self.data, self.weights.model, state, self.total_steps)
             tqdm.write(f"wrote {self.output_dir}")
