@@ -38,6 +38,8 @@ def make_pictures(folder: Path) -> None:
     shutil.copytree(folder / "pictures", folder / "damaged")
     (folder / "damaged/cat/1.png").write_bytes(b"\x89PNG")
     (folder / "empty").mkdir()
+    (folder / "dangling").symlink_to(folder / "nowhere")
+    (folder / "loop").symlink_to(folder / "loop")
     (folder / "file").write_text("mine")
     (folder / "text.png").write_text("mine")
     shutil.copytree(folder / "flat", folder / "metadata")
@@ -73,6 +75,31 @@ def make_arrays(folder: Path) -> None:
     whole = (folder / "images.npy").read_bytes()
     (folder / "cut.npy").write_bytes(whole[: len(whole) // 2])
     (folder / "text.npy").write_text("mine")
+    np.save(folder / "huge_label.npy", np.array([0, 1, 2**64 - 1, 0], np.uint64))
+    np.save(folder / "empty_column.npy", np.eye(3, dtype=int)[[0, 1, 1, 0]])
+    for name, header in GARBLED_HEADERS.items():
+        text = header.encode("latin-1").ljust(117) + b"\n"
+        content = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(64)
+        (folder / f"{name}.npy").write_bytes(content)
+
+
+GARBLED_HEADERS = {
+    "header_of_a_list": "[1, 2]",
+    "header_unfinished": "{'descr': '|u1', 'fortran_order': False, 'shape': (1, 8, 8",
+    "header_unbalanced": "{'descr': '|u1', ]",
+    "header_indented": "  {'descr'\n  :\n 1}",
+    "header_nested": "(" * 110,
+    "header_binary": "\x00\xff\xfe" * 30,
+    "header_short": "{'descr': '|u1', 'fortran_order': False}",
+    "header_typeless": "{'descr': 'no', 'fortran_order': False, 'shape': (1, 8, 8, 1)}",
+    "header_of_records": "{'descr': [('a', '|u1')], 'fortran_order': False, 'shape': (64,)}",
+    "header_huge": "{'descr': '|u1', 'fortran_order': False, 'shape': (9999999999999, 8, 8, 1)}",
+    "header_overflowing": "{'descr': '|u1', 'fortran_order': False, 'shape': (" + "9" * 40 + ", 8, 8, 1)}",
+    "header_negative": "{'descr': '|u1', 'fortran_order': False, 'shape': (-1, 8, 8, 1)}",
+    "header_of_words": "{'descr': '|u1', 'fortran_order': False, 'shape': ('a', 8, 8, 1)}",
+    "header_of_objects": "{'descr': '|O', 'fortran_order': False, 'shape': (1, 2, 2, 1)}",
+    "header_of_no_bytes": "{'descr': '|V0', 'fortran_order': False, 'shape': (1, 8, 8, 1)}",
+}
 
 
 def make_tables(folder: Path) -> None:

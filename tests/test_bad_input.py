@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from bad_files import make_files
+from bad_files import GARBLED_HEADERS, make_files
 from launching import TINY, finish, start
 
 PROGRESS_BAR = re.compile(r"\d+/\d+ \[")
@@ -20,7 +20,7 @@ def fingerprint(folder: Path) -> dict[str, str]:
 
 
 def times_of_change(folder: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    return {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +176,43 @@ TRAIN_UNCONDITIONAL = [
     ("--dataset_name {0}/bad_bytes.parquet", "row 0 of {0}/bad_bytes.parquet"),
     ("--dataset_name {0}/no_bytes.parquet --image_column image", "gone.png can't be read"),
     ("--dataset_name {0}/null_image.parquet", "row 1 of {0}/null_image.parquet"),
+    ("--train_data_dir {0}/pictures --dataset_split ../flat", "--dataset_split '../flat': name a subfolder"),
+    ("--train_data_dir {0}/pictures --dataset_split ..", "--dataset_split '..': name a subfolder"),
+    ("--train_data_dir {0}/pictures --dataset_split .", "--dataset_split '.': name a subfolder"),
+    ("--train_data_dir {0}/pictures --dataset_split /etc", "--dataset_split '/etc': name a subfolder"),
+    ("--train_data_dir {0}/dangling", "--train_data_dir {0}/dangling: no such folder"),
+    ("--train_data_dir {0}/loop", "--train_data_dir {0}/loop: no such folder"),
+    *((f"--dataset_name {{0}}/{name}.npy", f"--dataset_name {{0}}/{name}.npy") for name in GARBLED_HEADERS),
+    # what is wrong without the images is found before these are decoded, of which one is damaged
+    ("--train_data_dir {0}/damaged --block_out_channels 8 8 --resolution 17", "--resolution 17", "multiples of 2"),
+    ("--train_data_dir {0}/damaged --block_out_channels 8 8 --attention_levels 3", "--attention_levels [3]"),
+    ("--train_data_dir {0}/damaged --attention_levels 1 --attention_head_dim 3", "--attention_head_dim 3"),
+    ("--train_data_dir {0}/damaged --model_class ContextUNet2DModel --resolution 10", "--resolution 10"),
+    ("--train_data_dir {0}/damaged --model_config_name_or_path {0}/empty", "--model_config_name_or_path {0}/empty"),
+    # output folder
+    (f"--output_dir {{1}}/{'x' * 300}", "File name too long", "give another name"),
+    (f"--output_dir {{1}}/{'x/' * 3000}", "File name too long", "give another name"),
+    ("--output_dir {1}/a\0b", "null byte", "give another name"),
+    ("--output_dir {0}/dangling", "{0}/dangling is a link that leads nowhere"),
+    ("--output_dir {0}/dangling/below", "{0}/dangling is a link that leads nowhere"),
+    ("--output_dir {0}/loop", "{0}/loop is a link that leads nowhere"),
+    ("--output_dir {0}/loop/below", "--output_dir {0}/loop/below"),
+    ("--output_dir /dev/null", "--output_dir /dev/null is a file"),
+    ("--output_dir /proc/run", "/proc has 0.0 MB free", "--output_dir"),
+    *(
+        (f"--output_dir {{1}}/run --logging_dir {name}", f"--logging_dir {name}: a run has other files of this name")
+        for name in (
+            "model_index.json",
+            "training_config.yaml",
+            "unet",
+            "scheduler/logs",
+            "checkpoint-9",
+            "pipeline.py",
+        )
+    ),
+    ("--output_dir {1}/run --logging_dir /tmp", "--logging_dir /tmp"),
+    ("--output_dir {1}/run --logging_dir a\0b", "--logging_dir a"),
+    ("--output_dir {0}/run --resume_from_checkpoint {1}/checkpoint-1", "is not in --output_dir {0}/run"),
 ]
 TRAIN_CONDITIONAL = [
     ("--noise_scheduler_class LinearCorruptionScheduler", "use train_unconditional.py"),
@@ -190,6 +227,12 @@ TRAIN_CONDITIONAL = [
     ("--dataset_name {0}/images.npy --labels_file {0}/text.npy", "--labels_file {0}/text.npy"),
     ("--dataset_name {0}/images.npy --labels_file {0}/empty", "--labels_file {0}/empty"),
     ("--dataset_name {0}/images.npy --labels_file {0}/three_labels.npy", "3 labels", "4 images"),
+    ("--dataset_name {0}/images.npy --labels_file {0}/large_label.npy", "of the class 2, 3, 4, 5, 6", "without gaps"),
+    ("--dataset_name {0}/images.npy --labels_file {0}/huge_label.npy", "class 18446744073709551615", "number the"),
+    ("--dataset_name {0}/images.npy --labels_file {0}/empty_column.npy", "no image is of the class 2"),
+    ("--dataset_name {0}/images.npy --labels_file {0}/labels.npy --class_names a b c", "no image is of the class c"),
+    ("--train_data_dir {0}/pictures --max_train_samples 1", "no image is of the class dog", "--max_train_samples"),
+    *((f"--dataset_name {{0}}/images.npy --labels_file {{0}}/{name}.npy", name) for name in list(GARBLED_HEADERS)[:9]),
     ("--dataset_name {0}/images.npy --labels_file {0}/negative_label.npy", "row 2", "label -1"),
     ("--dataset_name {0}/images.npy --labels_file {0}/large_label.npy --class_names a b", "row 2", "label 7"),
     ("--dataset_name {0}/images.npy --labels_file {0}/fractions.npy", "{0}/fractions.npy", "integers"),

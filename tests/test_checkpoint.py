@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from inspecting import assert_same_runs, wait_for
+from inspecting import assert_same_runs, read_scalars, wait_for
 from launching import TINY, complaints, finish, kill, start
 from PIL import Image
 from safetensors.torch import save_file
@@ -252,6 +252,16 @@ def test_a_run_that_left_no_checkpoint_begins_again(run_script, tmp_path, capsys
     run_script("train_unconditional", f"{TINY} {flags} --resume_from_checkpoint latest", tmp_path / "run")
     assert "from the start" in capsys.readouterr().out
     assert_same_runs(tmp_path / "run", tmp_path / "other")
+
+
+def test_steps_of_a_run_that_left_no_checkpoint_are_logged_once(run_script, tmp_path):
+    """TensorBoard writes to the disk every two minutes: a killed run may have left steps that come again."""
+    run_script("train_unconditional", TINY, tmp_path)
+    for checkpoint in list_checkpoints(tmp_path):
+        shutil.rmtree(checkpoint)
+    (tmp_path / "training_summary.json").unlink()
+    run_script("train_unconditional", TINY, tmp_path)
+    assert [step for step, _ in read_scalars(tmp_path / "logs")["loss"]] == list(range(1, 9))
 
 
 def test_folders_that_are_no_runs_are_refused(refuses, tmp_path):

@@ -160,7 +160,7 @@ def _load_array(path: str, flag: str) -> np.ndarray:
         array = np.load(path, allow_pickle=False, mmap_mode="r")
     except FileNotFoundError:
         raise UserInputError(f"--{flag} {path}: no such file") from None
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # NumPy parses the header as Python code, whose errors are of many types
         raise UserInputError(f"--{flag} {path} is not an .npy file of numbers ({first_line(error)})") from None
     if not isinstance(array, np.ndarray):
         raise UserInputError(f"--{flag} {path} is an .npz archive: save its array as .npy")

@@ -34,9 +34,9 @@ def check_output_dir(config: TrainingConfig) -> None:
     Raises `UserInputError` if the run would mix with what the folder holds. Writes nothing.
     """
     output_dir = Path(config.output_dir)
+    check_writable("--output_dir", output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise UserInputError(f"--output_dir {output_dir} is a file: name a folder")
-    check_writable("--output_dir", output_dir)
     _check_apart_from_images(config)
     if not _is_used(output_dir):
         if config.resume_from_checkpoint is not None:
@@ -112,7 +112,7 @@ def _is_used(output_dir: Path) -> bool:
 def _check_apart_from_images(config: TrainingConfig) -> None:
     """Raises `UserInputError` if the output folder holds or lies in the training images."""
     name = config.dataset_name or config.train_data_dir or ""
-    output_dir, images = Path(config.output_dir).resolve(), Path(name).resolve()
+    output_dir, images = (Path(os.path.realpath(path)) for path in (config.output_dir, name))
     if not name or name == BUILT_IN_DATASET or not images.exists():
         return
     if images.is_relative_to(output_dir) or output_dir.is_relative_to(images):
