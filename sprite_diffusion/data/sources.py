@@ -3,9 +3,7 @@
 import glob
 import hashlib
 import os
-import stat
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,17 +11,17 @@ from typing import Any
 
 import datasets
 import numpy as np
-import xxhash
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from PIL import Image
 
 from sprite_diffusion.common.errors import UserInputError, first_line
 from sprite_diffusion.data.config import BUILT_IN_DATASET, DataConfig
-from sprite_diffusion.data.decoding import SkippedImage, name_image, skip_image
+from sprite_diffusion.data.decoding import SkippedImage, name_image
+from sprite_diffusion.data.image_folder import LocalFiles, find_local_files, list_image_folder
 from sprite_diffusion.data.labels import choose_class_names, spread_over_classes, to_class_ids
 from sprite_diffusion.data.sprites import CLASS_NAMES, draw_sprites
 
 BUILT_IN_SIZE = 8000
+STREAM_SHARDS = 64  # of which each reading process takes some
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Table:
     image_column: str
     label_column: str | None  # None if no labels are wanted, or there are none
     skipped_images: list[SkippedImage]  # files of a folder that are in no row
-    files: "LocalFiles | None"  # None if the rows are not on this machine
+    files: LocalFiles | None  # None if the rows are not on this machine
 
     @property
     def labels_name(self) -> str:
@@ -62,25 +60,6 @@ class Table:
     def known_class_names(self) -> list[str] | None:
         """Returns the names of the classes if the label column's type records them, else None."""
         return getattr(self.rows.features[self.label_column], "names", None)
-
-
-class LocalFiles:
-    """The files of a dataset on this machine: what tells whether one of them has changed."""
-
-    def __init__(self) -> None:
-        self._digest = xxhash.xxh3_128()
-        self.newest_change = 0.0  # seconds since 1970
-
-    def add(self, path: Path, status: os.stat_result) -> None:
-        """Takes a file into account. Copies may keep the time of modification, but nothing sets that of the change."""
-        times = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-        self._digest.update(os.fsencode(path) + repr(times).encode())
-        self.newest_change = max(self.newest_change, status.st_ctime)
-
-    @property
-    def identity(self) -> str:
-        """A hash of the files' names, sizes and times."""
-        return self._digest.hexdigest()
 
 
 def draw_built_in(config: DataConfig, with_labels: bool | None) -> Source:
@@ -120,7 +99,7 @@ def open_arrays(config: DataConfig, with_labels: bool | None) -> Source:
         class_labels, class_names = _read_label_array(config.labels_file, len(images), config)
     rows = spread_over_classes(class_labels, len(images), config.max_train_samples)
     files = LocalFiles()
-    files.add(Path(path).resolve(), os.stat(path))
+    files.add(os.path.realpath(path), os.stat(path))
     return Source(
         path,
         (files.identity,),
@@ -202,35 +181,35 @@ def _open_dataset(
     if config.dataset_name is None:
         assert config.train_data_dir is not None
         folder = _find_image_folder(Path(config.train_data_dir), config.dataset_split)
-        skipped_images, image_files = _check_image_files(folder, config)
+        found = list_image_folder(folder, config)
+        if found.has_only_images:
+            rows = found.as_rows()
+            shards = min(len(rows), STREAM_SHARDS)  # of which each reading process takes some
+            return (
+                str(folder),
+                rows.to_iterable_dataset(shards) if streaming else rows,
+                found.skipped_images,
+                found.files,
+            )
         # Not by `data_dir`: if some names hold "train", `datasets` would drop the files whose names don't.
         pattern = glob.escape(str(folder)) + "/**"
-        rows = _load("imagefolder", f"--train_data_dir {folder}", pattern, "train", config, streaming, image_files)
-        return str(folder), rows, skipped_images, image_files
+        rows = _load("imagefolder", f"--train_data_dir {folder}", pattern, "train", config, streaming, found.files)
+        return str(folder), rows, found.skipped_images, found.files
     name = config.dataset_name
     flag = f"--dataset_name {name}"
     if name.endswith(".parquet"):
         pattern = glob.escape(name) if Path(name).is_file() else name
-        files = _find_local_files(glob.glob(pattern))
+        files = find_local_files(glob.glob(pattern))
         return name, _load("parquet", flag, pattern, config.dataset_split, config, streaming, files), [], files
     files = None
     if Path(name).is_dir():
-        files = _find_local_files(glob.glob(f"{glob.escape(name)}/**", recursive=True))
+        files = find_local_files(glob.glob(f"{glob.escape(name)}/**", recursive=True))
     else:
         try:
             validate_repo_id(name)
         except HFValidationError:
             raise UserInputError(f"{flag}: no such folder, nor a name on the Hub") from None
     return name, _load(name, flag, None, config.dataset_split, config, streaming, files), [], files
-
-
-def _find_local_files(paths: list[str]) -> LocalFiles | None:
-    """Returns the facts about files and folders; None if there are none, as of a pattern on another machine."""
-    files = LocalFiles()
-    for path in sorted(paths):
-        with suppress(OSError):
-            files.add(Path(path).absolute(), os.stat(path))
-    return files if paths else None
 
 
 def _load(
@@ -293,45 +272,6 @@ def _find_image_folder(folder: Path, split: str) -> Path:
     elif split != "train":
         raise UserInputError(f"--dataset_split {split}: {folder} has no subfolder of this name")
     return folder
-
-
-def _check_image_files(folder: Path, config: DataConfig) -> tuple[list[SkippedImage], LocalFiles]:
-    """Returns what `datasets` would pass over in silence, and the facts about a folder's files.
-
-    It passes over broken links, linked folders and folders that can't be read. Raises `UserInputError` for the first
-    of these unless `--on_bad_image` is 'skip', if there is no image, and for a name that `datasets` can't read.
-    """
-    endings = Image.registered_extensions()
-    errors: list[OSError] = []
-    skipped_images = []
-    has_images = False
-    files = LocalFiles()
-    for parent, folders, names in os.walk(folder, onerror=errors.append):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))  # as `datasets` does
-        for path in (Path(parent, name) for name in folders):
-            if path.is_symlink():
-                skipped_images.append(skip_image(str(path), "is a link to a folder, which is not followed", config))
-        for path in (Path(parent, name) for name in sorted(names) if not name.startswith(".")):
-            try:
-                str(path).encode()
-            except UnicodeEncodeError:  # `datasets` refuses a folder that holds one such name, of whatever file
-                raise UserInputError(f"{path}: the name is not UTF-8, rename this file") from None
-            try:
-                status = path.stat()
-                files.add(path, status)
-                if path.suffix.lower() not in endings:
-                    continue
-                if stat.S_ISREG(status.st_mode):
-                    has_images = True
-                else:
-                    skipped_images.append(skip_image(str(path), "is not a file", config))
-            except OSError as error:
-                skipped_images.append(skip_image(str(path), f"can't be read ({error.strerror})", config))
-    for unreadable in errors:
-        skipped_images.append(skip_image(str(unreadable.filename), f"can't be read ({unreadable.strerror})", config))
-    if not has_images:
-        raise UserInputError(f"--train_data_dir {folder}: no image in this folder or below (such as .png or .jpg)")
-    return skipped_images, files
 
 
 def _find_column(
