@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
@@ -87,9 +88,12 @@ def run_command(command: Sequence[str], status: int = 0, **options: Any) -> subp
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """Ends a process by SIGKILL, as a machine that fails would."""
-    process.kill()
+    """Ends a process by SIGKILL, as a machine that fails would; a launcher with the processes that it launched."""
+    launched = psutil.Process(process.pid).children() if "launch" in process.args else []
+    for each in (process, *launched):
+        each.kill()
     process.communicate()
+    psutil.wait_procs(launched)
 
 
 def complaints(stderr: str) -> str:

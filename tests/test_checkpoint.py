@@ -6,14 +6,16 @@ import random
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from inspecting import assert_same_runs, read_scalars, wait_for
-from launching import TINY, complaints, finish, kill, start
+from launching import LAUNCH_TWO, PYTHON, TINY, complaints, finish, kill, start
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -39,7 +41,7 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def run_with_kills(script: str, flags: str, output_dir: Path, moments: list[str]) -> list[str]:
+def run_with_kills(start_run: Callable[[Path], subprocess.Popen], output_dir: Path, moments: list[str]) -> list[str]:
     """Starts a run again and again, kills it at each of `moments` and lets the last one finish.
 
     A moment is a pattern of files that are being written, or a number of seconds after the training began. Returns
@@ -47,7 +49,7 @@ def run_with_kills(script: str, flags: str, output_dir: Path, moments: list[str]
     """
     survived = []
     for moment in moments:
-        process = start(script, flags, output_dir)
+        process = start_run(output_dir)
         config = output_dir / "training_config.yaml"
         before = config.stat().st_mtime_ns if config.exists() else 0
         while process.poll() is None and not (config.exists() and config.stat().st_mtime_ns != before):
@@ -61,7 +63,7 @@ def run_with_kills(script: str, flags: str, output_dir: Path, moments: list[str]
             survived.append(moment)
         else:
             finish(process, process.returncode)
-    process = start(script, flags, output_dir)
+    process = start_run(output_dir)
     finish(process, 0 if len(survived) == len(moments) else process.wait())
     return survived
 
@@ -69,28 +71,37 @@ def run_with_kills(script: str, flags: str, output_dir: Path, moments: list[str]
 def test_a_killed_run_started_again_equals_the_one_never_stopped(tmp_path):
     flags = f"{EVERYTHING} --gradient_accumulation_steps 2 --random_flip --checkpoints_total_limit 2"
     flags += " --ddpm_num_inference_steps 30"
-    finish(start("train_conditional", flags, tmp_path / "whole"))
+    start_run = partial(start, "train_conditional", flags)
+    finish(start_run(tmp_path / "whole"))
     moments = ["checkpoint-*.partial", "samples/step-000005.png", "checkpoint-12"]  # the last step is 12
-    assert run_with_kills("train_conditional", flags, tmp_path / "killed", moments) == moments
+    assert run_with_kills(start_run, tmp_path / "killed", moments) == moments
     assert_same_runs(tmp_path / "whole", tmp_path / "killed")
 
 
+KINDS = {
+    "memory": "train_conditional --num_epochs 40 --evaluate_every 4 --keep_best_checkpoint --use_ema --random_flip "
+    "--max_train_samples 40 --gradient_accumulation_steps 2",
+    "stream": "train_unconditional --num_epochs 999 --max_train_steps 450 --train_data_dir {pictures} --streaming "
+    "--max_train_samples 24 --dataloader_num_workers 2",
+    "two processes": "train_conditional --num_epochs 999 --max_train_steps 450 --max_train_samples 37 --use_ema",
+    "wandb": "train_unconditional --num_epochs 999 --max_train_steps 450 --logger wandb",
+    "trackio": "train_unconditional --num_epochs 999 --max_train_steps 450 --logger trackio",
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["memory", "stream"])
-def test_a_run_survives_many_kills(tmp_path, pictures, source):
-    if source == "memory":
-        script, length = "train_conditional", "--num_epochs 40 --evaluate_every 4 --keep_best_checkpoint"
-        flags = f"{length} --max_train_samples 40 --gradient_accumulation_steps 2 --random_flip --use_ema"
-    else:
-        script, length = "train_unconditional", "--num_epochs 999 --max_train_steps 450"
-        flags = f"{length} --train_data_dir {pictures} --max_train_samples 24 --streaming --dataloader_num_workers 2"
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_survives_many_kills(tmp_path, pictures, kind):
+    script, flags = KINDS[kind].format(pictures=pictures).split(maxsplit=1)
     flags = f"{TINY} {flags} --save_images_steps 5 --save_images_epochs 3 --save_model_epochs 2 --snapshot_epochs 10"
-    flags += " --checkpoints_total_limit 3"
-    finish(start(script, flags, tmp_path / "whole"))
+    environment = {"WANDB_MODE": "offline", "WANDB_DATA_DIR": str(tmp_path), "TRACKIO_DIR": str(tmp_path / "trackio")}
+    launcher = LAUNCH_TWO if kind == "two processes" else PYTHON
+    start_run = partial(start, script, flags, launcher=launcher, environment=environment)
+    finish(start_run(tmp_path / "whole"))
     rng = random.Random(0)
     patterns = ["checkpoint-*.partial", "samples/*.partial", "staged.partial*", "snapshots/*.partial", "*.partial"]
     moments = [f"{rng.uniform(0, 2):.3f}" if i % 2 else patterns[i // 2 % len(patterns)] for i in range(26)]
-    survived = run_with_kills(script, flags, tmp_path / "killed", moments)
+    survived = run_with_kills(start_run, tmp_path / "killed", moments)
     print(f"{len(survived)} kills: {survived}")
     assert len(survived) >= 20
     assert sum("checkpoint" in moment for moment in survived) >= 2
