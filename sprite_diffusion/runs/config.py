@@ -1,6 +1,5 @@
 """The flags of a training run: defaults < `--config FILE.yaml` < flags."""
 
-import sys
 from argparse import ArgumentParser
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -8,10 +7,13 @@ from typing import Any, Literal
 
 import yaml
 
-from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.common.errors import UserInputError, keep_secret, mask_secrets
 from sprite_diffusion.common.flags import (
+    MAX_COUNT,
     MAX_SEED,
     as_flags,
+    check_text,
+    check_token,
     default_of,
     flag,
     make_parser,
@@ -20,6 +22,14 @@ from sprite_diffusion.common.flags import (
 )
 from sprite_diffusion.common.run_files import check_logging_dir
 from sprite_diffusion.data.config import BUILT_IN_DATASET, DataConfig
+
+# What larger values than these would do is to fill every memory.
+MAX_WORKERS = 1024
+MAX_CHANNELS = 2**16
+MAX_LAYERS = 1000
+MAX_TIMESTEPS = 10**6  # each has a row in the scheduler's tables
+MAX_IMAGES = 2**20  # of an optimizer step, whose noise is drawn at once
+MAX_GRID = 2**16  # images of a sample grid
 
 
 @dataclass
@@ -44,7 +54,7 @@ class TrainingConfig(DataConfig):
         "Accepted for the official script's users: 16-bit images always keep their range here.",
         changes="nothing",
     )
-    dataloader_num_workers: int = flag(0, "Processes that read a streamed dataset.", at_least=0)
+    dataloader_num_workers: int = flag(0, "Processes that read a streamed dataset.", at_least=0, at_most=MAX_WORKERS)
 
     # Network
     model_class: Literal["UNet2DModel", "ContextUNet2DModel", "BasicUNet2DModel"] = flag(
@@ -54,11 +64,15 @@ class TrainingConfig(DataConfig):
         None, "A config.json of a UNet2DModel, its folder or its Hub id; in place of the next four."
     )
     block_out_channels: list[int] = flag(
-        [128, 128, 256, 256, 512, 512], "Channels of each level; ContextUNet2DModel takes one number."
+        [128, 128, 256, 256, 512, 512],
+        "Channels of each level; ContextUNet2DModel takes one number.",
+        at_most=MAX_CHANNELS,
     )
     attention_levels: list[int] = flag([5], "Levels with self-attention, 1 = full resolution; 0 = none.")
-    layers_per_block: int = flag(2, "Residual blocks per level.", at_least=1)
-    attention_head_dim: int = flag(8, "Channels per attention head; 32 or 64 is faster than the default.", at_least=1)
+    layers_per_block: int = flag(2, "Residual blocks per level.", at_least=1, at_most=MAX_LAYERS)
+    attention_head_dim: int = flag(
+        8, "Channels per attention head; 32 or 64 is faster than the default.", at_least=1, at_most=MAX_CHANNELS
+    )
     norm_type: Literal["group", "batch"] = flag("group", "Normalisation of ContextUNet2DModel.")
     gradient_checkpointing: bool = flag(
         False, "Less memory: activations of UNet2DModel's blocks are calculated again in the backward pass."
@@ -72,7 +86,7 @@ class TrainingConfig(DataConfig):
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = flag(
         "epsilon", "What the network predicts: the noise, the clean image, or the velocity."
     )
-    ddpm_num_steps: int = flag(1000, "Steps of the forward process, T.", at_least=1)
+    ddpm_num_steps: int = flag(1000, "Steps of the forward process, T.", at_least=1, at_most=MAX_TIMESTEPS)
     ddpm_num_inference_steps: int = flag(1000, "Steps of the sample grids.", at_least=1)
     ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] = flag(
         "linear", "How beta grows from `beta_start` to `beta_end`."
@@ -82,17 +96,17 @@ class TrainingConfig(DataConfig):
     noise_type: Literal["gaussian", "uniform"] = flag("gaussian", "Noise of LinearCorruptionScheduler.")
 
     # Optimisation
-    train_batch_size: int = flag(16, "Images per process and micro-batch.", at_least=1)
-    num_epochs: int = flag(100, "Passes over the data.", at_least=1)
+    train_batch_size: int = flag(16, "Images per process and micro-batch.", at_least=1, at_most=MAX_IMAGES)
+    num_epochs: int = flag(100, "Passes over the data.", at_least=1, at_most=MAX_COUNT)
     max_train_steps: int | None = flag(
-        None, "Optimizer steps; ends the run before `num_epochs` if smaller.", at_least=1
+        None, "Optimizer steps; ends the run before `num_epochs` if smaller.", at_least=1, at_most=MAX_COUNT
     )
-    gradient_accumulation_steps: int = flag(1, "Micro-batches per optimizer step.", at_least=1)
+    gradient_accumulation_steps: int = flag(1, "Micro-batches per optimizer step.", at_least=1, at_most=MAX_IMAGES)
     learning_rate: float = flag(1e-4, "Learning rate after the warm-up.", above=0)
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
     ] = flag("cosine", "Learning-rate schedule, counted in optimizer steps.")
-    lr_warmup_steps: int = flag(500, "Optimizer steps of the warm-up.", at_least=0)
+    lr_warmup_steps: int = flag(500, "Optimizer steps of the warm-up.", at_least=0, at_most=MAX_COUNT)
     adam_beta1: float = flag(0.95, "AdamW's beta1.", at_least=0, below=1)
     adam_beta2: float = flag(0.999, "AdamW's beta2.", at_least=0, below=1)
     adam_weight_decay: float = flag(1e-6, "AdamW's weight decay; 0 makes it Adam.", at_least=0)
@@ -119,39 +133,57 @@ class TrainingConfig(DataConfig):
         10,
         "Stop after N steps in a row whose loss or gradient is not finite; fewer are skipped.",
         at_least=1,
+        at_most=MAX_COUNT,
         changes="nothing",
     )
-    local_rank: int = flag(-1, "Accepted for old launchers; accelerate finds the rank itself.", changes="nothing")
+    local_rank: int = flag(
+        -1,
+        "Accepted for old launchers; accelerate finds the rank itself.",
+        at_least=-1,
+        at_most=MAX_COUNT,
+        changes="nothing",
+    )
 
     # Output
     output_dir: str = flag("ddpm-model-64", "Folder of the run.", changes="nothing")
     overwrite_output_dir: bool = flag(
         False, "Remove the earlier run in `output_dir` first.", changes="nothing", saved=False
     )
-    save_images_epochs: int = flag(10, "A sample grid every N epochs and at the end.", at_least=1, changes="nothing")
-    save_images_steps: int | None = flag(
-        None, "A sample grid every N optimizer steps as well.", at_least=1, changes="nothing"
+    save_images_epochs: int = flag(
+        10, "A sample grid every N epochs and at the end.", at_least=1, at_most=MAX_COUNT, changes="nothing"
     )
-    eval_batch_size: int = flag(16, "Images per sample grid (train_conditional.py: per class).", at_least=1)
+    save_images_steps: int | None = flag(
+        None, "A sample grid every N optimizer steps as well.", at_least=1, at_most=MAX_COUNT, changes="nothing"
+    )
+    eval_batch_size: int = flag(
+        16, "Images per sample grid (train_conditional.py: per class).", at_least=1, at_most=MAX_GRID
+    )
     guidance_scale: float = flag(
         1.0, "Classifier-free guidance of the sample grids (train_conditional.py); 1 = none.", at_least=1
     )
     save_model_epochs: int = flag(
-        10, "Write the pipeline every N epochs and at the end.", at_least=1, changes="nothing"
+        10, "Write the pipeline every N epochs and at the end.", at_least=1, at_most=MAX_COUNT, changes="nothing"
     )
     evaluate_every: int | None = flag(
         None,
         "Calculate metrics every N epochs and at the end, of fewer images than calculate_metrics.py.",
         at_least=1,
+        at_most=MAX_COUNT,
         changes="nothing",
     )
     snapshot_epochs: int | None = flag(
-        None, "Keep a pipeline under `snapshots/` every N epochs.", at_least=1, changes="nothing"
+        None, "Keep a pipeline under `snapshots/` every N epochs.", at_least=1, at_most=MAX_COUNT, changes="nothing"
     )
     checkpointing_steps: int = flag(
-        500, "Write a checkpoint to resume from every N optimizer steps.", at_least=1, changes="nothing"
+        500,
+        "Write a checkpoint to resume from every N optimizer steps.",
+        at_least=1,
+        at_most=MAX_COUNT,
+        changes="nothing",
     )
-    checkpoints_total_limit: int | None = flag(None, "Keep the newest N checkpoints.", at_least=1, changes="nothing")
+    checkpoints_total_limit: int | None = flag(
+        None, "Keep the newest N checkpoints.", at_least=1, at_most=MAX_COUNT, changes="nothing"
+    )
     keep_best_checkpoint: bool = flag(
         False, "Keep the checkpoint of the lowest Frechet distance besides. Needs `evaluate_every`.", changes="nothing"
     )
@@ -162,13 +194,19 @@ class TrainingConfig(DataConfig):
         saved=False,
     )
     shutdown_grace: float = flag(
-        30.0, "Seconds from SIGTERM or SIGINT to the end, with a checkpoint or without.", above=0, changes="nothing"
+        30.0,
+        "Seconds from SIGTERM or SIGINT to the end, with a checkpoint or without.",
+        above=0,
+        at_most=MAX_COUNT,
+        changes="nothing",
     )
     logger: Literal["tensorboard", "wandb", "trackio", "all", "none"] = flag(
         "tensorboard", "Experiment tracker; 'all': each of the three that is installed.", changes="nothing"
     )
     logging_dir: str = flag("logs", "Folder of the trackers, inside `output_dir`.", changes="nothing")
-    logging_steps: int = flag(10, "Log the mean loss every N optimizer steps.", at_least=1, changes="nothing")
+    logging_steps: int = flag(
+        10, "Log the mean loss every N optimizer steps.", at_least=1, at_most=MAX_COUNT, changes="nothing"
+    )
 
     # Hub
     push_to_hub: bool = flag(False, "Upload the pipeline, beside the training.", changes="nothing")
@@ -184,7 +222,11 @@ class TrainingConfig(DataConfig):
     hub_private_repo: bool = flag(False, "Create the repository as private.", changes="nothing")
 
     def __post_init__(self) -> None:
+        if self.hub_token is not None:
+            keep_secret(str(self.hub_token))  # before anything that could print it
         super().__post_init__()
+        if self.hub_token is not None or self.push_to_hub:
+            check_token(self.hub_token)
         check_logging_dir(self.logging_dir)
         if not self.beta_start <= self.beta_end < 1:
             raise UserInputError(f"--beta_end is {self.beta_end}: it must lie between --beta_start and 1")
@@ -194,6 +236,11 @@ class TrainingConfig(DataConfig):
             raise UserInputError(
                 f"--ddpm_num_inference_steps is {self.ddpm_num_inference_steps}: "
                 f"it can't exceed --ddpm_num_steps, {self.ddpm_num_steps}"
+            )
+        if self.total_batch_size(num_processes=1) > MAX_IMAGES:
+            raise UserInputError(
+                f"--train_batch_size {self.train_batch_size} and --gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps}: an optimizer step of more than {MAX_IMAGES:,} images"
             )
         if self.streaming and self.max_train_steps is None:
             raise UserInputError("--streaming needs --max_train_steps: the length of a stream is not known")
@@ -207,9 +254,13 @@ class TrainingConfig(DataConfig):
         return num_processes * self.train_batch_size * self.gradient_accumulation_steps
 
     def save(self, path: Path) -> None:
-        """Writes the file that repeats this run with `--config PATH`; the token is never in it."""
+        """Writes the file that repeats this run with `--config PATH`; a token is never in it."""
         saved = {flag.name for flag in fields(self) if flag.metadata["saved"]}
-        values = {name: value for name, value in asdict(self).items() if name in saved}
+        values = {
+            name: mask_secrets(value) if isinstance(value, str) else value
+            for name, value in asdict(self).items()
+            if name in saved
+        }
         path.write_text(yaml.safe_dump(values, sort_keys=False))
 
     def differences(self, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -230,13 +281,11 @@ def parse_config(argv: list[str], default_preset: str) -> TrainingConfig:
     """
     parser = make_parser(TrainingConfig)
     flags = parse_known(parser, argv, [flag.name for flag in fields(TrainingConfig)])
+    if flags.config is not None:
+        check_text("config", flags.config)
     path = None if flags.config is None else find_preset(flags.config)
     if path is None and flags.train_data_dir is None and flags.dataset_name in (None, BUILT_IN_DATASET):
         path = presets_dir() / default_preset
-    if flags.hub_token is not None:
-        # W&B records the command line.
-        hidden = {flags.hub_token: "***", f"--hub_token={flags.hub_token}": "--hub_token=***"}
-        sys.argv[:] = [hidden.get(argument, argument) for argument in sys.argv]
     if path is None:
         return TrainingConfig(**vars(flags))
     yaml_argv = _read_as_flags(path, parser)
@@ -268,8 +317,12 @@ def load_preset(name: str, **changes: Any) -> TrainingConfig:
 
 
 def _read_as_flags(path: Path, parser: ArgumentParser) -> list[str]:
-    names = [flag.name for flag in fields(TrainingConfig) if flag.name != "config"]
-    return as_flags(read_yaml(path), path, parser, names)
+    """Returns the `--config` file as a command line. Raises `UserInputError` if it is not one of flags."""
+    source = f"--config {path}"
+    values = read_yaml(path, source)
+    if "config" in values:
+        raise UserInputError(f"{source}: take 'config' out: one such file can't name another")
+    return as_flags(values, source, parser, [flag.name for flag in fields(TrainingConfig)])
 
 
 def presets_dir() -> Path:
