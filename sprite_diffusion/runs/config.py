@@ -256,21 +256,24 @@ class TrainingConfig(DataConfig):
     def save(self, path: Path) -> None:
         """Writes the file that repeats this run with `--config PATH`; a token is never in it."""
         saved = {flag.name for flag in fields(self) if flag.metadata["saved"]}
-        values = {
-            name: mask_secrets(value) if isinstance(value, str) else value
-            for name, value in asdict(self).items()
-            if name in saved
-        }
+        values = {name: _mask(value) for name, value in asdict(self).items() if name in saved}
         path.write_text(yaml.safe_dump(values, sort_keys=False))
 
     def differences(self, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Returns the flags that change the numbers of a run, with their values in a saved configuration and here."""
         pairs = {
-            flag.name: (saved.get(flag.name, default_of(flag)), getattr(self, flag.name))
+            flag.name: (saved.get(flag.name, default_of(flag)), _mask(getattr(self, flag.name)))
             for flag in fields(self)
             if flag.metadata["changes"] != "nothing"
         }
         return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
+
+
+def _mask(value: Any) -> Any:
+    """Returns the value of a flag without the tokens that may stand in its text."""
+    if isinstance(value, list):
+        return [_mask(item) for item in value]
+    return mask_secrets(value) if isinstance(value, str) else value
 
 
 def parse_config(argv: list[str], default_preset: str) -> TrainingConfig:
