@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -176,8 +176,9 @@ class ClosedFormDDPMScheduler(SchedulerMixin, ConfigMixin):
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
     ):
-        # `from_config` replaces values left at our defaults by the other class's defaults, and Heun's betas differ.
-        self.register_to_config(_use_default_values=[])
+        if "_use_default_values" in self.config:
+            # `from_config` replaces the values listed there by the other class's defaults, and Heun's betas differ.
+            self.register_to_config(_use_default_values=[])
         # None is in the config of a DPM-Solver scheduler; diffusers' DDPMScheduler then samples as fixed_small.
         if variance_type is None:
             self.register_to_config(variance_type="fixed_small")
@@ -225,6 +226,28 @@ class ClosedFormDDPMScheduler(SchedulerMixin, ConfigMixin):
                 " prediction_type='v_prediction', or larger betas.",
                 stacklevel=4,  # the caller of the constructor, outside of register_to_config
             )
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> "ClosedFormDDPMScheduler | tuple[ClosedFormDDPMScheduler, dict[str, Any]]":
+        """
+        Make a scheduler from the config of another one, or from a file's, as diffusers does.
+
+        Args:
+            config (`dict`): The config.
+            return_unused_kwargs (`bool`, defaults to `False`): Whether to return the values that were not used too.
+            kwargs: Values that take the place of those in `config`.
+
+        Returns:
+            [`ClosedFormDDPMScheduler`] or `tuple`: The scheduler, and the unused values.
+        """
+        result = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        scheduler = result[0] if isinstance(result, tuple) else result
+        if "_class_name" not in config:
+            # The scheduler is not from a file: as in a new one, no value counts as left at its default.
+            scheduler.register_to_config(_use_default_values=[])
+        return result
 
     @property
     def betas(self) -> torch.Tensor:

@@ -64,6 +64,9 @@ class LinearCorruptionScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         if noise_type not in NOISE_TYPES:
             raise ValueError(f"Unknown noise_type {noise_type!r}; known are {', '.join(NOISE_TYPES)}.")
+        if "_use_default_values" in self.config:
+            # `from_config` loses the values listed there, among which are those that were given by position.
+            self.register_to_config(_use_default_values=[])
         self.set_timesteps(num_train_timesteps)
 
     def __len__(self) -> int:

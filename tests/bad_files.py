@@ -1,6 +1,7 @@
 """Makes good and bad files of every kind that users may name in a flag, for test_bad_input.py."""
 
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -27,6 +28,11 @@ def make_files(folder: Path, run_script: Callable[..., None]) -> None:
 
 def change_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def replace_by_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
 
 
 def make_pictures(folder: Path) -> None:
@@ -142,11 +148,29 @@ def make_configs(folder: Path) -> None:
         "date": "seed: 2020-01-01\n",
         "choice": "resize_mode: stretch\n",
         "itself": "config: own.yaml\n",
+        "twice": "seed: 1\nseed: 2\n",
+        "base_sixty": "seed: 16:16\n",
+        "deep": f"seed: {3000 * '['}{3000 * ']'}\n",
+        "large": "# as a data file that was named by mistake\n" * 10_000,
+        "laughs": "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{9 * f'*a{i - 1}, '}]\n" for i in range(1, 10)),
+        "merged": "<<: {seed: 1}\n",
+        "digits": f"seed: {5000 * '9'}\n",
+        "two_documents": "seed: 1\n---\nseed: 2\n",
+        "blank": "dataset_split: ' '\n",
+        "nul": 'image_column: "a\\0b"\n',
+        "mapping": "hub_model_id: {a: 1}\n",
+        "no_items": "use_ema: []\n",
+        "null_item": "class_names: [a, null]\n",
+        "tagged": "seed: !!int 010\n",
+        "token": "hub_token: hf_one two\n",
     }
     for name, text in texts.items():
         (folder / f"{name}.yaml").write_text(text)
     (folder / "binary.yaml").write_bytes(b"\xff\xfe\x00a")
     (folder / "control.yaml").write_bytes(b"seed: \x00")
+    (folder / "wide_text.yaml").write_text("seed: 1\n", encoding="utf-16")
+    (folder / "circle.yaml").symlink_to("circle.yaml")
+    os.mkfifo(folder / "pipe")
     (folder / "unet.json").write_text(json.dumps({"_class_name": "UNet2DModel", "in_channels": 3}))
     (folder / "broken.json").write_text("{")
     (folder / "unet_types.json").write_text(
@@ -212,9 +236,13 @@ def make_models(folder: Path, run_script: Callable[..., None]) -> None:
     change("config_list", lambda run: (run / "training_config.yaml").write_text("[]"))
     change("config_unknown", lambda run: (run / "training_config.yaml").write_text("no_such_key: 1\n"))
     change("config_short", lambda run: (run / "training_config.yaml").write_text("seed: 1\n"))
+    change("config_deep", lambda run: (run / "training_config.yaml").write_text(f"seed: {3000 * '['}"))
+    change("config_twice", lambda run: (run / "training_config.yaml").write_text("seed: 1\nseed: 2\n"))
+    change("config_pipe", lambda run: replace_by_pipe(run / "training_config.yaml"))
     change("metrics_broken", lambda run: (run / "metrics.json").write_text("{"))
     change("card_binary", lambda run: (run / "README.md").write_bytes(b"\xff\xfe"))
     change("card_broken", lambda run: (run / "README.md").write_text("---\na: [1\n---\n"))
+    change("card_half", lambda run: (run / "README.md").write_text("<!-- from the run: begin -->\nMine.\n"))
 
 
 def make_course_checkpoints(folder: Path) -> None:

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 from bad_files import GARBLED_HEADERS, make_files
 from launching import TINY, finish, start
+from tqdm.auto import tqdm
+
+from sprite_diffusion.common.errors import UserInputError, exits_on_user_error
 
 PROGRESS_BAR = re.compile(r"\d+/\d+ \[")
 
@@ -103,6 +106,31 @@ TRAIN_UNCONDITIONAL = [
     ("--guidance_scale nan", "--guidance_scale is nan"),
     ("--guidance_scale inf", "--guidance_scale is inf"),
     ("--guidance_scale 0.5", "--guidance_scale is 0.5"),
+    *(
+        (f"--{name} {10**30}", f"--{name} is 1{30 * '0'}: it must be at ")
+        for name in (
+            "max_train_samples dataloader_num_workers layers_per_block attention_head_dim ddpm_num_steps "
+            "train_batch_size num_epochs max_train_steps gradient_accumulation_steps lr_warmup_steps "
+            "max_skipped_steps local_rank save_images_epochs save_images_steps eval_batch_size save_model_epochs "
+            "evaluate_every snapshot_epochs checkpointing_steps checkpoints_total_limit logging_steps"
+        ).split()
+    ),
+    *(
+        (f"--{name}=", f"--{name} is empty: give a value, or leave the flag out")
+        for name in (
+            "config resolution class_names background dataset_name dataset_config_name dataset_split train_data_dir "
+            "cache_dir image_column label_column labels_file model_config_name_or_path resume_from_checkpoint "
+            "logging_dir hub_token hub_model_id"
+        ).split()
+    ),
+    ("--output_dir= --seed 1", "--output_dir is empty"),
+    ("--block_out_channels 1000000000000000000000 8", "--block_out_channels is 1000000000000000000000: it must be at"),
+    ("--resolution 1000000000000", "--resolution is '1000000000000'", "1 to 16384"),
+    ("--resolution 99999x8", "--resolution is '99999x8'"),
+    ("--shutdown_grace 1e300", "--shutdown_grace is 1e+300"),
+    ("--train_batch_size 100000 --gradient_accumulation_steps 100000", "--gradient_accumulation_steps 100000"),
+    ("--hub_token short", "--hub_token is not a token"),
+    ("--hub-token=hf_ümlaut_token", "--hub_token is not a token"),
     # folders
     ("--output_dir {0}/run", "--output_dir {0}/run holds a finished run", "--overwrite_output_dir"),
     ("--output_dir {0}/file", "--output_dir {0}/file is a file"),
@@ -131,12 +159,32 @@ TRAIN_UNCONDITIONAL = [
     ("--config {0}/tag.yaml", "--config {0}/tag.yaml is not YAML"),
     ("--config {0}/number.yaml", "unknown key '1'"),
     ("--config {0}/none.yaml", "--config {0}/none.yaml", "seed"),
-    ("--config {0}/bomb.yaml", "--config {0}/bomb.yaml", "unknown key 'a'"),
+    ("--config {0}/bomb.yaml", "--config {0}/bomb.yaml", "line 1: anchors and aliases are not taken"),
     ("--config {0}/date.yaml", "--config {0}/date.yaml", "seed"),
     ("--config {0}/choice.yaml", "--config {0}/choice.yaml", "resize_mode", "crop"),
     ("--config {0}/itself.yaml", "--config {0}/itself.yaml", "'config'"),
     ("--config {0}/binary.yaml", "--config {0}/binary.yaml"),
     ("--config {0}/control.yaml", "--config {0}/control.yaml"),
+    ("--config {0}/twice.yaml", "--config {0}/twice.yaml", "line 2: the key 'seed' stands there twice"),
+    ("--config {0}/base_sixty.yaml", "--config {0}/base_sixty.yaml", "'16:16'"),
+    ("--config {0}/deep.yaml", "--config {0}/deep.yaml", "nested too deeply"),
+    ("--config {0}/large.yaml", "--config {0}/large.yaml", "at most 262,144 bytes"),
+    ("--config {0}/laughs.yaml", "--config {0}/laughs.yaml", "aliases are not taken"),
+    ("--config {0}/merged.yaml", "--config {0}/merged.yaml", "unknown key '<<'"),
+    ("--config {0}/digits.yaml", "--config {0}/digits.yaml", "seed"),
+    ("--config {0}/two_documents.yaml", "--config {0}/two_documents.yaml", "line 2"),
+    ("--config {0}/wide_text.yaml", "--config {0}/wide_text.yaml can't be read", "utf-8"),
+    ("--config {0}/pipe", "--config {0}/pipe can't be read: it is not a regular file"),
+    ("--config /dev/zero", "--config /dev/zero can't be read: it is not a regular file"),
+    ("--config {0}/pictures", "--config {0}/pictures can't be read: it is not a regular file"),
+    ("--config {0}/circle.yaml", "--config {0}/circle.yaml"),
+    ("--config {0}/blank.yaml", "--dataset_split is empty"),
+    ("--config {0}/nul.yaml", "--image_column", "NUL"),
+    ("--config {0}/mapping.yaml", "--config {0}/mapping.yaml", "'hub_model_id' takes a value"),
+    ("--config {0}/no_items.yaml", "--config {0}/no_items.yaml", "'use_ema' takes one value, not 0"),
+    ("--config {0}/null_item.yaml", "--config {0}/null_item.yaml", "'class_names' takes a value"),
+    ("--config {0}/tagged.yaml", "--config {0}/tagged.yaml", "'seed' takes a value", "without tags"),
+    ("--config {0}/token.yaml", "--hub_token is not a token"),
     # data
     ("--train_data_dir {0}/missing", "--train_data_dir {0}/missing: no such folder"),
     ("--train_data_dir {0}/file", "--train_data_dir {0}/file: no such folder"),
@@ -192,7 +240,7 @@ TRAIN_UNCONDITIONAL = [
     # output folder
     (f"--output_dir {{1}}/{'x' * 300}", "File name too long", "give another name"),
     (f"--output_dir {{1}}/{'x/' * 3000}", "File name too long", "give another name"),
-    ("--output_dir {1}/a\0b", "null byte", "give another name"),
+    ("--output_dir {1}/a\0b", "--output_dir {1}/a", "take the NUL character out"),
     ("--output_dir {0}/dangling", "{0}/dangling is a link that leads nowhere"),
     ("--output_dir {0}/dangling/below", "{0}/dangling is a link that leads nowhere"),
     ("--output_dir {0}/loop", "{0}/loop is a link that leads nowhere"),
@@ -392,6 +440,10 @@ HUB = [
     ("card {0}/index_list", "{0}/index_list is not the output folder of a run"),
     ("card {0}/card_binary", "{0}/card_binary"),
     ("card {0}/card_broken", "{0}/card_broken"),
+    ("card {0}/card_half", "README.md has the line '<!-- from the run: begin -->', but no"),
+    ("card {0}/config_pipe", "{0}/config_pipe/training_config.yaml can't be read: it is not a regular file"),
+    ("card {0}/config_deep", "{0}/config_deep is not the output folder of a run", "nested too deeply"),
+    ("card {0}/config_twice", "{0}/config_twice/training_config.yaml", "the key 'seed' stands there twice"),
 ]
 CONVERT = [
     ("", "checkpoint"),
@@ -404,6 +456,7 @@ CONVERT = [
         (f"{{0}}/{name}.pth {{1}}/new", f"{{0}}/{name}.pth is not a")
         for name in ("few other list tensor keys values shapes scalars text empty pickle cut bytes").split()
     ),
+    ("{0}/pickle.pth {1}/new", "it is damaged, or holds other objects than weights, which are not loaded"),
 ]
 CASES = [
     *(("train_unconditional", f"{TINY} {flags}", *rest) for flags, *rest in TRAIN_UNCONDITIONAL),
@@ -427,10 +480,31 @@ def test_one_line_names_what_to_change(case, run_script, folder, tmp_path, monke
     *before_it, error = capfd.readouterr().err.replace("\r", "\n").strip().splitlines()
     assert error.startswith("error: ")
     for fragment in fragments:
-        assert fragment.format(folder) in error
+        assert fragment.format(folder, tmp_path) in error
     assert not [line for line in before_it if line.strip() and not PROGRESS_BAR.search(line)]
     assert times_of_change(folder) == before
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("leave", [True, False])
+def test_error_begins_on_a_line_of_its_own(leave, capfd):
+    """While a progress bar stands on the last line."""
+
+    @exits_on_user_error
+    def main() -> None:
+        bar = tqdm(total=2, desc="reading", leave=leave)
+        bar.update()
+        bar.refresh()
+        raise UserInputError(f"1.png is damaged, after {bar.n} of 2")
+
+    with pytest.raises(SystemExit):
+        main()
+    error = capfd.readouterr().err
+    assert "reading:  50%" in error
+    before, _, message = error.partition("error: ")
+    assert before[-1] in "\n\r"
+    assert before.endswith("\n" if leave else " \r")  # a bar that does not stay is wiped
+    assert message == "1.png is damaged, after 1 of 2\n"
 
 
 def test_no_traceback_from_the_program_itself(tmp_path):

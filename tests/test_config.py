@@ -1,19 +1,25 @@
 """Tests how flags, YAML files and presets become a configuration and a network, as in diffusers' official script."""
 
+import os
 import re
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from launching import REPOSITORY
 
-from sprite_diffusion.common.errors import UserInputError
-from sprite_diffusion.runs.config import TrainingConfig, parse_config
+from sprite_diffusion.common.errors import UserInputError, mask_secrets
+from sprite_diffusion.common.flags import read_yaml
+from sprite_diffusion.data.config import parse_data_flags
+from sprite_diffusion.runs.config import TrainingConfig, load_preset, parse_config
 from sprite_diffusion.training.build import build_model, build_noise_scheduler, check_network
 
 PRESETS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+# A billion items in ten lines, "the billion laughs".
+NESTED_ALIASES = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join(10 * [f'*a{i - 1}'])}]\n" for i in range(1, 10))
 
 
 def parse(flags: str = "", preset: str = "smoke_cpu.yaml") -> TrainingConfig:
@@ -72,17 +78,156 @@ def test_data_of_the_user_gets_the_official_defaults_and_built_in_data_the_prese
         ("resolution: 3y4", "--resolution is '3y4'"),
         ("train_batch_size: 0", "--train_batch_size is 0: it must be at least 1"),
         ("learning_rate: -1", r"--learning_rate is -1.0: it must be above 0"),
-        ("learning_rate: .nan", "--learning_rate is nan"),
+        ("learning_rate: .nan", "learning_rate.*invalid float value: '.nan'"),
+        ("learning_rate: nan", "--learning_rate is nan"),
         ("label_dropout: 1", "--label_dropout is 1.0"),
         ("beta_end: 1e-5", "--beta_end"),
         ("streaming: true", "--streaming needs --max_train_steps"),
         ("ddpm_num_steps: 10", "--ddpm_num_inference_steps is 1000: it can't exceed --ddpm_num_steps"),
+        ("seed: 1\nnum_epochs: 2\nseed: 3", "line 3: the key 'seed' stands there twice"),
+        ("seed: 16:16", "seed.*invalid int value: '16:16'"),
+        ("seed: 0x10", "seed.*invalid int value: '0x10'"),
+        ("seed: !!int 010", "'seed' takes a value or a list of values, plain and without tags"),
+        ("output_dir: {a: 1}", "'output_dir' takes a value or a list of values"),
+        ("class_names: [a, [b]]", "'class_names' takes a value or a list of values"),
+        ("class_names: [a, null]", "'class_names' takes a value or a list of values"),
+        ("use_ema: []", "'use_ema' takes one value, not 0"),
+        ("config: other.yaml", "take 'config' out: one such file can't name another"),
+        ("seed: &a 1\nnum_epochs: *a", "line 1: anchors and aliases are not taken"),
+        ("seed: " + 3000 * "[", "brackets are nested too deeply|expected the node content"),
+        ("output_dir: ' '", "--output_dir is empty"),
+        ('output_dir: "a\\0b"', "--output_dir.*NUL"),
+        ("hub_token: hf_secret [", "config.yaml is not YAML.*line 1|--hub_token is not a token"),
     ],
 )
 def test_wrong_files(tmp_path, text, message):
     with pytest.raises(UserInputError, match=message) as error:
         parse(f"--config {write(tmp_path, text)}")
     assert "\n" not in str(error.value)
+
+
+def test_values_of_a_file_are_read_as_people_read_them(tmp_path):
+    """PyYAML takes 010 for 8, 16:16 for 976, 1_0 for 10, and yes, no, on and off for bools."""
+    text = """
+        seed: 010
+        learning_rate: 1e-3
+        class_names: [010, 1.50, yes, off, true, 16:16, 0x10, 2020-01-01]
+        dataset_config_name: 1.10
+        compile: off
+        mixed_precision: no
+        use_ema: on
+        random_flip: yes
+        center_crop: true
+        snr_gamma: null
+        max_train_steps:
+    """
+    config = parse(f"--config {write(tmp_path, text)} --dataset_name me/pictures")
+    assert (config.seed, config.learning_rate, config.dataset_config_name) == (10, 1e-3, "1.10")
+    assert config.class_names == ["010", "1.50", "yes", "off", "true", "16:16", "0x10", "2020-01-01"]
+    assert (config.compile, config.mixed_precision) == ("off", "no")
+    assert config.use_ema is config.random_flip is config.center_crop is True
+    assert config.snr_gamma is config.max_train_steps is None
+
+
+@pytest.mark.parametrize(
+    "text", ["010", "1e5", "1.50", "16:16", "no", "on", "null", "~", "- a", "a: b", "# a", "'", "é"]
+)
+def test_saved_text_comes_back_as_it_was(text, tmp_path):
+    path = tmp_path / "saved.yaml"
+    config = TrainingConfig(dataset_name=text, class_names=[text, "other"], hub_model_id=text)
+    config.save(path)
+    again = load_preset(str(path))
+    assert (again.dataset_name, again.class_names, again.hub_model_id) == (text, [text, "other"], text)
+    assert config.differences(read_yaml(path, typed=True)) == {}
+
+
+def test_token_is_in_no_message_about_its_file(tmp_path):
+    token = "hf_" + 34 * "a"
+    for text in (f"hub_token: {token} [", f"hub_token: [{token}", f"hub_token: {token} b", f"{token}: 1"):
+        with pytest.raises(UserInputError) as error:
+            parse(f"--config {write(tmp_path, text)}")
+        assert token not in mask_secrets(str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.mkdir(), "it is not a regular file"),
+        (os.mkfifo, "it is not a regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "it is not a regular file"),
+        (lambda path: path.symlink_to(path), "can't be read"),
+        (lambda path: path.write_text("# much\n" * 2**16), "at most 262,144 bytes"),
+        (lambda path: path.write_bytes("output_dir: é".encode("latin-1")), "can't be read: 'utf-8'"),
+        (lambda path: path.write_text(NESTED_ALIASES), "aliases are not taken"),
+        (lambda path: path.write_text("seed: " + 3000 * "[" + 3000 * "]"), "nested too deeply"),
+        (lambda path: path.write_text("seed: " + 3000 * "{a: " + 3000 * "}"), "nested too deeply"),
+        (lambda path: path.write_text("seed: " + 5000 * "9"), "seed: invalid int value"),
+    ],
+)
+def test_no_file_hangs_or_breaks_the_reader(make, message, tmp_path):
+    path = tmp_path / "config.yaml"
+    make(path)
+    with pytest.raises(UserInputError, match=message):
+        parse(f"--config {path}")
+    with pytest.raises(UserInputError, match=re.escape(str(path))) as error:
+        parse_data_flags([], path)
+    assert "--config" not in str(error.value)  # a run's saved flags are named by their file
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": "x"}, r"--seed is 'x' \(str\): it must be an int"),
+        ({"seed": 1.0}, r"--seed is 1.0 \(float\)"),
+        ({"seed": True}, r"--seed is True \(bool\)"),
+        ({"seed": None}, r"--seed is None"),
+        ({"seed": np.int64(1)}, r"--seed is .*\(int64\): it must be an int"),
+        ({"learning_rate": "1e-4"}, r"--learning_rate is '1e-4' \(str\): it must be a float or an int"),
+        ({"use_ema": "yes"}, r"--use_ema is 'yes' \(str\): it must be True or False"),
+        ({"use_ema": 1}, r"--use_ema is 1 \(int\)"),
+        ({"max_train_steps": "9"}, r"--max_train_steps is '9' \(str\): it must be an int or None"),
+        ({"output_dir": Path("runs")}, r"--output_dir is .*Path\('runs'\).*: it must be a str"),
+        ({"class_names": "ab"}, r"--class_names is 'ab' \(str\): it must be a list of str or None"),
+        ({"class_names": [1]}, r"--class_names is \[1\]"),
+        ({"class_names": [""]}, "--class_names is empty"),
+        ({"block_out_channels": (8, 8)}, r"--block_out_channels is \(8, 8\) \(tuple\): it must be a list of int"),
+        ({"block_out_channels": [8, "8"]}, "--block_out_channels is"),
+        ({"model_class": "GAN"}, r"--model_class is 'GAN' .*: it must be one of UNet2DModel"),
+        ({"compile": True}, "--compile is True .*: it must be one of auto, on, off"),
+        ({"resolution": 0}, "--resolution is '0'"),
+        ({"resolution": 16.0}, r"--resolution is 16.0 \(float\)"),
+        ({"resolution": True}, r"--resolution is True \(bool\)"),
+        ({"num_epochs": 10**400}, "--num_epochs is 1"),
+        ({"hub_token": b"hf_secret_one"}, r"--hub_token is .* \(bytes\)"),
+    ],
+)
+def test_wrong_types_from_python(changes, message):
+    with pytest.raises(UserInputError, match=message) as error:
+        TrainingConfig(**changes)
+    assert "secret" not in mask_secrets(str(error.value))
+
+
+def test_a_resolution_may_be_a_number():
+    assert TrainingConfig(resolution=16) == TrainingConfig(resolution="16")
+
+
+INTEGERS = [field.name for field in fields(TrainingConfig) if field.type in (int, int | None, list[int])]
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_every_integer_has_a_limit(name):
+    """Attention levels are those that the network has."""
+    value = [10**30] if isinstance(getattr(TrainingConfig(), name), list) else 10**30
+    with pytest.raises(UserInputError, match=rf"--{name} .*10{{30}}"):
+        build_model(TrainingConfig(**{name: value}), 3)
+
+
+@pytest.mark.parametrize(
+    "name", [field.name for field in fields(TrainingConfig) if field.type in (str, str | None, list[str] | None)]
+)
+def test_no_text_may_be_empty(name):
+    with pytest.raises(UserInputError, match=f"--{name} is empty: give a value, or leave the flag out"):
+        parse_config([f"--{name}="], default_preset="smoke_cpu.yaml")
 
 
 def test_wrong_flags():

@@ -3,6 +3,7 @@
 Each client runs in a process of its own, as it reads the server's address when it is imported.
 """
 
+import ast
 import json
 import re
 import shutil
@@ -18,10 +19,12 @@ import yaml
 from hub_server import DROP, TOKEN, HubServer, Repository
 from huggingface_hub import ModelCard
 from launching import PYTHON, REPOSITORY, TINY, run_command
+from markdown_it import MarkdownIt
 from PIL import Image
 
-from sprite_diffusion.common.errors import UserInputError
-from sprite_diffusion.sharing.card import make_card
+from sprite_diffusion.common.errors import UserInputError, printable
+from sprite_diffusion.sharing.card import BEGIN, END, make_card
+from sprite_diffusion.sharing.markdown import escape
 
 MEASUREMENT = {"value": 0.05, "interval": [0, 0.1], "real": 0, "num_images": 20}
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -484,6 +487,98 @@ def test_card_that_is_written_again_keeps_its_metadata(pipeline_folder):
     again = make_card(pipeline_folder, None, card)
     assert yaml.safe_load(again.split("---")[1]) == metadata
     assert make_card(pipeline_folder, None, again) == again
+
+
+EVIL_NAMES = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "[free](https://evil.example)",
+    "https://evil.example",
+    "www.evil.example",
+    "![x](https://evil.example/x.png)",
+    "a | b",
+    "`a` ``b``",
+    "*_~$\\",
+    "\x1b[31mred",
+    "two\nlines\n```\n# head",
+    'quote"s',
+    "&lt;b&gt;",
+    END,
+    f"\n{END}\n<b>",
+    BEGIN,
+    "\u202eltr",
+    "😀",
+    " ",
+]
+
+
+def test_names_from_data_are_shown_and_never_acted_upon(pipeline_folder):
+    """Rendered by CommonMark with HTML and links on, the card has the elements that it has with plain names."""
+    renderer = MarkdownIt("commonmark", {"html": True}).enable("table")
+
+    def render(names: list[str], **summary: str) -> str:
+        values = {"id2label": dict(enumerate(names))}
+        for file, changes in [("model_index.json", values), ("training_summary.json", summary)]:
+            path = pipeline_folder / file
+            path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+        return make_card(pipeline_folder, "me/sprites", None)
+
+    plain_names = [f"name {i}" for i in range(len(EVIL_NAMES))]
+    text_fields = ("data_source", "data_license", "device", "precision", "script")
+    plain = renderer.render(ModelCard(render(plain_names)).text)
+    card = render(EVIL_NAMES, **{name: EVIL_NAMES[i] for i, name in enumerate(text_fields)})
+    html = renderer.render(ModelCard(card).text)
+    for tag in ("a", "b", "br", "em", "h1", "h2", "hr", "img", "li", "p", "pre", "script", "strong", "table", "td"):
+        assert html.count(f"<{tag}>") + html.count(f"<{tag} ") == plain.count(f"<{tag}>") + plain.count(f"<{tag} ")
+    assert printable(card.replace("\n", "")) == card.replace("\n", "")  # no control codes
+    outside_of_code = re.sub(r"<code.*?</code>", "", html, flags=re.DOTALL)
+    assert "evil" not in outside_of_code  # programs make links of bare addresses too, but not within code
+    for name in EVIL_NAMES[:-1]:
+        assert escape(name) in card
+    program = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    assert [node.value for node in ast.walk(ast.parse(program)) if isinstance(node, ast.Constant)].count(" ") == 2
+
+
+def test_card_does_not_grow_when_it_is_pushed_again(pipeline_folder):
+    index = pipeline_folder / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "id2label": {"0": END, "1": BEGIN}}))
+    card = make_card(pipeline_folder, None, "My cats.\n")
+    again = make_card(pipeline_folder, None, card)
+    assert again == card
+    assert make_card(pipeline_folder, None, again.replace("\n", "\r\n")).count("My cats.") == 1
+    mine = card + f"Mine: `{END}` and {BEGIN}\n"
+    assert make_card(pipeline_folder, None, mine).count(f"Mine: `{END}` and {BEGIN}") == 1
+
+
+def test_card_without_its_second_mark_is_not_overwritten(pipeline_folder):
+    card = make_card(pipeline_folder, None, None).replace(END, "") + "Mine."
+    with pytest.raises(UserInputError, match="no '<!-- from the run: end -->' after it: put that back"):
+        make_card(pipeline_folder, None, card)
+
+
+def test_picture_of_a_card_is_one_of_the_run(pipeline_folder):
+    shutil.copy(pipeline_folder / "samples/step-000008.png", pipeline_folder / "samples/step-9) [x](evil.png")
+    assert "![Samples](samples/step-000008.png)" in make_card(pipeline_folder, None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("non-hero", "non-hero"),
+        ("sprites (built in)", "sprites (built in)"),
+        ("apache-2.0", "apache-2.0"),
+        ("my_cats", "my_cats"),
+        ("_cats_", "`_cats_`"),
+        ("me/cats", "`me/cats`"),
+        ("a.b", "`a.b`"),
+        ("`a`", "`` `a` ``"),
+        ("a\x1bb", "`a\\x1bb`"),
+        ("café", "café"),
+        ("", "` `"),
+    ],
+)
+def test_plain_text_stays_plain_in_markdown(text, expected):
+    assert escape(text) == expected
 
 
 def test_sample_script_samples_from_a_repository(pushed, tmp_path):

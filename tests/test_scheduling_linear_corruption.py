@@ -157,6 +157,13 @@ def test_config_round_trip(tmp_path):
     LinearCorruptionScheduler(100, "uniform").save_pretrained(tmp_path)
     loaded = LinearCorruptionScheduler.from_pretrained(tmp_path)
     assert (len(loaded), loaded.config.noise_type) == (100, "uniform")
+    copy = LinearCorruptionScheduler.from_config(LinearCorruptionScheduler(100, "uniform").config)
+    assert (len(copy), copy.config.noise_type) == (100, "uniform")
+    new = LinearCorruptionScheduler(noise_type="uniform")
+    new.save_pretrained(tmp_path)
+    expected = dict(new.config)
+    del expected["_use_default_values"]  # as diffusers asserts of its own schedulers
+    assert LinearCorruptionScheduler.from_pretrained(tmp_path).config == expected
     noise = normal(0, 8)
     assert torch.equal(loaded.transform_noise(noise), torch.erf(noise / math.sqrt(2)))
 

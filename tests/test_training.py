@@ -11,7 +11,6 @@ from inspecting import assert_same_weights, read_events, read_scalars, weights
 from launching import LAUNCH, TINY, finish, start
 from PIL import Image
 
-from sprite_diffusion.common.machine import choose_precision
 from sprite_diffusion.sampling.pipeline_loading import load_pipeline
 from sprite_diffusion.training.training_loop import draw_randomness
 
@@ -143,9 +142,3 @@ def test_randomness_is_that_of_the_named_distributions_and_differs_by_step():
     assert abs(uniform.mean() - 0.5) < 5 / (12 * 4000) ** 0.5
     for other in [(1, 0), (0, 1)]:
         assert not torch.equal(draw_randomness(other, images, 10, 0, 4000)[0], noise)
-
-
-def test_precision_set_for_accelerate_wins_over_auto(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    assert choose_precision("auto") == "fp16"
-    assert choose_precision("no") == "no"

@@ -15,7 +15,10 @@ from hub_server import TOKEN, HubServer
 from launching import REPOSITORY, TINY, finish, start
 from PIL import Image
 
+from sprite_diffusion.common.errors import UserInputError, exits_on_user_error, first_line, mask_secrets
 from sprite_diffusion.metrics import classifier
+from sprite_diffusion.runs.config import TrainingConfig, parse_config
+from sprite_diffusion.sharing.hub import create_repository
 
 EVIL_NAMES = ["../../evil", "/tmp/evil/abs", "..", "a/b/c", "~/evil", "evil\n../evil", "$(touch evil)", "evil.png"]
 
@@ -173,8 +176,10 @@ def test_pickles_of_a_checkpoint_do_not_run(file, run_script, run_dir, victim):
 @pytest.mark.parametrize(
     "given_by",
     [
-        "--hub_token",
+        "--hub-token=",
         "HF_TOKEN",
+        "another flag",
+        pytest.param("--hub_token", marks=pytest.mark.slow),
         pytest.param("--hub_token=", marks=pytest.mark.slow),
         pytest.param("config", marks=pytest.mark.slow),
     ],
@@ -189,10 +194,13 @@ def test_token_is_written_nowhere(given_by, tmp_path):
     match given_by:
         case "--hub_token":
             flags += f" --hub_token {TOKEN}"
-        case "--hub_token=":
-            flags += f" --hub_token={TOKEN}"
+        case "--hub_token=" | "--hub-token=":
+            flags += f" {given_by}{TOKEN}"
         case "HF_TOKEN":
             environment["HF_TOKEN"] = TOKEN
+        case "another flag":  # in the place of another, and as a part of it
+            environment["HF_TOKEN"] = TOKEN
+            flags += f" --dataset_config_name {TOKEN} --image_column=my-{TOKEN}-1"
         case "config":
             preset = (REPOSITORY / "configs/smoke_cpu.yaml").read_text()
             (tmp_path / "own.yaml").write_text(f"{preset}hub_token: {TOKEN}\n")
@@ -209,6 +217,90 @@ def test_token_is_written_nowhere(given_by, tmp_path):
     assert any(path.suffix == ".wandb" for path in written)
     assert any("tfevents" in path.name for path in written)
     assert not [path for path in written if TOKEN.encode() in path.read_bytes()]
+
+
+def test_training_of_python_keeps_the_token_out_of_its_configuration(tmp_path):
+    config = TrainingConfig(hub_token=TOKEN, hub_model_id=f"me/{TOKEN}", class_names=[TOKEN])
+    config.save(tmp_path / "saved.yaml")
+    assert TOKEN not in (tmp_path / "saved.yaml").read_text()
+
+
+@pytest.mark.parametrize("variable", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "TRACKIO_WRITE_TOKEN"])
+def test_tokens_of_the_environment_are_masked_wherever_they_stand(variable, monkeypatch):
+    secret = f"secret of {variable}\nline 2"
+    monkeypatch.setenv(variable, secret)
+    header = repr(f"Bearer {secret}".encode())
+    text = f"{secret} in x{secret}y, {secret.strip()}, {header} and {''.join(secret.split())}"
+    assert mask_secrets(text) == "*** in x***y, ***, b'Bearer ***' and ***"
+
+
+def test_token_of_a_login_is_masked(monkeypatch, tmp_path):
+    (tmp_path / "token").write_text("token-of-a-login\n")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    assert mask_secrets("Bearer token-of-a-login") == "Bearer ***"
+
+
+def test_what_looks_like_a_token_of_the_hub_is_masked_and_words_are_not():
+    assert mask_secrets("unknown flag 'hf_" + 34 * "x" + "'") == "unknown flag '***'"
+    assert mask_secrets("hf_transfer, hf_hub_download and hf_xet") == "hf_transfer, hf_hub_download and hf_xet"
+
+
+@pytest.mark.parametrize("short", ["", "a", "no", "sprites"])
+def test_words_that_are_given_for_a_token_are_not_masked(short, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", short)
+    assert mask_secrets("data sprites, no classes") == "data sprites, no classes"
+
+
+NO_TOKENS = [
+    "hf_line\nbreak",
+    "hf_bla nk",
+    "hf_tab\tstop",
+    "hf_ümlaut1",
+    "hf_esc\x1b[1m",
+    "short",
+    " hf_before",
+    "hf_after\n",
+]
+
+
+@pytest.mark.parametrize("token", NO_TOKENS)
+def test_token_that_can_not_be_one_is_refused_at_once_and_not_shown(token, tmp_path, monkeypatch):
+    (tmp_path / "own.yaml").write_text(json.dumps({"hub_token": token}))
+    for argv in (["--hub_token", token], [f"--hub-token={token}"], ["--config", str(tmp_path / "own.yaml")]):
+        with pytest.raises(UserInputError, match="--hub_token is not a token: ") as error:
+            parse_config(argv, default_preset="smoke_cpu.yaml")
+        assert token.strip() not in str(error.value)
+    monkeypatch.setenv("HF_TOKEN", token)
+    if token == token.strip():  # huggingface_hub takes blanks and line breaks off its ends
+        for use in (lambda: parse_config(["--push_to_hub"], "smoke_cpu.yaml"), lambda: create_repository("x", False)):
+            with pytest.raises(UserInputError, match="HF_TOKEN is not a token: ") as error:
+                use()
+            assert token not in str(error.value)
+    assert not parse_config([], default_preset="smoke_cpu.yaml").push_to_hub  # where nothing needs one
+
+
+def test_line_of_error_shows_no_token(monkeypatch, capsys):
+    """As of a library that puts the header which it was to send into its message."""
+    token = "hf_bla\nnk"
+    monkeypatch.setenv("HF_TOKEN", token)
+
+    @exits_on_user_error
+    def main() -> None:
+        raise UserInputError(first_line(ValueError(f"Illegal header value {f'Bearer {token}'.encode()}")))
+
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err == "error: Illegal header value b'Bearer ***'\n"
+
+
+def test_bad_pickle_is_not_answered_by_how_to_load_it_all_the_same(run_script, tmp_path, capsys):
+    torch.save({"init_conv.weight": Evil(tmp_path)}, tmp_path / "a.pth")
+    with pytest.raises(SystemExit):
+        run_script("sprite_diffusion.sampling.convert_course_checkpoint", f"{tmp_path}/a.pth {tmp_path}/out")
+    error = capsys.readouterr().err
+    assert "a.pth is not a state dict of weights (it is damaged, or holds other objects than weights" in error
+    assert "weights_only" not in error
+    assert "trust" not in error
 
 
 def test_misspelt_flag_does_not_show_the_token(run_script, capsys):

@@ -1,10 +1,21 @@
-"""Errors that a user can cause, and how the programs report them."""
+"""Errors that a user can cause, how the programs report them, and the tokens that no message or record may show."""
 
+import os
+import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
+from pathlib import Path
 
 from tqdm.auto import tqdm
+
+SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "TRACKIO_WRITE_TOKEN")
+HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")  # as the Hub makes them
+SHORTEST_SECRET = 8  # characters; anything shorter would also be found in words that are no secret
+MASK = "***"
+
+_kept_secrets: set[str] = set()
 
 
 class UserInputError(Exception):
@@ -16,12 +27,38 @@ class UserInputError(Exception):
 
 def first_line(error: BaseException) -> str:
     """Returns the first line of another library's error, to become part of a message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    text = str(error).strip() or type(error).__name__
+    if "weights_only" in text:  # torch goes on to say how to switch off its protection against foreign code
+        return "it is damaged, or holds other objects than weights, which are not loaded, as they can run any program"
+    return printable(mask_secrets(text).splitlines()[0].rstrip("."))
 
 
 def printable(text: str) -> str:
-    """Returns `text` as one line: a file's name may hold line breaks, or bytes that are no character."""
+    """Returns `text` as one line: a name may hold line breaks, a terminal's control codes, or no characters."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def keep_secret(token: str) -> None:
+    """Has `mask_secrets` mask a token that was given in a flag or a file."""
+    _kept_secrets.add(token)
+
+
+def mask_secrets(text: str) -> str:
+    """Returns `text` with *** in place of every token: given in a flag, in the environment, or of `hf auth login`."""
+    for secret in sorted(_secrets(), key=len, reverse=True):  # a token may be a part of another
+        text = text.replace(secret, MASK)
+    return HUB_TOKEN.sub(MASK, text)
+
+
+def _secrets() -> set[str]:
+    """Returns every known token, as it was given and as libraries send and print it."""
+    from huggingface_hub.constants import HF_TOKEN_PATH  # not at the top: it would slow down every `--help`
+
+    tokens = _kept_secrets | {os.environ.get(name, "") for name in SECRET_VARIABLES}
+    with suppress(OSError, UnicodeDecodeError):
+        tokens.add(Path(HF_TOKEN_PATH).read_text())
+    forms = {form for token in tokens for form in (token, token.strip(), "".join(token.split()), printable(token))}
+    return {form for form in forms if len(form) >= SHORTEST_SECRET}
 
 
 def warn(message: str) -> None:
@@ -29,7 +66,7 @@ def warn(message: str) -> None:
     from accelerate import PartialState  # it imports torch, which `--help` can do without
 
     if PartialState().is_local_main_process:
-        tqdm.write(f"warning: {message}", file=sys.stderr)
+        tqdm.write(f"warning: {printable(mask_secrets(message))}", file=sys.stderr)
 
 
 def exits_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
@@ -46,9 +83,16 @@ def exits_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
         except UserInputError as error:
             # From a DataLoader's worker the message comes at the end of a traceback.
             message = str(error).strip().rpartition(f"\n{__name__}.{type(error).__name__}: ")[2]
-            print(f"error: {printable(message)}", file=sys.stderr)
+            _close_progress_bars()
+            print(f"error: {printable(mask_secrets(message))}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             sys.exit(130)
 
     return wrapper
+
+
+def _close_progress_bars() -> None:
+    """Ends the line of each progress bar, so that what is printed next begins on a line of its own."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()

@@ -10,18 +10,72 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import is_torch_xla_available, parse_flag_from_env, str_to_bool
 
-from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.common.errors import UserInputError, first_line
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 CPUINFO = Path("/proc/cpuinfo")
 
+# What `accelerate launch` and `accelerate config` ask for by environment variables, and what is not here.
+UNSUPPORTED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism",
+    "ACCELERATE_USE_SAGEMAKER": "SageMaker",
+}
+SWITCHES = (
+    *UNSUPPORTED,
+    "ACCELERATE_USE_CPU",
+    "ACCELERATE_CPU_AFFINITY",
+    "ACCELERATE_DEBUG_MODE",
+    "ACCELERATE_DYNAMO_USE_DYNAMIC",
+    "ACCELERATE_DYNAMO_USE_FULLGRAPH",
+    "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION",
+    "FORK_LAUNCHED",
+)
+NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+
 
 def join_processes() -> PartialState:
-    """Joins the processes that `accelerate launch` has started, on GPUs or CPUs; one process needs no other."""
+    """Joins the processes that `accelerate launch` has started, on GPUs or CPUs; one process needs no other.
+
+    Raises `UserInputError` if they were started in a way that is not supported.
+    """
+    check_launch()
     # Sampling on the main process may take long while the others wait.
     return PartialState(cpu=use_cpu(), timeout=timedelta(hours=2))
+
+
+def check_launch() -> None:
+    """Checks what the environment asks accelerate for.
+
+    Raises `UserInputError` for what this project does not support, and for values that accelerate can't read.
+    """
+    for name in SWITCHES:
+        value = os.environ.get(name, "false")
+        try:
+            is_on = str_to_bool(value)
+        except ValueError:
+            raise UserInputError(f"{name} is '{value}': it must be true or false") from None
+        if is_on and name in UNSUPPORTED:
+            raise UserInputError(
+                f"{name}: {UNSUPPORTED[name]} is not supported, only one process for each GPU or several on the CPU; "
+                "answer 'accelerate config' anew, or take the flag of accelerate launch out"
+            )
+    for name in NUMBERS:
+        value = os.environ.get(name, "0")
+        if not re.fullmatch(r"-?[0-9]{1,9}", value):
+            raise UserInputError(f"{name} is '{value}': it must be a whole number")
+    if is_torch_xla_available():
+        raise UserInputError("torch_xla: TPUs and XLA are not supported; set USE_TORCH_XLA=0, or uninstall torch_xla")
+    device = os.environ.get("ACCELERATE_TORCH_DEVICE")
+    if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts that it has it
+            raise UserInputError(f"ACCELERATE_TORCH_DEVICE is '{device}': {first_line(error)}") from None
 
 
 def use_cpu() -> bool:
@@ -43,17 +97,47 @@ def use_cpu() -> bool:
 def choose_precision(mixed_precision: str) -> str:
     """Returns 'no', 'fp16' or 'bf16' for a value of `--mixed_precision`.
 
-    'auto' becomes what `accelerate config` says, else bf16 where the hardware has it, else fp16 on a GPU.
+    `accelerate launch --mixed_precision` and `accelerate config` count where the flag says 'no', its default, or
+    'auto'. Without them 'auto' becomes bf16 where the hardware has it, else fp16 on a GPU. Raises `UserInputError` if
+    the two differ, or the hardware does not have what is asked for.
     """
-    if mixed_precision != "auto":
-        return mixed_precision
-    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if configured != "no":
-        return configured
-    if torch.cuda.is_available():
+    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower() or "no"
+    if configured not in ("no", "fp16", "bf16"):
+        raise UserInputError(f"ACCELERATE_MIXED_PRECISION is '{configured}': it must be no, fp16 or bf16")
+    if configured != "no" and mixed_precision not in ("no", "auto", configured):
+        raise UserInputError(
+            f"--mixed_precision is {mixed_precision}, but accelerate launch or its configuration says {configured}: "
+            "give the same to both"
+        )
+    precision = configured if configured != "no" else mixed_precision
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    if precision == "fp16" and on_cpu:
+        raise UserInputError("--mixed_precision fp16 needs a GPU: give bf16, no or auto")
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available() and not on_cpu:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     native_bf16 = CPUINFO.exists() and not {"avx512_bf16", "amx_bf16"}.isdisjoint(CPUINFO.read_text().split())
     return "bf16" if native_bf16 else "no"
+
+
+def choose_compilation(compilation: str) -> str:
+    """Returns 'auto', 'on' or 'off' for a value of `--compile`.
+
+    `accelerate launch --dynamo_backend inductor` is another way to say `--compile on`. Raises `UserInputError` for
+    another backend, and if the two differ.
+    """
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "").lower() or "no"
+    if backend == "no":
+        return compilation
+    if backend != "inductor":
+        raise UserInputError(f"ACCELERATE_DYNAMO_BACKEND is '{backend}': only no and inductor are supported")
+    if compilation == "off":
+        raise UserInputError(
+            "--compile is off, but accelerate launch or its configuration says --dynamo_backend inductor: "
+            "take one of them out"
+        )
+    return "on"
 
 
 def prepare_cpu() -> None:

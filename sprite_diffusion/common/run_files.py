@@ -63,6 +63,6 @@ def find_logging_dir(run_dir: Path) -> Path:
 def read_saved_config(run_dir: Path) -> dict[str, Any] | None:
     """Returns the saved flags of a run by name; None if they are missing or can't be read."""
     try:
-        return read_yaml(run_dir / CONFIG_FILE)
+        return read_yaml(run_dir / CONFIG_FILE, typed=True)
     except UserInputError:
         return None

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 from sprite_diffusion.common.errors import UserInputError
-from sprite_diffusion.common.flags import as_flags, check_ranges, flag, make_parser, read_yaml, suggest
+from sprite_diffusion.common.flags import as_flags, check_values, flag, make_parser, read_yaml, suggest
 
 BUILT_IN_DATASET = "sprites"
+MAX_SIDE = 2**14  # pixels; a network's activations of larger images would not fit into any memory
 
 
 @dataclass
@@ -58,7 +59,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.dataset_name is None and self.train_data_dir is None:
             self.dataset_name = BUILT_IN_DATASET
-        check_ranges(self)
+        if type(self.resolution) is int:  # from Python, where a side is a number
+            self.resolution = str(self.resolution)
+        check_values(self)
         class_names = self.class_names or []
         if len(set(class_names)) < len(class_names):
             raise UserInputError(f"--class_names {' '.join(class_names)} has a name twice: each class needs its own")
@@ -67,10 +70,12 @@ class DataConfig:
     @property
     def image_size(self) -> tuple[int, int]:
         """Returns (height, width) in pixels. Raises `UserInputError` if `--resolution` is not a size."""
-        match = re.fullmatch(r"(\d+)(?:x(\d+))?", self.resolution)
-        if match is None or min(sides := [int(side) for side in match.groups(match[1])]) < 1:
-            raise UserInputError(f"--resolution is '{self.resolution}': give a side (32) or WIDTHxHEIGHT (24x16)")
-        width, height = sides
+        match = re.fullmatch(r"([0-9]{1,9})(?:x([0-9]{1,9}))?", self.resolution)
+        if match is None or not all(1 <= int(side) <= MAX_SIDE for side in match.groups(match[1])):
+            raise UserInputError(
+                f"--resolution is '{self.resolution}': give a side (32) or WIDTHxHEIGHT (24x16), 1 to {MAX_SIDE}"
+            )
+        width, height = (int(side) for side in match.groups(match[1]))
         return height, width
 
 

@@ -1,6 +1,5 @@
 """The flags of a training run: defaults < `--config FILE.yaml` < flags."""
 
-import sys
 from argparse import ArgumentParser
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -8,10 +7,13 @@ from typing import Any, Literal
 
 import yaml
 
-from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.common.errors import UserInputError, keep_secret, mask_secrets
 from sprite_diffusion.common.flags import (
+    MAX_COUNT,
     MAX_SEED,
     as_flags,
+    check_text,
+    check_token,
     default_of,
     flag,
     make_parser,
@@ -20,6 +22,14 @@ from sprite_diffusion.common.flags import (
 )
 from sprite_diffusion.common.run_files import check_logging_dir
 from sprite_diffusion.data.config import BUILT_IN_DATASET, DataConfig
+
+# What larger values than these would do is to fill every memory.
+MAX_WORKERS = 1024
+MAX_CHANNELS = 2**16
+MAX_LAYERS = 1000
+MAX_TIMESTEPS = 10**6  # each has a row in the scheduler's tables
+MAX_IMAGES = 2**20  # of an optimizer step, whose noise is drawn at once
+MAX_GRID = 2**16  # images of a sample grid
 
 
 @dataclass
@@ -44,7 +54,7 @@ class TrainingConfig(DataConfig):
         "Accepted for the official script's users: 16-bit images always keep their range here.",
         changes="nothing",
     )
-    dataloader_num_workers: int = flag(0, "Processes that read a streamed dataset.", at_least=0)
+    dataloader_num_workers: int = flag(0, "Processes that read a streamed dataset.", at_least=0, at_most=MAX_WORKERS)
 
     # Network
     model_class: Literal["UNet2DModel", "ContextUNet2DModel", "BasicUNet2DModel"] = flag(
@@ -54,11 +64,15 @@ class TrainingConfig(DataConfig):
         None, "A config.json of a UNet2DModel, its folder or its Hub id; in place of the next four."
     )
     block_out_channels: list[int] = flag(
-        [128, 128, 256, 256, 512, 512], "Channels of each level; ContextUNet2DModel takes one number."
+        [128, 128, 256, 256, 512, 512],
+        "Channels of each level; ContextUNet2DModel takes one number.",
+        at_most=MAX_CHANNELS,
     )
     attention_levels: list[int] = flag([5], "Levels with self-attention, 1 = full resolution; 0 = none.")
-    layers_per_block: int = flag(2, "Residual blocks per level.", at_least=1)
-    attention_head_dim: int = flag(8, "Channels per attention head; 32 or 64 is faster than the default.", at_least=1)
+    layers_per_block: int = flag(2, "Residual blocks per level.", at_least=1, at_most=MAX_LAYERS)
+    attention_head_dim: int = flag(
+        8, "Channels per attention head; 32 or 64 is faster than the default.", at_least=1, at_most=MAX_CHANNELS
+    )
     norm_type: Literal["group", "batch"] = flag("group", "Normalisation of ContextUNet2DModel.")
     gradient_checkpointing: bool = flag(
         False, "Less memory: activations of UNet2DModel's blocks are calculated again in the backward pass."
@@ -72,7 +86,7 @@ class TrainingConfig(DataConfig):
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = flag(
         "epsilon", "What the network predicts: the noise, the clean image, or the velocity."
     )
-    ddpm_num_steps: int = flag(1000, "Steps of the forward process, T.", at_least=1)
+    ddpm_num_steps: int = flag(1000, "Steps of the forward process, T.", at_least=1, at_most=MAX_TIMESTEPS)
     ddpm_num_inference_steps: int = flag(1000, "Steps of the sample grids.", at_least=1)
     ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] = flag(
         "linear", "How beta grows from `beta_start` to `beta_end`."
@@ -82,12 +96,12 @@ class TrainingConfig(DataConfig):
     noise_type: Literal["gaussian", "uniform"] = flag("gaussian", "Noise of LinearCorruptionScheduler.")
 
     # Optimisation
-    train_batch_size: int = flag(16, "Images per process and micro-batch.", at_least=1)
+    train_batch_size: int = flag(16, "Images per process and micro-batch.", at_least=1, at_most=MAX_IMAGES)
     num_epochs: int = flag(100, "Passes over the data.", at_least=1)
     max_train_steps: int | None = flag(
         None, "Optimizer steps; ends the run before `num_epochs` if smaller.", at_least=1
     )
-    gradient_accumulation_steps: int = flag(1, "Micro-batches per optimizer step.", at_least=1)
+    gradient_accumulation_steps: int = flag(1, "Micro-batches per optimizer step.", at_least=1, at_most=MAX_IMAGES)
     learning_rate: float = flag(1e-4, "Learning rate after the warm-up.", above=0)
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
@@ -121,7 +135,9 @@ class TrainingConfig(DataConfig):
         at_least=1,
         changes="nothing",
     )
-    local_rank: int = flag(-1, "Accepted for old launchers; accelerate finds the rank itself.", changes="nothing")
+    local_rank: int = flag(
+        -1, "Accepted for old launchers; accelerate finds the rank itself.", at_least=-1, changes="nothing"
+    )
 
     # Output
     output_dir: str = flag("ddpm-model-64", "Folder of the run.", changes="nothing")
@@ -132,7 +148,9 @@ class TrainingConfig(DataConfig):
     save_images_steps: int | None = flag(
         None, "A sample grid every N optimizer steps as well.", at_least=1, changes="nothing"
     )
-    eval_batch_size: int = flag(16, "Images per sample grid (train_conditional.py: per class).", at_least=1)
+    eval_batch_size: int = flag(
+        16, "Images per sample grid (train_conditional.py: per class).", at_least=1, at_most=MAX_GRID
+    )
     guidance_scale: float = flag(
         1.0, "Classifier-free guidance of the sample grids (train_conditional.py); 1 = none.", at_least=1
     )
@@ -162,7 +180,11 @@ class TrainingConfig(DataConfig):
         saved=False,
     )
     shutdown_grace: float = flag(
-        30.0, "Seconds from SIGTERM or SIGINT to the end, with a checkpoint or without.", above=0, changes="nothing"
+        30.0,
+        "Seconds from SIGTERM or SIGINT to the end, with a checkpoint or without.",
+        above=0,
+        at_most=MAX_COUNT,
+        changes="nothing",
     )
     logger: Literal["tensorboard", "wandb", "trackio", "all", "none"] = flag(
         "tensorboard", "Experiment tracker; 'all': each of the three that is installed.", changes="nothing"
@@ -184,7 +206,11 @@ class TrainingConfig(DataConfig):
     hub_private_repo: bool = flag(False, "Create the repository as private.", changes="nothing")
 
     def __post_init__(self) -> None:
+        if self.hub_token is not None:
+            keep_secret(str(self.hub_token))  # before anything that could print it
         super().__post_init__()
+        if self.hub_token is not None or self.push_to_hub:
+            check_token(self.hub_token)
         check_logging_dir(self.logging_dir)
         if not self.beta_start <= self.beta_end < 1:
             raise UserInputError(f"--beta_end is {self.beta_end}: it must lie between --beta_start and 1")
@@ -194,6 +220,11 @@ class TrainingConfig(DataConfig):
             raise UserInputError(
                 f"--ddpm_num_inference_steps is {self.ddpm_num_inference_steps}: "
                 f"it can't exceed --ddpm_num_steps, {self.ddpm_num_steps}"
+            )
+        if self.total_batch_size(num_processes=1) > MAX_IMAGES:
+            raise UserInputError(
+                f"--train_batch_size {self.train_batch_size} and --gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps}: an optimizer step of more than {MAX_IMAGES:,} images"
             )
         if self.streaming and self.max_train_steps is None:
             raise UserInputError("--streaming needs --max_train_steps: the length of a stream is not known")
@@ -207,19 +238,26 @@ class TrainingConfig(DataConfig):
         return num_processes * self.train_batch_size * self.gradient_accumulation_steps
 
     def save(self, path: Path) -> None:
-        """Writes the file that repeats this run with `--config PATH`; the token is never in it."""
+        """Writes the file that repeats this run with `--config PATH`; a token is never in it."""
         saved = {flag.name for flag in fields(self) if flag.metadata["saved"]}
-        values = {name: value for name, value in asdict(self).items() if name in saved}
+        values = {name: _mask(value) for name, value in asdict(self).items() if name in saved}
         path.write_text(yaml.safe_dump(values, sort_keys=False))
 
     def differences(self, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Returns the flags that change the numbers of a run, with their values in a saved configuration and here."""
         pairs = {
-            flag.name: (saved.get(flag.name, default_of(flag)), getattr(self, flag.name))
+            flag.name: (saved.get(flag.name, default_of(flag)), _mask(getattr(self, flag.name)))
             for flag in fields(self)
             if flag.metadata["changes"] != "nothing"
         }
         return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
+
+
+def _mask(value: Any) -> Any:
+    """Returns the value of a flag without the tokens that may stand in its text."""
+    if isinstance(value, list):
+        return [_mask(item) for item in value]
+    return mask_secrets(value) if isinstance(value, str) else value
 
 
 def parse_config(argv: list[str], default_preset: str) -> TrainingConfig:
@@ -230,13 +268,11 @@ def parse_config(argv: list[str], default_preset: str) -> TrainingConfig:
     """
     parser = make_parser(TrainingConfig)
     flags = parse_known(parser, argv, [flag.name for flag in fields(TrainingConfig)])
+    if flags.config is not None:
+        check_text("config", flags.config)
     path = None if flags.config is None else find_preset(flags.config)
     if path is None and flags.train_data_dir is None and flags.dataset_name in (None, BUILT_IN_DATASET):
         path = presets_dir() / default_preset
-    if flags.hub_token is not None:
-        # W&B records the command line.
-        hidden = {flags.hub_token: "***", f"--hub_token={flags.hub_token}": "--hub_token=***"}
-        sys.argv[:] = [hidden.get(argument, argument) for argument in sys.argv]
     if path is None:
         return TrainingConfig(**vars(flags))
     yaml_argv = _read_as_flags(path, parser)
@@ -268,8 +304,12 @@ def load_preset(name: str, **changes: Any) -> TrainingConfig:
 
 
 def _read_as_flags(path: Path, parser: ArgumentParser) -> list[str]:
-    names = [flag.name for flag in fields(TrainingConfig) if flag.name != "config"]
-    return as_flags(read_yaml(path), path, parser, names)
+    """Returns the `--config` file as a command line. Raises `UserInputError` if it is not one of flags."""
+    source = f"--config {path}"
+    values = read_yaml(path, source)
+    if "config" in values:
+        raise UserInputError(f"{source}: take 'config' out: one such file can't name another")
+    return as_flags(values, source, parser, [flag.name for flag in fields(TrainingConfig)])
 
 
 def presets_dir() -> Path:

@@ -11,7 +11,7 @@ import torch
 from models import ContextUNet2DModel
 from pipelines import ConditionalDDPMPipeline
 from schedulers import ClosedFormDDPMScheduler
-from sprite_diffusion.common.errors import UserInputError, exits_on_user_error, first_line
+from sprite_diffusion.common.errors import UserInputError, exits_on_user_error, first_line, printable
 from sprite_diffusion.common.flags import ArgumentParser
 from sprite_diffusion.data.sprites import CLASS_NAMES
 
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("output_dir", type=Path, help="Folder to write; new or empty.")
     args = parser.parse_args()
     convert(args.checkpoint, args.output_dir)
-    print(f"wrote {args.output_dir}")
+    print(f"wrote {printable(str(args.output_dir))}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The model card of a run: made of the files in the run's folder, around what people wrote into earlier cards."""
 
 import json
+import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -9,7 +11,8 @@ import yaml
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from sprite_diffusion.common.errors import UserInputError, first_line
+from sprite_diffusion.common.errors import UserInputError, first_line, mask_secrets, printable
+from sprite_diffusion.common.flags import read_yaml
 from sprite_diffusion.common.run_files import (
     CARD_FILE,
     CONFIG_FILE,
@@ -20,8 +23,9 @@ from sprite_diffusion.common.run_files import (
 )
 from sprite_diffusion.data.config import BUILT_IN_DATASET
 from sprite_diffusion.metrics.report import NEAR_COPIES, NOT_OF_FEATURES, TITLES, Report
+from sprite_diffusion.sharing.markdown import escape, quote, table_row
 
-BEGIN, END = "<!-- from the run: begin -->", "<!-- from the run: end -->"
+BEGIN, END = "<!-- from the run: begin -->", "<!-- from the run: end -->"  # each on a line of its own
 PIPELINE_TAG = "unconditional-image-generation"  # the nearest that the Hub has for images by class too
 UNKNOWN_LICENSE = "unknown"
 OF_THE_RUN_ALONE = ("datasets", "model-index", "widget")  # metadata that earlier cards have no say in
@@ -73,9 +77,10 @@ def read_run(run_dir: Path) -> RunRecord:
 
     Raises `UserInputError` if a file can't be read, or a value is missing or of another type.
     """
-    grids = sorted((run_dir / SAMPLES_DIR).glob("step-*.png"))
+    found = (run_dir / SAMPLES_DIR).glob("step-*.png")
+    grids = sorted(path for path in found if re.fullmatch(r"step-[0-9]+\.png", path.name))
     try:
-        saved = {**yaml.safe_load((run_dir / CONFIG_FILE).read_text()), **_read_json(run_dir / SUMMARY_FILE)}
+        saved = {**read_yaml(run_dir / CONFIG_FILE, typed=True), **_read_json(run_dir / SUMMARY_FILE)}
         index = _read_json(run_dir / INDEX_FILE)
         metrics = _read_metrics(run_dir / METRICS_FILE, saved["global_step"])
         combined: dict[str, Any] = {
@@ -89,7 +94,7 @@ def read_run(run_dir: Path) -> RunRecord:
         }
         types = {name: kind for name, kind in get_type_hints(RunRecord).items() if name not in combined}
         return RunRecord(**{name: _check_type(name, saved[name], kind) for name, kind in types.items()}, **combined)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, UserInputError) as error:
         raise UserInputError(f"{run_dir} is not the output folder of a run: {first_line(error)}") from None
 
 
@@ -99,7 +104,7 @@ def make_card(run_dir: Path, repo_id: str | None, hub_card: str | None) -> str:
     What people wrote stays: text outside of the two marks, of `hub_card` or, if that has none, of the card in
     `run_dir`; their choice of a licence; tags; metadata that the run does not determine. Without a `repo_id` the
     card names the repository of `--hub_model_id`, or one called like the folder. Raises `UserInputError` if the
-    folder holds no run, or a card can't be parsed.
+    folder holds no run, a card can't be parsed, or has one of the two marks alone.
     """
     run = read_run(run_dir)
     repo_id = repo_id or run.hub_model_id or f"me/{run_dir.resolve().name}"
@@ -109,7 +114,7 @@ def make_card(run_dir: Path, repo_id: str | None, hub_card: str | None) -> str:
     card = _parse("")
     card.data = CardData(**_merge_metadata(earlier_cards, _metadata(run, repo_id)))  # keeps the order of its keys
     card.text = f"\n{text}\n"
-    return str(card)
+    return mask_secrets(str(card))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -146,9 +151,21 @@ def _parse(text: str) -> ModelCard:
 
 
 def _hand_written(card: ModelCard) -> tuple[str, str]:
-    """Returns the text before and after the marks."""
-    before, _, rest = card.text.partition(BEGIN)
-    return before.strip(), rest.partition(END)[2].strip()
+    """Returns the text before and after the marks.
+
+    Raises `UserInputError` if there is a first mark without a second: what is people's own can't be told then.
+    """
+    before, begin, rest = _split_at_line(card.text, BEGIN)
+    _, end, after = _split_at_line(rest, END)
+    if begin and not end:
+        raise UserInputError(f"{CARD_FILE} has the line '{BEGIN}', but no '{END}' after it: put that back")
+    return before.strip(), after.strip()
+
+
+def _split_at_line(text: str, mark: str) -> tuple[str, str, str]:
+    """Returns the text before the first line that is nothing but `mark`, this line, and the text after it."""
+    match = re.search(rf"^[ \t]*{re.escape(mark)}[ \t\r]*$", text, re.MULTILINE)
+    return (text, "", "") if match is None else (text[: match.start()], match[0], text[match.end() :])
 
 
 def _merge_metadata(earlier_cards: list[ModelCard], metadata: dict[str, Any]) -> dict[str, Any]:
@@ -175,7 +192,8 @@ def _metadata(run: RunRecord, repo_id: str) -> dict[str, Any]:
         )
         for metric, title, value in _results(run)
     ]
-    widget = {"text": ", ".join(run.class_names) or "samples", "output": {"url": run.newest_grid}}
+    shown = printable(", ".join(run.class_names)) or "samples"
+    widget = {"text": shown, "output": {"url": run.newest_grid}}
     kind = "class-conditional" if run.class_names else "unconditional"
     data = ModelCardData(
         license=run.data_license or UNKNOWN_LICENSE,
@@ -197,7 +215,7 @@ def _results(run: RunRecord) -> list[tuple[str, str, float]]:
         return results
     for metric, measurement in run.report.figures.items():
         features = "" if metric in NOT_OF_FEATURES else f", features of the {run.report.extractor}"
-        title = f"{TITLES[metric]} ({measurement.num_images:,} images by {run.sampler}{features})"
+        title = printable(f"{TITLES[metric]} ({measurement.num_images:,} images by {run.sampler}{features})")
         results.append((metric, title, measurement.value))
     return results
 
@@ -208,9 +226,10 @@ def _describe(run: RunRecord, repo_id: str) -> str:
     kind = "A class-conditional" if run.class_names else "An unconditional"
     weights = "moving average (EMA) of the weights" if run.use_ema else "weights of the last step"
     sections = [
-        f"# {repo_id.split('/')[-1]}",
-        f"{kind} diffusion model of {width}x{height or width} images: a {run.model_class} of "
-        f"{run.num_parameters / 1e6:.2f} M parameters, trained with {run.noise_scheduler_class} by sprite-diffusion. "
+        f"# {escape(repo_id.split('/')[-1])}",
+        f"{kind} diffusion model of {escape(f'{width}x{height or width}')} images: a {escape(run.model_class)} of "
+        f"{run.num_parameters / 1e6:.2f} M parameters, trained with {escape(run.noise_scheduler_class)} by "
+        "sprite-diffusion. "
         f"It holds the {weights}.",
         *([f"![Samples]({run.newest_grid})"] if run.newest_grid else []),
         "## Use it",
@@ -222,7 +241,7 @@ def _describe(run: RunRecord, repo_id: str) -> str:
         "## Metrics",
         _metrics_section(run),
         "## Repeat the run",
-        f"```bash\naccelerate launch {run.script} --config {CONFIG_FILE}\n```",
+        f"```bash\naccelerate launch {shlex.quote(printable(run.script))} --config {CONFIG_FILE}\n```",
         "with the file of that name from this repository and the same data.",
         "## Limits",
         "It makes only images like those of its data, at their resolution. A small model may reproduce training "
@@ -237,11 +256,11 @@ def _snippet(run: RunRecord, repo_id: str) -> str:
     lines = [
         "from diffusers import DiffusionPipeline",
         "",
-        f'pipeline = DiffusionPipeline.from_pretrained("{repo_id}"{trust})',
+        f"pipeline = DiffusionPipeline.from_pretrained({quote(repo_id)}{trust})",
     ]
     note = ""
     if run.class_names:
-        first, last = json.dumps(run.class_names[0]), json.dumps(run.class_names[-1])
+        first, last = quote(run.class_names[0]), quote(run.class_names[-1])
         lines += [
             f'pipeline(class_labels=[{first}, {last}], guidance_scale=2.0).images[0].save("image.png")',
             f'pipeline(context={{{first}: 1, {last}: 0.6}}).images[0].save("mix.png")  # a mix of classes',
@@ -263,9 +282,9 @@ def _snippet(run: RunRecord, repo_id: str) -> str:
 
 def _data_section(run: RunRecord) -> str:
     number = f"{run.num_images:,} images" if run.num_images else "A stream of images"
-    licence = f"licence: {run.data_license}" if run.data_license else "its licence is not recorded"
-    classes = f"\n\nClasses: {', '.join(run.class_names)}." if run.class_names else ""
-    return f"{number} from {_data_name(run)}; {licence}.{classes}"
+    licence = f"licence: {escape(run.data_license)}" if run.data_license else "its licence is not recorded"
+    classes = f"\n\nClasses: {', '.join(map(escape, run.class_names))}." if run.class_names else ""
+    return f"{number} from {escape(_data_name(run))}; {licence}.{classes}"
 
 
 def _training_table(run: RunRecord) -> str:
@@ -273,15 +292,16 @@ def _training_table(run: RunRecord) -> str:
         "steps": f"{run.global_step:,}",
         "images seen": f"{run.images_seen:,}",
         "batch size": f"{run.train_batch_size * run.gradient_accumulation_steps * run.num_processes}",
-        "learning rate": f"{run.learning_rate:g}, {run.lr_scheduler}",
-        "prediction, schedule": f"{run.prediction_type}, {run.ddpm_beta_schedule}, T = {run.ddpm_num_steps}",
-        "mixed precision": "none, float32" if run.precision == "no" else run.precision,
-        "hardware": f"{run.num_processes} process(es) on {run.device}",
+        "learning rate": f"{run.learning_rate:g}, {escape(run.lr_scheduler)}",
+        "prediction, schedule": f"{escape(run.prediction_type)}, {escape(run.ddpm_beta_schedule)}, "
+        f"T = {run.ddpm_num_steps}",
+        "mixed precision": "none, float32" if run.precision == "no" else escape(run.precision),
+        "hardware": f"{run.num_processes} process(es) on {escape(run.device)}",
         "time": f"{run.seconds / 60:.1f} min",
         "seed": f"{run.seed}",
-        "versions": ", ".join(f"{name} {version}" for name, version in run.versions.items()),
+        "versions": ", ".join(escape(f"{name} {version}") for name, version in run.versions.items()),
     }
-    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return "| | |\n|---|---|\n" + "\n".join(table_row(name, value) for name, value in rows.items())
 
 
 def _metrics_section(run: RunRecord) -> str:
@@ -289,13 +309,13 @@ def _metrics_section(run: RunRecord) -> str:
     if run.report is not None:
         guidance = "" if run.guidance_scale is None else f", guidance {run.guidance_scale:g}"
         rows = [
-            f"| {TITLES[name]} | {figure.value:.4g} | {figure.format_interval()} | {figure.real:.4g} |"
+            table_row(TITLES[name], f"{figure.value:.4g}", figure.format_interval(), f"{figure.real:.4g}")
             for name, figure in run.report.figures.items()
         ]
         parts.append(
-            f"{run.report.num_images:,} images by {run.sampler}{guidance}, against as many real ones; features "
-            f"of the {run.report.extractor}. Beside each metric stands that of real images that were held out from "
-            "the comparison, which is what a perfect model would get.\n\n"
+            f"{run.report.num_images:,} images by {escape(str(run.sampler))}{guidance}, against as many real ones; "
+            f"features of the {escape(run.report.extractor)}. Beside each metric stands that of real images that were "
+            "held out from the comparison, which is what a perfect model would get.\n\n"
             "| metric | generated | 95% interval | held-out real |\n|---|---|---|---|\n" + "\n".join(rows)
         )
     if run.loss is not None:

@@ -15,9 +15,9 @@ from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import disable_progress_bars, filter_repo_objects
 from tqdm.auto import tqdm
 
-from sprite_diffusion.common.errors import UserInputError, exits_on_user_error, first_line
+from sprite_diffusion.common.errors import UserInputError, exits_on_user_error, first_line, printable
 from sprite_diffusion.common.files import write_text
-from sprite_diffusion.common.flags import ArgumentParser
+from sprite_diffusion.common.flags import ArgumentParser, check_token
 from sprite_diffusion.common.run_files import (
     CARD_FILE,
     HISTORY_FILE,
@@ -42,9 +42,10 @@ def create_repository(name: str, private: bool, token: str | None = None) -> str
     """Creates the repository `name` if it is missing, and returns its id, with the owner.
 
     A run calls this before it trains, so that a wrong token does not show after hours. A `token` of None is that of
-    `hf auth login`. Raises `UserInputError` if the Hub refuses, the token may only read, or a repository that is to
-    be private is public.
+    `hf auth login`. Raises `UserInputError` if the token can't be one, the Hub refuses, the token may only read, or a
+    repository that is to be private is public.
     """
+    check_token(token)
     api = HfApi(token=token)
     try:
         repo_id = api.create_repo(name, private=private, exist_ok=True).repo_id
@@ -155,6 +156,7 @@ class HubUploader:
 
 def _push(run_dir: Path, repo_id: str, private: bool, create_pr: bool) -> None:
     """Uploads a finished run. Raises `UserInputError` if the Hub refuses it."""
+    check_token(None)
     api = HfApi()
     if not create_pr:  # a pull request may go to a repository of somebody else
         repo_id = create_repository(repo_id, private)
@@ -195,7 +197,7 @@ def main() -> None:
         return
     path = args.run_dir / CARD_FILE
     write_text(path, make_card(args.run_dir, None, None))
-    print(f"wrote {path}")
+    print(f"wrote {printable(str(path))}")
 
 
 if __name__ == "__main__":

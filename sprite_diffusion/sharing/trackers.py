@@ -15,9 +15,10 @@ from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sprite_diffusion.common.errors import first_line
+from sprite_diffusion.common.errors import first_line, mask_secrets, printable
 from sprite_diffusion.common.flags import TRACKERS
 from sprite_diffusion.common.run_files import PIPELINE_FILES
+from sprite_diffusion.sharing.markdown import escape
 
 PROJECT = "sprite-diffusion"
 RUN_ID_FILE = "run-id"
@@ -45,12 +46,13 @@ class Trackers:
 
     def log_image(self, name: str, image: Image.Image, caption: str, step: int | None = None) -> None:
         """Logs a picture with a caption that says what it shows."""
+        caption = printable(mask_secrets(caption))
 
         def log(tracker: Any) -> None:
             if tracker.name == "tensorboard":
                 pixels = np.asarray(image.convert("RGB"))[None]  # (1, H, W, 3) uint8
                 tracker.log_images({name: pixels}, step=step, dataformats="NHWC")
-                tracker.log({f"{name}/caption": caption}, step=step)
+                tracker.log({f"{name}/caption": escape(caption)}, step=step)  # TensorBoard's texts are Markdown
             else:
                 _log(tracker, {name: _library(tracker).Image(image.convert("RGB"), caption=caption)}, step)
 
@@ -108,23 +110,27 @@ class Trackers:
 
 def _start(name: str, logging_dir: Path, config: dict[str, Any], resumed_from: int | None) -> Any:
     """Opens a tracker for a folder. `resumed_from` is the step of the checkpoint that the run goes on from."""
+    sys.argv[:] = [mask_secrets(argument) for argument in sys.argv]  # W&B records the command line
     logging_dir.mkdir(parents=True, exist_ok=True)
     run_id = _run_id(logging_dir)
+    run_name = mask_secrets(logging_dir.resolve().parent.name)
     options: dict[str, dict[str, Any]] = {
         # `purge_step` hides what an interrupted run logged after its checkpoint: a resumed run logs that again.
         "tensorboard": {
             "logging_dir": str(logging_dir),
             "purge_step": None if resumed_from is None else resumed_from + 1,
         },
-        "wandb": {"id": run_id, "resume": "allow", "dir": str(logging_dir), "name": logging_dir.resolve().parent.name},
-        "trackio": {"name": f"{logging_dir.resolve().parent.name}-{run_id}", "resume": "allow"},
+        "wandb": {"id": run_id, "resume": "allow", "dir": str(logging_dir), "name": run_name},
+        "trackio": {"name": f"{run_name}-{run_id}", "resume": "allow"},
     }
     tracker = LOGGER_TYPE_TO_CLASS[name](PROJECT, **options[name])
     if name == "wandb":
         tracker.init_kwargs["settings"] = _library(tracker).Settings(silent=True)
     tracker.start()
     # TensorBoard takes numbers and strings only.
-    tracker.store_init_configuration({k: v if isinstance(v, int | float | str) else str(v) for k, v in config.items()})
+    tracker.store_init_configuration(
+        {name: value if isinstance(value, int | float) else mask_secrets(str(value)) for name, value in config.items()}
+    )
     if name == "wandb":
         # A resumed run logs earlier steps than W&B's newest, which W&B would drop. Hence the step is a value among
         # others there, and the plots take it as their axis.

@@ -6,23 +6,33 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, TorchDynamoPlugin
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch.overrides import TorchFunctionMode
 
-from sprite_diffusion.common.machine import choose_precision, prepare_cpu, use_cpu
+from sprite_diffusion.common.machine import choose_compilation, choose_precision, prepare_cpu, use_cpu
 from sprite_diffusion.runs.config import TrainingConfig
 
 STEPS_WORTH_COMPILING = 5000  # on a GPU, where compiling takes about a minute; an estimate
 
 
+def check_speed_flags(config: TrainingConfig) -> None:
+    """Raises `UserInputError` if flags and `accelerate launch` contradict each other, or the hardware."""
+    choose_precision(config.mixed_precision)
+    choose_compilation(config.compile)
+
+
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """Returns the processes, devices and precision that `accelerate config` and the flags ask for."""
+    """Returns the processes, devices and precision that `accelerate config` and the flags ask for.
+
+    Raises `UserInputError` if these contradict each other, or the hardware.
+    """
     accelerator = Accelerator(
         cpu=use_cpu(),
         mixed_precision=choose_precision(config.mixed_precision),
         # `Steps` accumulates. Accelerate would divide each loss by a number of its own from the environment.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_plugin=TorchDynamoPlugin(backend="no"),  # `compile_model` compiles, whatever the environment says
         dataloader_config=DataLoaderConfiguration(
             use_seedable_sampler=True, data_seed=config.seed, non_blocking=torch.cuda.is_available()
         ),
@@ -62,7 +72,8 @@ class _Float32Attention(TorchFunctionMode):
 
 def compile_model(model: Any, config: TrainingConfig, accelerator: Accelerator, total_steps: int) -> Any:
     """Returns the model as training calls it: compiled if `--compile` asks for it or, with 'auto', if it pays."""
-    compiles = config.compile == "on" or (
-        config.compile == "auto" and accelerator.device.type == "cuda" and total_steps >= STEPS_WORTH_COMPILING
+    compilation = choose_compilation(config.compile)
+    compiles = compilation == "on" or (
+        compilation == "auto" and accelerator.device.type == "cuda" and total_steps >= STEPS_WORTH_COMPILING
     )
     return torch.compile(model) if compiles else model

@@ -24,7 +24,12 @@ from sprite_diffusion.runs.weights import Weights
 from sprite_diffusion.training.bad_steps import BadSteps
 from sprite_diffusion.training.build import check_network
 from sprite_diffusion.training.meter import Meter
-from sprite_diffusion.training.performance import compile_model, make_accelerator, prepare_attention
+from sprite_diffusion.training.performance import (
+    check_speed_flags,
+    compile_model,
+    make_accelerator,
+    prepare_attention,
+)
 from sprite_diffusion.training.steps import Batch, Steps
 
 
@@ -127,9 +132,10 @@ def training_loop(
 def begin_run(config: TrainingConfig) -> None:
     """Joins the processes, checks what can be checked before the images are read, and seeds the random numbers.
 
-    Raises `UserInputError` if the output folder, the tracker or the network can't be used.
+    Raises `UserInputError` if processes, precision, output folder, tracker or network can't be used.
     """
     join_processes()
+    check_speed_flags(config)
     check_output_dir(config)
     check_tracker(config.logger)
     check_network(config)
