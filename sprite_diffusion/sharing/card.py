@@ -25,10 +25,11 @@ from sprite_diffusion.data.config import BUILT_IN_DATASET
 from sprite_diffusion.metrics.report import NEAR_COPIES, NOT_OF_FEATURES, TITLES, Report
 from sprite_diffusion.sharing.markdown import escape, quote, table_row
 
-BEGIN, END = "<!-- from the run: begin -->", "<!-- from the run: end -->"  # each on a line of its own
+# The text between these two lines is the run's, the rest of a card is people's.
+BEGIN, END = "<!-- from the run: begin -->", "<!-- from the run: end -->"
 PIPELINE_TAG = "unconditional-image-generation"  # the nearest that the Hub has for images by class too
 UNKNOWN_LICENSE = "unknown"
-OF_THE_RUN_ALONE = ("datasets", "model-index", "widget")  # metadata that earlier cards have no say in
+RUN_METADATA = ("datasets", "model-index", "widget")  # is replaced, whatever earlier cards say
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_metrics(path: Path, global_step: int) -> dict[str, Any]:
-    """Returns what was measured of the weights of a step; nothing if the file is missing or of other weights."""
+    """Returns the metrics of the weights of a step; {} if the file is missing, or was measured of other weights."""
     metrics = _read_json(path) if path.is_file() else {}
     return metrics if metrics.get("global_step") == global_step else {}
 
@@ -135,7 +136,7 @@ def _check_type(name: str, value: Any, kind: Any) -> Any:
 
 
 def _read_cards(path: Path, hub_card: str | None) -> list[ModelCard]:
-    """Returns the cards that there are, that of the Hub before that of the run's folder.
+    """Returns the earlier cards: the one on the Hub, then the one in the run's folder, where they exist.
 
     Raises `UserInputError` if one can't be parsed.
     """
@@ -153,7 +154,7 @@ def _parse(text: str) -> ModelCard:
 def _hand_written(card: ModelCard) -> tuple[str, str]:
     """Returns the text before and after the marks.
 
-    Raises `UserInputError` if there is a first mark without a second: what is people's own can't be told then.
+    Raises `UserInputError` if the first mark has no second after it: the text of people can't be told then.
     """
     before, begin, rest = _split_at_line(card.text, BEGIN)
     _, end, after = _split_at_line(rest, END)
@@ -172,7 +173,7 @@ def _merge_metadata(earlier_cards: list[ModelCard], metadata: dict[str, Any]) ->
     """Returns the metadata of a run, with what people chose in earlier cards; the first card counts most."""
     kept = {key: value for card in reversed(earlier_cards) for key, value in card.data.to_dict().items()}
     tags = list(dict.fromkeys([*metadata["tags"], *kept.get("tags", [])]))
-    merged = {key: value for key, value in kept.items() if key not in OF_THE_RUN_ALONE} | metadata | {"tags": tags}
+    merged = {key: value for key, value in kept.items() if key not in RUN_METADATA} | metadata | {"tags": tags}
     if kept.get("license", UNKNOWN_LICENSE) != UNKNOWN_LICENSE:
         merged["license"] = kept["license"]
     return merged

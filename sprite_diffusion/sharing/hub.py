@@ -100,7 +100,7 @@ def _read_card(api: HfApi, repo_id: str) -> str | None:
 
 
 class HubUploader:
-    """The uploads of a run, by a thread beside the training. A Hub that fails costs the run a warning and no time."""
+    """Uploads a run in a thread beside the training. A Hub that fails costs the run a warning and no time."""
 
     def __init__(self, repo_id: str, run_dir: Path, private: bool, token: str | None) -> None:
         self.repo_id = repo_id

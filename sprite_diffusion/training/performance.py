@@ -1,4 +1,4 @@
-"""What makes training fast without changing what is computed; docs/performance.md has what each part is worth."""
+"""Precision, attention and compilation: training as fast as the machine allows; docs/performance.md has the gains."""
 
 from functools import wraps
 from typing import Any
@@ -30,7 +30,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     accelerator = Accelerator(
         cpu=use_cpu(),
         mixed_precision=choose_precision(config.mixed_precision),
-        # `Steps` accumulates. Accelerate would divide each loss by a number of its own from the environment.
+        # `Steps` accumulates. Accelerate would divide each loss by a number that it reads from the environment.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         dynamo_plugin=TorchDynamoPlugin(backend="no"),  # `compile_model` compiles, whatever the environment says
         dataloader_config=DataLoaderConfiguration(
