@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def read_run_facts(summary: Path) -> dict[str, Any]:
-    """Returns the step that the weights of a run are of, for the record; nothing if there is no summary of a run.
+    """Returns the step of a run's weights for the record; an empty dictionary if there is no summary.
 
     Raises `UserInputError` if the summary is damaged.
     """
@@ -49,7 +49,7 @@ def read_run_facts(summary: Path) -> dict[str, Any]:
         return {}
     try:
         return {"global_step": int(json.loads(summary.read_text())["global_step"])}
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
         raise UserInputError(f"{summary} is not the summary of a run: {first_line(error)}") from None
 
 
