@@ -24,11 +24,11 @@ def main() -> None:
     run_dir = find_run(model)
     config = parse_data_flags(data_flags, None if run_dir is None else run_dir / CONFIG_FILE)
     run_facts = read_run_facts(model / SUMMARY_FILE)
-    # Imported here, as it takes seconds, which `--help` and a wrong flag need not wait for.
+    # These imports take seconds, which `--help` and a wrong flag need not wait for.
     from sprite_diffusion.metrics.calculation import calculate
 
     result = calculate(args, config, data_flags, run_facts)
-    if result is None:  # another process than the main one
+    if result is None:  # on every process but the main one
         return
     report, closest_pairs, facts = result
     print(format_table(report))

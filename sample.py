@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 @exits_on_user_error
 def main() -> None:
     args = parse_args(__doc__)
-    # Imported here, as it takes seconds, which `--help` and a wrong flag need not wait for.
+    # These imports take seconds, which `--help` and a wrong flag need not wait for.
     import torch
 
     from sprite_diffusion.sampling.figures import find_snapshots

@@ -2,6 +2,8 @@
 
 import hashlib
 import re
+import resource
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,9 @@ from bad_files import (
     make_files,
 )
 from launching import TINY, finish, start
+
+from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.sampling.pipeline_loading import load_pipeline
 
 PROGRESS_BAR = re.compile(r"\d+/\d+ \[")
 
@@ -498,6 +503,22 @@ def test_one_line_names_what_to_change(case, run_script, folder, tmp_path, monke
     assert not [line for line in before_it if line.strip() and not PROGRESS_BAR.search(line)]
     assert times_of_change(folder) == before
     assert not list(tmp_path.iterdir())
+
+
+HUGE = (
+    "unet_size_huge unet_size_wide unet_in_huge unet_channels_huge unet_channels_many unet_layers_huge "
+    "process_steps_huge toy_steps_huge classes_many labels_many"
+)
+
+
+@pytest.mark.parametrize("name", HUGE.split())
+def test_a_damaged_size_costs_neither_memory_nor_time(name, folder):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KB
+    start = time.monotonic()
+    with pytest.raises(UserInputError):
+        load_pipeline(str(folder / name))
+    assert time.monotonic() - start < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6
 
 
 def test_no_traceback_from_the_program_itself(tmp_path):

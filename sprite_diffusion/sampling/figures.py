@@ -1,4 +1,4 @@
-"""The figures of sample.py: each function samples the images of one and arranges them."""
+"""The figures of sample.py: each function samples the images of a figure and arranges them."""
 
 import time
 from collections import Counter

@@ -27,9 +27,9 @@ SAMPLERS = {
 FIGURES = ("compare", "snapshots", "forward", "no_noise", "interpolate")
 # The --scheduler that a figure can be asked for with; None where the figure's own flag names the samplers.
 SCHEDULERS_OF_FIGURES = {"compare": None, "no_noise": "ddpm", "interpolate": "ddim"}
-MAX_SCALE = 1024  # of a pixel's side
-MAX_DIGITS = 7  # of a number of steps
-UP_TO_A_MILLION = Range(at_least=1, at_most=10**6)  # more is a slip, which would fill the memory
+MAX_SCALE = 1024
+MAX_DIGITS = 7  # a number of steps with more digits than this is a slip
+UP_TO_A_MILLION = Range(at_least=1, at_most=10**6)  # a larger number is a slip, which would fill the memory
 GUIDANCE_RANGE = Range(at_least=-1000, at_most=1000)
 RANGES = {
     "num_images": UP_TO_A_MILLION,

@@ -17,8 +17,8 @@ GAP = 4  # pixels between images, and around text
 FRAME_MS = 80
 HOLD_MS = 2500  # of the last frame
 MIN_SIDE = 64  # pixels: smaller sprites are enlarged to be looked at
-MAX_PIXELS = 2**27  # of a picture, which takes 3 bytes of memory for each
-MAX_SIDES = {".webp": 16383, ".gif": 65535}  # of a picture, in pixels, as the formats know them
+MAX_PIXELS = 2**27  # of a picture, in memory 400 MB
+MAX_SIDES = {".webp": 16383, ".gif": 65535}  # in pixels: the formats have no room for more
 
 
 def choose_scale(images: torch.Tensor) -> int:

@@ -19,22 +19,23 @@ from sprite_diffusion.common.errors import UserInputError, first_line
 from sprite_diffusion.common.machine import prepare_cpu
 from sprite_diffusion.common.run_files import INDEX_FILE
 
+# Limits of the numbers in a configuration: far above those of any model, and low enough to build the model's shapes.
 MAX_TIMESTEPS = 10**6
-MAX_NUMBER_OF_LAYERS = 64  # of a level
-MAX_LENGTH = 64  # of a list, such as that of the levels
-MAX_NUMBER = 2**20  # of anything else, such as the channels of a level
-LIMITS = {  # of a configuration's numbers
+MAX_NUMBER_OF_LAYERS = 64
+MAX_LENGTH = 64  # of a list, such as the channels of all levels
+MAX_NUMBER = 2**20  # of a number that is not named in LIMITS, such as the channels of a level
+LIMITS = {
     "num_train_timesteps": MAX_TIMESTEPS,
     "sample_size": 4096,
     "num_class_embeds": 2**16,
     "context_dim": 2**16,
 }
 MAY_BE_INFINITE = ("lambda_min_clipped",)  # as diffusers' DPM-Solvers save it
-TRIED_STEPS = 10  # of the model's process, for which it is set up before its first step is tried
+TRIED_STEPS = 10  # the process is set up for so many steps, of which the first is tried
 
 
 class Pipeline(Protocol):
-    """What is used of this project's two pipelines."""
+    """The part of this project's two pipelines that other modules use."""
 
     unet: ModelMixin
     scheduler: SchedulerMixin
@@ -96,7 +97,7 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Pipeline:
         return _open_pipeline(model, dtype)
     except UserInputError:
         raise
-    except Exception as error:  # whatever the values in the model's files lead diffusers and torch to
+    except Exception as error:  # the values in the model's files can lead diffusers and torch to raise anything
         raise UserInputError(
             f"{model} is not a pipeline folder or repository that can be loaded: {first_line(error)}"
         ) from None
@@ -124,7 +125,7 @@ def _open_pipeline(model: str, dtype: torch.dtype) -> Pipeline:
         scheduler = scheduler_class.from_config(_read_config(model, "scheduler", scheduler_class))
     with _naming("unet/config.json"):
         config = _read_config(model, "unet", unet_class)
-        with torch.device("meta"):  # shapes without memory
+        with torch.device("meta"):  # tensors there have shapes and take no memory
             weightless = pipeline_class(unet=unet_class.from_config(config), scheduler=scheduler)
         _check_network(weightless)
     with _naming("scheduler/scheduler_config.json"):
@@ -234,7 +235,7 @@ def _read_names(index: dict[str, Any], num_classes: int) -> dict[str, dict[str, 
 def _load_network(model: str, unet_class: Any, dtype: torch.dtype) -> ModelMixin:
     """Returns a model's network. Raises `UserInputError` if it lacks weights, has others, or they are not finite."""
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # what diffusers would log is the message of an error here
+    logging.set_verbosity(logging.CRITICAL)  # diffusers would log the problems that raise an error below
     try:
         unet, found = unet_class.from_pretrained(model, subfolder="unet", torch_dtype=dtype, output_loading_info=True)
     finally:
@@ -279,7 +280,10 @@ def _download_artifact(model: str) -> str:
 
 
 def _find_class(model: str, name: str | list[str], base: type) -> Any:
-    """Returns the class that an index names, ours before diffusers'. Raises `UserInputError` if it is no `base`."""
+    """Returns the class that an index names: this project's or, where it has none of that name, diffusers'.
+
+    Raises `UserInputError` if the class is no `base`.
+    """
     name = name[1] if isinstance(name, list) else name  # [file, class] for classes shipped as code
     found = OWN_CLASSES.get(name) or getattr(diffusers, name, None)
     if not (isinstance(found, type) and issubclass(found, base)):

@@ -15,12 +15,13 @@ from sprite_diffusion.common.errors import UserInputError, first_line
 from sprite_diffusion.sampling.flags import SAMPLERS, check_sampler, split_comparison
 from sprite_diffusion.sampling.pipeline_loading import OWN_CLASSES, Pipeline
 
-FEW_STEPS = 50  # of a sampler that needs few, where their number is not given
-SCHEDULES_OF_DIFFUSERS = ("linear", "scaled_linear", "squaredcos_cap_v2")  # that each of its classes knows by name
-# diffusers' classes that divide the process by one step more than they take ("leading" timesteps).
-OF_ONE_MORE_STEP = ("dpmsolver++", "unipc", "deis")
-# diffusers' classes that raise an error for predicted clean images, or average velocities of different timesteps.
-OF_NOISE_ALONE = ("pndm", "euler_ancestral", "kdpm2", "kdpm2_ancestral")
+FEW_STEPS = 50  # taken by the samplers that need few where no number is given
+# Every class of diffusers knows these schedules by name; another one has to be given as betas.
+SCHEDULES_OF_DIFFUSERS = ("linear", "scaled_linear", "squaredcos_cap_v2")
+# These classes divide a process of T steps by one more than they take, and fail for all T.
+SAMPLERS_OF_T_MINUS_1 = ("dpmsolver++", "unipc", "deis")
+# These classes raise an error for predicted clean images, or average velocities of different timesteps.
+NOISE_SAMPLERS = ("pndm", "euler_ancestral", "kdpm2", "kdpm2_ancestral")
 
 
 class NoiselessDDPMScheduler(ClosedFormDDPMScheduler):
@@ -97,9 +98,9 @@ def make_sampler(flag: str, pipeline: Pipeline, name: str | None, num_inference_
 
 def _limit_steps(name: str, num_train_timesteps: int) -> tuple[int, int]:
     """Returns the fewest and the most steps that a sampler takes on a process of so many."""
-    if name == "pndm":  # begins with four steps of Runge and Kutta, which are halved
+    if name == "pndm":  # it begins with four Runge-Kutta steps, each through a timestep halfway
         return 4, num_train_timesteps // 2
-    if name in OF_ONE_MORE_STEP:
+    if name in SAMPLERS_OF_T_MINUS_1:
         return 1, max(1, num_train_timesteps - 1)
     return 1, num_train_timesteps
 
@@ -139,17 +140,17 @@ def _make_scheduler(flag: str, name: str, model_scheduler: SchedulerMixin) -> Sc
         # These solvers know clipping as the case of dynamic thresholding whose threshold can't exceed the range.
         # Without it, what a long step overshoots by stays in the image as coloured specks.
         changes = {"thresholding": True, "sample_max_value": config["clip_sample_range"]}
-    if name in OF_NOISE_ALONE:
+    if name in NOISE_SAMPLERS:
         changes["prediction_type"] = "epsilon"
     if config["beta_schedule"] not in SCHEDULES_OF_DIFFUSERS:
         changes["trained_betas"] = model_scheduler.betas.tolist()
     try:
         scheduler = scheduler_class.from_config(config, **changes)
-    except Exception as error:  # some fail for very short processes, without a word about them
+    except Exception as error:  # some classes fail for very short processes, and do not say so
         raise UserInputError(
             f"{flag} {name}: diffusers can't make it for this model's process ({first_line(error)})"
         ) from None
-    if name in OF_NOISE_ALONE and config["prediction_type"] != "epsilon":
+    if name in NOISE_SAMPLERS and config["prediction_type"] != "epsilon":
         _give_noise(scheduler, config["prediction_type"])
     return scheduler
 

@@ -1,4 +1,4 @@
-"""The views of sample.py: what its flags ask for, sampled, arranged in a picture and written."""
+"""The views of sample.py: each samples images, arranges them in a picture and writes it."""
 
 import argparse
 import math
