@@ -24,11 +24,11 @@ def main() -> None:
     run_dir = find_run(model)
     config = parse_data_flags(data_flags, None if run_dir is None else run_dir / CONFIG_FILE)
     run_facts = read_run_facts(model / SUMMARY_FILE)
-    # Imported here, as it takes seconds, which `--help` and a wrong flag need not wait for.
+    # These imports take seconds, which `--help` and a wrong flag need not wait for.
     from sprite_diffusion.metrics.calculation import calculate
 
     result = calculate(args, config, data_flags, run_facts)
-    if result is None:  # another process than the main one
+    if result is None:  # on every process but the main one
         return
     report, closest_pairs, facts = result
     print(format_table(report))
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def read_run_facts(summary: Path) -> dict[str, Any]:
-    """Returns the step that the weights of a run are of, for the record; nothing if there is no summary of a run.
+    """Returns the step of a run's weights for the record; an empty dictionary if there is no summary.
 
     Raises `UserInputError` if the summary is damaged.
     """
@@ -49,7 +49,7 @@ def read_run_facts(summary: Path) -> dict[str, Any]:
         return {}
     try:
         return {"global_step": int(json.loads(summary.read_text())["global_step"])}
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
         raise UserInputError(f"{summary} is not the summary of a run: {first_line(error)}") from None
 
 

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 @exits_on_user_error
 def main() -> None:
     args = parse_args(__doc__)
-    # Imported here, as it takes seconds, which `--help` and a wrong flag need not wait for.
+    # These imports take seconds, which `--help` and a wrong flag need not wait for.
     import torch
 
     from sprite_diffusion.sampling.figures import find_snapshots
     from sprite_diffusion.sampling.pipeline_loading import load_pipeline, speed_up
     from sprite_diffusion.sampling.views import make_figure, write_picture, write_samples
 
-    model = args.model or str(find_snapshots(args.snapshots)[-1])
+    model = str(find_snapshots(args.snapshots)[-1]) if args.model is None else args.model
     pipeline = load_pipeline(model, getattr(torch, args.dtype)).to("cuda" if torch.cuda.is_available() else "cpu")
     speed_up(pipeline, args.compile)
     if args.view == "samples":
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def log_comparison(args: argparse.Namespace, figure: "Figure") -> None:
-    """Gives the comparison to the trackers: of the run that the model is from, if it is in its folder.
+    """Gives the comparison to the trackers of the model's run, or to those of the current folder if it has no run.
 
     Raises `UserInputError` if the configuration of the run can't be read.
     """

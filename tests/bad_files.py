@@ -15,6 +15,99 @@ from launching import TINY
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+EXTRA = {"down_blocks.0.resnets.1.conv1.weight": torch.zeros(8, 8, 3, 3)}
+BAD_INDEXES = {"of_null": "null", "of_text": '"DDPMPipeline"', "of_number": "7", "of_nothing": "", "deep": "[" * 10**5}
+BAD_INDEX_VALUES = {
+    "class_null": {"_class_name": None},
+    "class_list": {"_class_name": []},
+    "class_module": {"_class_name": "utils"},
+    "class_special": {"_class_name": "__doc__"},
+    "class_network": {"_class_name": "UNet2DModel"},
+    "by_class": {"_class_name": "ConditionalDDPMPipeline"},
+    "names": {"id2label": {"0": "hero"}},
+    "unet_short": {"unet": ["diffusers"]},
+    "unet_process": {"unet": ["diffusers", "DDPMScheduler"]},
+    "unet_other": {"unet": ["diffusers", "AutoencoderKL"]},
+    "scheduler_none": {"scheduler": None},
+    "scheduler_network": {"scheduler": ["diffusers", "UNet2DModel"]},
+    "scheduler_other": {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]},
+    "scheduler_unknown": {"scheduler": ["diffusers", "NoSuchScheduler"]},
+}
+BAD_UNETS = {
+    "size_null": {"sample_size": None},
+    "size_text": {"sample_size": "16"},
+    "size_zero": {"sample_size": 0},
+    "size_negative": {"sample_size": -16},
+    "size_fraction": {"sample_size": 7.5},
+    "size_huge": {"sample_size": 10**6},
+    "size_wide": {"sample_size": [16, 10**9]},
+    "size_triple": {"sample_size": [16, 16, 16]},
+    "size_nan": {"sample_size": float("nan")},
+    "in_none": {"in_channels": 0},
+    "in_two": {"in_channels": 2},
+    "in_huge": {"in_channels": 10**9},
+    "in_null": {"in_channels": None},
+    "out_other": {"out_channels": 6},
+    "out_negative": {"out_channels": -3},
+    "channels_huge": {"block_out_channels": [10**9]},
+    "channels_many": {"block_out_channels": [8] * 10**4},
+    "channels_null": {"block_out_channels": None},
+    "channels_longer": {"block_out_channels": [8, 16]},
+    "layers_huge": {"layers_per_block": 10**6},
+    "layers_more": {"layers_per_block": 2},
+    "layers_fewer": {"layers_per_block": 0},
+    "layers_text": {"layers_per_block": "two"},
+    "groups_none": {"norm_num_groups": 0},
+    "groups_odd": {"norm_num_groups": 7},
+    "heads_none": {"attention_head_dim": 0},
+    "act_unknown": {"act_fn": "no_such_function"},
+    "time_unknown": {"time_embedding_type": "no_such_type"},
+    "up_types": {"up_block_types": ["NoBlock"]},
+    "up_lists": {"up_block_types": []},
+}
+BAD_PROCESSES = {
+    "steps_none": {"num_train_timesteps": 0},
+    "steps_huge": {"num_train_timesteps": 10**12},
+    "steps_fraction": {"num_train_timesteps": 7.5},
+    "steps_text": {"num_train_timesteps": "x"},
+    "steps_null": {"num_train_timesteps": None},
+    "steps_nan": {"num_train_timesteps": float("nan")},
+    "beta_nan": {"beta_start": float("nan")},
+    "beta_infinite": {"beta_end": float("inf")},
+    "beta_negative": {"beta_start": -0.1},
+    "beta_null": {"beta_end": None},
+    "betas_nan": {"trained_betas": [0.1, float("nan")]},
+    "betas_empty": {"trained_betas": []},
+    "betas_text": {"trained_betas": "x"},
+    "betas_other": {"trained_betas": [0.1] * 3},
+    "betas_nested": {"trained_betas": [[0.1] * 1000]},
+    "type_null": {"prediction_type": None},
+    "type_list": {"prediction_type": ["epsilon"]},
+    "variance_learned": {"variance_type": "learned"},
+    "variance_unknown": {"variance_type": "no_such_variance"},
+    "clip_text": {"clip_sample_range": "x"},
+    "clip_nan": {"clip_sample_range": float("nan")},
+    "spacing": {"timestep_spacing": "no_such_spacing"},
+    "offset_huge": {"steps_offset": 10**30},
+}
+BAD_TOY_PROCESSES = {
+    "steps_none": {"num_train_timesteps": 0},
+    "steps_huge": {"num_train_timesteps": 10**12},
+    "noise_unknown": {"noise_type": "pink"},
+}
+BAD_LABELS = {
+    "ids": ["hero", "food"],
+    "fewer": {"0": "hero"},
+    "more": {str(id): f"name {id}" for id in range(9)},
+    "numbers": {str(id): id for id in range(5)},
+    "nested": {str(id): {"name": "hero"} for id in range(5)},
+    "twice": {str(id): "hero" for id in range(5)},
+    "unnamed": {str(id): "" for id in range(5)},
+    "other_ids": {str(id): f"name {id}" for id in range(1, 6)},
+    "words": {name: name for name in "abcde"},
+    "many": {str(id): f"name {id}" for id in range(10**6)},
+}
+
 
 def make_files(folder: Path, run_script: Callable[..., None]) -> None:
     """Makes all the files below a folder."""
@@ -225,11 +318,49 @@ def make_models(folder: Path, run_script: Callable[..., None]) -> None:
     change("scheduler_text", lambda run: change_json(run / "scheduler/scheduler_config.json", beta_start="small"))
     change("scheduler_betas", lambda run: change_json(run / "scheduler/scheduler_config.json", beta_schedule="none"))
     change("scheduler_type", lambda run: change_json(run / "scheduler/scheduler_config.json", prediction_type="none"))
+    for name, value in BAD_INDEXES.items():
+        change(f"index_{name}", lambda run, value=value: (run / "model_index.json").write_text(value))
+    for name, changes in BAD_INDEX_VALUES.items():
+        change(f"index_{name}", lambda run, changes=changes: change_json(run / "model_index.json", **changes))
+    for name, changes in BAD_UNETS.items():
+        change(f"unet_{name}", lambda run, changes=changes: change_json(run / "unet/config.json", **changes))
+    for name, changes in BAD_PROCESSES.items():
+        change(
+            f"process_{name}",
+            lambda run, changes=changes: change_json(run / "scheduler/scheduler_config.json", **changes),
+        )
+    for name, changes in BAD_TOY_PROCESSES.items():
+        change(
+            f"toy_{name}",
+            lambda run, changes=changes: change_json(run / "scheduler/scheduler_config.json", **changes),
+            "toy",
+        )
+    for name, labels in BAD_LABELS.items():
+        change(
+            f"labels_{name}",
+            lambda run, labels=labels: change_json(run / "model_index.json", id2label=labels),
+            "by_class",
+        )
+    change("classes_none", lambda run: change_json(run / "unet/config.json", num_class_embeds=None), "by_class")
+    change("classes_fewer", lambda run: change_json(run / "unet/config.json", num_class_embeds=3), "by_class")
+    change("classes_many", lambda run: change_json(run / "unet/config.json", num_class_embeds=10**9), "by_class")
+    change("weights_nan", lambda run: change_weight(run, float("nan")))
+    change("weights_infinite", lambda run: change_weight(run, float("-inf")))
+    change("weights_more", lambda run: save_file({**load_file(run / UNET_WEIGHTS), **EXTRA}, run / UNET_WEIGHTS))
+    change("index_gone", lambda run: (run / "model_index.json").unlink())
+    (folder / "unfinished").mkdir()
+    for name in ("checkpoint-3", "checkpoint-4"):
+        shutil.copytree(folder / "run" / "checkpoint-4", folder / "unfinished" / name)
+    shutil.copy(folder / "run/training_config.yaml", folder / "unfinished")
+    shutil.copytree(folder / "run/samples", folder / "unfinished/samples")
     change("labels_list", lambda run: change_json(run / "model_index.json", id2label=[1]), "by_class")
     change("labels_text", lambda run: change_json(run / "model_index.json", id2label="cat"), "by_class")
     change("summary_broken", lambda run: (run / "training_summary.json").write_text("{"))
     change("summary_empty", lambda run: (run / "training_summary.json").write_text("{}"))
     change("summary_list", lambda run: (run / "training_summary.json").write_text("[]"))
+    change("summary_null", lambda run: (run / "training_summary.json").write_text("null"))
+    change("summary_step", lambda run: change_json(run / "training_summary.json", global_step=float("inf")))
+    change("summary_deep", lambda run: (run / "training_summary.json").write_text("[" * 10**5))
     change("summary_types", lambda run: change_json(run / "training_summary.json", num_parameters="many"))
     change("no_summary", lambda run: (run / "training_summary.json").unlink())
     change("config_broken", lambda run: (run / "training_config.yaml").write_text("a: [1"))
@@ -243,6 +374,12 @@ def make_models(folder: Path, run_script: Callable[..., None]) -> None:
     change("card_binary", lambda run: (run / "README.md").write_bytes(b"\xff\xfe"))
     change("card_broken", lambda run: (run / "README.md").write_text("---\na: [1\n---\n"))
     change("card_half", lambda run: (run / "README.md").write_text("<!-- from the run: begin -->\nMine.\n"))
+
+
+def change_weight(run: Path, value: float) -> None:
+    weights = load_file(run / UNET_WEIGHTS)
+    weights["conv_in.bias"][0] = value
+    save_file(weights, run / UNET_WEIGHTS)
 
 
 def make_course_checkpoints(folder: Path) -> None:

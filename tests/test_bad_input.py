@@ -2,14 +2,26 @@
 
 import hashlib
 import re
+import resource
+import time
 from pathlib import Path
 
 import pytest
-from bad_files import GARBLED_HEADERS, make_files
+from bad_files import (
+    BAD_INDEX_VALUES,
+    BAD_INDEXES,
+    BAD_LABELS,
+    BAD_PROCESSES,
+    BAD_TOY_PROCESSES,
+    BAD_UNETS,
+    GARBLED_HEADERS,
+    make_files,
+)
 from launching import TINY, finish, start
 from tqdm.auto import tqdm
 
 from sprite_diffusion.common.errors import UserInputError, exits_on_user_error
+from sprite_diffusion.sampling.pipeline_loading import load_pipeline
 
 PROGRESS_BAR = re.compile(r"\d+/\d+ \[")
 
@@ -309,7 +321,24 @@ SAMPLE = [
             "scheduler_broken scheduler_steps scheduler_text scheduler_betas scheduler_type labels_list labels_text"
         ).split()
     ),
+    *((f"{{0}}/index_{name}", f"{{0}}/index_{name}") for name in (*BAD_INDEXES, *BAD_INDEX_VALUES)),
+    *((f"{{0}}/unet_{name}", f"{{0}}/unet_{name}") for name in BAD_UNETS),
+    *((f"{{0}}/process_{name}", f"{{0}}/process_{name}") for name in BAD_PROCESSES),
+    *((f"{{0}}/toy_{name}", f"{{0}}/toy_{name}", "scheduler_config.json") for name in BAD_TOY_PROCESSES),
+    *((f"{{0}}/labels_{name}", f"{{0}}/labels_{name}", "id2label") for name in BAD_LABELS),
+    ("{0}/classes_none", "{0}/classes_none", "takes no classes"),
+    ("{0}/classes_fewer", "{0}/classes_fewer"),
+    ("{0}/classes_many", "num_class_embeds is 1000000000"),
+    ("{0}/weights_nan", "the weights of its network are not finite (conv_in.bias)"),
+    ("{0}/weights_infinite", "the weights of its network are not finite (conv_in.bias)"),
+    ("{0}/weights_more", "no place for: down_blocks.0.resnets.1.conv1.weight"),
+    ("{0}/index_gone", "{0}/index_gone is not a pipeline folder"),
+    (
+        "{0}/unfinished",
+        "{0}/unfinished holds no pipeline yet: name its newest checkpoint, {0}/unfinished/checkpoint-4",
+    ),
     ("--num_images 2", "name a model"),
+    ("", "name a model"),
     ("{0}/by_class --snapshots {0}/by_class", "one of them"),
     ("--snapshots {0}/by_class", "train with --snapshot_epochs"),
     ("--snapshots {0}/missing", "{0}/missing"),
@@ -332,6 +361,36 @@ SAMPLE = [
     ("{0}/by_class --class ²", "--class"),
     ("{0}/by_class --num_images 0", "--num_images is 0"),
     ("{0}/by_class --num_images many", "--num_images", "'many'"),
+    ("{0}/by_class --num_images 1000000000000", "--num_images is 1000000000000: it must be at least 1 and at most"),
+    ("{0}/by_class --num_images nan", "--num_images", "'nan'"),
+    ("{0}/by_class --num_images -1", "--num_images is -1"),
+    ("{0}/by_class --num_images 100000", "samples.png would have 1 x 6,400,000 x 320 pixels"),
+    ("{0}/by_class --num_images 300 --animate {0}/a.webp", "a.webp would have"),
+    ("{0}/run --num_images 900000 --scale 1 --scheduler ddim --animate {0}/a.gif", "a.gif would have"),
+    ("{0}/by_class --batch_size 1000000000000", "--batch_size is 1000000000000"),
+    ("{0}/by_class --batch_size nan", "--batch_size", "'nan'"),
+    ("{0}/by_class --num_inference_steps 0", "--num_inference_steps is 0"),
+    ("{0}/by_class --num_inference_steps -1", "--num_inference_steps is -1"),
+    ("{0}/by_class --num_inference_steps nan", "--num_inference_steps", "'nan'"),
+    ("{0}/by_class --num_inference_steps 1000000000000000000000000000000", "--num_inference_steps is 1000"),
+    ("{0}/by_class --num-inference-steps 0", "--num_inference_steps is 0"),
+    ("{0}/by_class --num-images 0", "--num_images is 0"),
+    ("{0}/by_class --seed nan", "--seed", "'nan'"),
+    ("{0}/by_class --seed 4294967296", "--seed is 4294967296"),
+    ("{0}/by_class --guidance_scale 1e30", "--guidance_scale is 1e+30"),
+    ("{0}/by_class --guidance_scale many", "--guidance_scale", "'many'"),
+    ("{0}/by_class --guidance_scale=-1e30", "--guidance_scale is -1e+30"),
+    ("{0}/by_class --mix hero=1e39 --num_images 1 --num_inference_steps 2", "are not finite"),
+    ("{0}/by_class --mix hero=inf", "'hero=inf' is not NAME=WEIGHT"),
+    ("{0}/by_class --mix=", "--mix : '' is not NAME=WEIGHT"),
+    ("{0}/by_class --scheduler=", "--scheduler: unknown sampler ''"),
+    ("{0}/by_class --scheduler DDIM", "unknown sampler 'DDIM'"),
+    ("{0}/missing --scheduler ddmp", "unknown sampler 'ddmp'"),
+    ("{0}/run --scheduler pndm --num_inference_steps 3", "3 steps are out of the 4 to 500", "by pndm"),
+    ("{0}/run --scheduler unipc --num_inference_steps 1000", "1000 steps are out of the 1 to 999"),
+    ("{0}/by_class --columns 3", "--columns"),
+    ("{0}/by_class --fps 0", "--fps"),
+    ("{0}/by_class --every -1", "--every"),
     ("{0}/by_class --batch_size 0", "--batch_size is 0"),
     ("{0}/by_class --seed -1", "--seed is -1"),
     ("{0}/by_class --seed 99999999999999999999", "--seed"),
@@ -344,6 +403,16 @@ SAMPLE = [
     ("{0}/by_class --compare ddim:²", "'ddim:²' is not NAME:STEPS"),
     ("{0}/by_class --compare ddim:0", "--compare, ddim: 0 steps"),
     ("{0}/by_class --compare ,", "--compare"),
+    ("{0}/by_class --compare=", "--compare: unknown sampler ''"),
+    ("{0}/by_class --compare ddim:2,", "--compare: unknown sampler ''"),
+    ("{0}/by_class --compare ddim:", "'ddim:' is not NAME:STEPS"),
+    ("{0}/by_class --compare ddim:-1", "'ddim:-1' is not NAME:STEPS"),
+    ("{0}/by_class --compare ddim:2,ddim:1000000000000000000000000000000", "is not NAME:STEPS"),
+    ("{0}/by_class --compare ddim:2,ddim:1001", "--compare, ddim: 1001 steps are out of the 1 to 1000"),
+    ("{0}/by_class --compare ddim:2,pndm:3", "--compare, pndm: 3 steps are out of the 4 to 500"),
+    ("{0}/toy --compare ddpm:2", "LinearCorruptionScheduler, has no sampler but its own"),
+    ("{0}/missing --compare ddim:2,ddmp:2", "--compare: unknown sampler 'ddmp'"),
+    ("{0}/by_class --forward=", "--forward"),
     ("{0}/by_class --compare ddim:2 --no-noise", "not allowed with"),
     ("{0}/by_class --compare ddim:2 --scheduler ddim", "does not go with --compare"),
     ("{0}/by_class --interpolate 1 2 --scheduler euler", "does not go with --interpolate"),
@@ -351,6 +420,11 @@ SAMPLE = [
     ("{0}/by_class --interpolate 1", "--interpolate"),
     ("{0}/by_class --interpolate 1 -2", "--interpolate"),
     ("{0}/by_class --interpolate 1 2 --num_images 1", "--num_images from 2 on"),
+    ("{0}/by_class --interpolate 1 4294967296", "--interpolate takes two seeds, 0 to 4294967295"),
+    ("{0}/by_class --interpolate 1 nan", "--interpolate", "'nan'"),
+    ("{0}/by_class --interpolate 1 2 --num_images 100000", "interpolate.png would have"),
+    ("{0}/by_class --forward sprites --num_images 1000000", "forward.png would have"),
+    ("{0}/by_class --no_noise --num_images 1000000", "no_noise.png would have"),
     ("{0}/by_class --eta 0.5", "--eta is for --scheduler ddim"),
     ("{0}/by_class --scheduler ddim --eta 2", "--eta is 2.0"),
     ("{0}/by_class --scheduler ddim --eta nan", "--eta is nan"),
@@ -368,6 +442,15 @@ SAMPLE = [
     ("{0}/by_class --forward {0}/damaged", "1.png"),
     ("{0}/by_class --scale 0", "--scale 0"),
     ("{0}/by_class --scale ²", "--scale ²"),
+    ("{0}/by_class --scale -1", "--scale"),
+    ("{0}/by_class --scale nan", "--scale nan"),
+    ("{0}/by_class --scale 1000000000", "--scale 1000000000: give 'auto' or a whole number from 1 to 1024"),
+    ("{0}/by_class --scale 1024 --output {0}/new.png", "new.png would have 1 x 262,144 x 81,920 pixels"),
+    ("{0}/by_class --scale 1024 --output {0}/new", "{0}/new would have 1 x 16,384 x 16,384 pixels"),
+    ("{0}/by_class --eta nan", "--eta is nan"),
+    ("{0}/by_class --eta -1", "--eta is -1.0"),
+    ("{0}/by_class --eta 1e30", "--eta is 1e+30"),
+    ("{0}/by_class --dtype float16", "--dtype"),
     ("{0}/by_class --logger tensorboard", "--logger belongs to --compare"),
     ("{0}/by_class --output {0}/samples.jpg", "samples.jpg: name a .png file or a folder"),
     ("{0}/by_class --output {0}/file", "--output {0}/file is there already, as a file"),
@@ -392,6 +475,37 @@ CALCULATE_METRICS = [
     ("{0}/archive --dataset_name {0}/text.parquet", "{0}/text.parquet"),
     ("{0}/run --num_images 5", "--num_images is 5: it must be at least 10"),
     ("{0}/run --num_images x", "--num_images"),
+    ("{0}/run --num_images 1000000000000000000000000000000", "--num_images is 1000"),
+    ("{0}/run --num_images -1", "--num_images is -1"),
+    ("{0}/run --num_images nan", "--num_images", "'nan'"),
+    ("{0}/run --num-images 5", "--num_images is 5: it must be at least 10"),
+    ("{0}/run --train-data-dir {0}/missing", "--train_data_dir {0}/missing"),
+    ("{0}/run --dataset-nam x", "unknown flag '--dataset_nam'; did you mean '--dataset_name'?"),
+    ("{0}/run --batch_size -1", "--batch_size is -1"),
+    ("{0}/run --batch_size 1000000000000000000000000000000", "--batch_size is 1000"),
+    ("{0}/run --seed 4294967296", "--seed is 4294967296"),
+    ("{0}/run --seed nan", "--seed", "'nan'"),
+    ("{0}/run --num_inference_steps -1", "--num_inference_steps is -1"),
+    ("{0}/run --num_inference_steps 1000000000000000000000000000000", "--num_inference_steps is 1000"),
+    ("{0}/by_class --guidance_scale 1e30", "--guidance_scale is 1e+30"),
+    ("{0}/run --scheduler=", "--scheduler: unknown sampler ''"),
+    ("{0}/missing --scheduler ddmp --dataset_name sprites", "unknown sampler 'ddmp'"),
+    (
+        "{0}/unfinished",
+        "{0}/unfinished holds no pipeline yet: name its newest checkpoint, {0}/unfinished/checkpoint-4",
+    ),
+    ("{0}/weights_nan", "{0}/weights_nan: the weights of its network are not finite"),
+    ("{0}/weights_more", "{0}/weights_more"),
+    ("{0}/process_beta_nan", "{0}/process_beta_nan", "beta_start is nan"),
+    ("{0}/process_steps_huge", "num_train_timesteps is 1000000000000"),
+    ("{0}/unet_size_huge", "sample_size is 1000000"),
+    ("{0}/labels_twice", "id2label"),
+    ("{0}/index_of_null", "{0}/index_of_null"),
+    ("{0}/summary_empty", "{0}/summary_empty"),
+    ("{0}/summary_list", "{0}/summary_list"),
+    ("{0}/summary_null", "{0}/summary_null"),
+    ("{0}/summary_step", "{0}/summary_step"),
+    ("{0}/summary_deep", "{0}/summary_deep"),
     ("{0}/run --batch_size 0", "--batch_size is 0"),
     ("{0}/run --seed -1", "--seed is -1"),
     ("{0}/run --num_inference_steps 0", "--num_inference_steps is 0"),
@@ -505,6 +619,22 @@ def test_error_begins_on_a_line_of_its_own(leave, capfd):
     assert before[-1] in "\n\r"
     assert before.endswith("\n" if leave else " \r")  # a bar that does not stay is wiped
     assert message == "1.png is damaged, after 1 of 2\n"
+
+
+HUGE = (
+    "unet_size_huge unet_size_wide unet_in_huge unet_channels_huge unet_channels_many unet_layers_huge "
+    "process_steps_huge toy_steps_huge classes_many labels_many"
+)
+
+
+@pytest.mark.parametrize("name", HUGE.split())
+def test_a_damaged_size_costs_neither_memory_nor_time(name, folder):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KB
+    start = time.monotonic()
+    with pytest.raises(UserInputError):
+        load_pipeline(str(folder / name))
+    assert time.monotonic() - start < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6
 
 
 def test_no_traceback_from_the_program_itself(tmp_path):

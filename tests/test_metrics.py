@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import os
 import shutil
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,17 +14,18 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from launching import LAUNCH_TWO, PYTHON, TINY, finish, run_command, start
+from launching import LAUNCH_TWO, PYTHON, TINY, complaints, finish, run_command, start
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch_fidelity import feature_extractor_inceptionv3 as fidelity
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from pipelines import UnconditionalDDPMPipeline
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.dataset import load_image_data
 from sprite_diffusion.metrics import classifier, evaluation, real_images
-from sprite_diffusion.metrics.classifier import Classifier, is_weak, load_classifier, save_tensors
+from sprite_diffusion.metrics.classifier import Classifier, is_weak, load_classifier, load_tensors, save_tensors
 from sprite_diffusion.metrics.distances import frechet_distance
 from sprite_diffusion.metrics.evaluation import (
     NEAR_COPY,
@@ -33,6 +36,7 @@ from sprite_diffusion.metrics.evaluation import (
 )
 from sprite_diffusion.metrics.extractors import Extractor, make_extractor, real_features
 from sprite_diffusion.metrics.real_images import RealImages
+from sprite_diffusion.metrics.report import Measurement, Report, append_history, is_lowest
 from sprite_diffusion.runs import outputs
 from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.sampling import samplers
@@ -125,6 +129,43 @@ class TestRealImages:
         assert not set(indices.tolist()) & set(rows.tolist())
 
 
+def save_noise_and_labels(folder: Path) -> None:
+    """Writes an array of noise for data, and a folder of the same images as what is to be measured."""
+    images = np.random.default_rng(0).integers(256, size=(60, 16, 16, 3), dtype=np.uint8)
+    np.save(folder / "images.npy", images)
+    (folder / "images").mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / "images" / f"{i:02d}.png")
+
+
+def overwrite(file: Path, start: int, end: int, change) -> None:
+    content = bytearray(file.read_bytes())
+    content[start:end] = bytes(change(byte) for byte in content[start:end])
+    file.write_bytes(content)
+
+
+def replace_by_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+# Each way of damage to a file of the cache.
+DAMAGE = {
+    "zeros in the data": lambda file: overwrite(file, -4000, -2000, lambda byte: 0),
+    "an inverted byte": lambda file: overwrite(file, -9, -8, lambda byte: byte ^ 255),
+    "zeros in the header": lambda file: overwrite(file, 0, 200, lambda byte: 0),
+    "another name in the header": lambda file: file.write_bytes(file.read_bytes().replace(b"weight", b"weighs")),
+    "inverted": lambda file: overwrite(file, 0, None, lambda byte: byte ^ 255),
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "a half": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "empty": lambda file: file.write_bytes(b""),
+    "garbage": lambda file: file.write_bytes(np.random.default_rng(0).bytes(3000)),
+    "tensors without a digest": lambda file: save_file(load_file(file), file, {"accuracy": "0.5"}),
+    "tensors without metadata": lambda file: save_file(load_file(file), file),
+    "a folder": replace_by_folder,
+}
+
+
 class TestClassifier:
     def test_learns_classes_and_is_trained_once(self, cache, monkeypatch):
         real = sprites(600)
@@ -181,6 +222,43 @@ class TestClassifier:
         assert [write.exception() for write in writes] == [None] * 3
         (tensor,) = load_file(tmp_path / "a.safetensors").values()
         assert tensor.unique() in torch.arange(3.0)
+
+    @pytest.mark.parametrize("damage", DAMAGE)
+    def test_a_damaged_one_is_trained_again(self, cache, damage, monkeypatch):
+        monkeypatch.setattr(classifier, "TRAINING_STEPS", 2)
+        network, accuracy = load_classifier(sprites(60), CPU)
+        (file,) = cache.glob("classifier-*.safetensors")
+        DAMAGE[damage](file)
+        assert load_tensors(file) is None
+        again, accuracy_again = load_classifier(sprites(60), CPU)
+        assert accuracy_again == accuracy
+        for name, tensor in network.state_dict().items():
+            assert torch.equal(again.state_dict()[name], tensor), name
+        assert load_tensors(file) is not None
+
+    def test_the_cache_is_its_owners(self, tmp_path):
+        save_tensors({"a": torch.zeros(3)}, tmp_path / "new" / "a.safetensors", {})
+        assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+        modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "new").iterdir()}
+        assert modes == dict.fromkeys(modes, 0o600)
+        assert "a.safetensors" in modes
+
+    @pytest.mark.parametrize(("signal_number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+    def test_a_signal_while_it_is_trained_ends_the_program_and_leaves_nothing(
+        self, tmp_path, cache, signal_number, status
+    ):
+        save_noise_and_labels(tmp_path)
+        flags = f"{tmp_path / 'images'} --dataset_name {tmp_path / 'images.npy'} --resolution 16"
+        process = start("calculate_metrics", flags, tmp_path / "out")
+        assert process.stderr is not None
+        text = ""
+        while "training the classifier" not in text:
+            text += os.read(process.stderr.fileno(), 1000).decode()
+        process.send_signal(signal_number)
+        result = finish(process, status)
+        assert not (tmp_path / "out").exists()
+        assert not [path for path in cache.iterdir() if "classifier" in path.name and path.suffix != ".lock"]
+        assert not complaints(result.stderr)
 
     @pytest.mark.parametrize("size", [(1, 1), (8, 20), (16, 16), (28, 28), (64, 48)])
     def test_takes_images_of_any_size(self, size):
@@ -298,6 +376,15 @@ class TestExtractors:
             assert torch.equal(features, extractor.extract(real[getattr(real, half)]))
         assert not torch.equal(*first.values())
 
+    @pytest.mark.parametrize("damage", ["zeros in the data", "cut", "garbage", "tensors without a digest"])
+    def test_damaged_features_are_extracted_again(self, cache, damage):
+        real = sprites(100)
+        extractor = make_extractor("classifier", "", real, CPU)
+        features = real_features(extractor, real, real.reference, CPU)
+        (file,) = cache.glob("features-*.safetensors")
+        DAMAGE[damage](file)
+        assert torch.equal(real_features(extractor, real, real.reference, CPU), features)
+
     def test_inception_is_torch_fidelitys_by_the_weights_that_it_downloads(self, tmp_path, monkeypatch):
         with monkeypatch.context() as without_weights:
             without_weights.setattr(fidelity, "load_state_dict_from_url", lambda *_, **__: {})
@@ -401,6 +488,40 @@ class TestGenerate:
         assert choose_num_images(sprites(60), 12) == 12
 
 
+class TestHistory:
+    @staticmethod
+    def report(value: float) -> Report:
+        measurement = Measurement(value, (value - 1, value + 1), real=0.5, num_images=20)
+        return Report(20, "classifier", {"frechet_distance": measurement, "near_copies": measurement})
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            '{"global_step": 16, "fig',
+            "[]",
+            "null",
+            '{"global_step": 3}',
+            "\x00\xff",
+            "",
+            "[" * 10**5,
+            '{"figures": {}}',
+        ],
+        ids=range(8),
+    )
+    def test_lines_that_can_not_be_read_are_left_out_with_a_warning(self, tmp_path, capsys, line):
+        path = tmp_path / "metrics.jsonl"
+        append_history(self.report(3), tmp_path, {"global_step": 1})
+        append_history(self.report(2), tmp_path, {"global_step": 2})
+        path.write_bytes(line.encode("latin-1") + b"\n" + path.read_bytes())
+        assert is_lowest(self.report(1), tmp_path, 3)
+        assert not is_lowest(self.report(2.5), tmp_path, 3)
+        append_history(self.report(1), tmp_path, {"global_step": 3})
+        assert [json.loads(line)["global_step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+        assert "metrics.jsonl: 1 line(s) can't be read and are left out" in capsys.readouterr().err
+        append_history(self.report(1), tmp_path, {"global_step": 3})
+        assert not capsys.readouterr().err
+
+
 def read_metrics(folder: Path) -> dict:
     return json.loads((folder / "metrics.json").read_text())
 
@@ -475,6 +596,16 @@ class TestCalculateMetrics:
         run_script("train_unconditional", f"{TINY.replace('--max_train_samples 20', '')} {data}", tmp_path / "run")
         run_script("calculate_metrics", f"{tmp_path / 'run'} {self.FLAGS}")
         assert read_metrics(tmp_path / "run")["figures"]["near_copies"]["num_images"] == 20
+
+    def test_images_that_are_not_finite_are_not_measured(self, runs, run_script, tmp_path, capsys, monkeypatch):
+        folder = shutil.copytree(runs / "train_unconditional", tmp_path / "run")
+        monkeypatch.setattr(UnconditionalDDPMPipeline, "_predict", lambda self, sample, timestep: sample * torch.nan)
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+        with pytest.raises(SystemExit) as exit:
+            run_script("calculate_metrics", f"{folder} {self.FLAGS}")
+        assert exit.value.code == 2
+        assert "that the model samples with ddim:2 are not finite" in capsys.readouterr().err
+        assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
     def test_two_processes_find_what_one_finds(self, runs, run_script, tmp_path):
         model = runs / "train_conditional"
@@ -598,6 +729,15 @@ class TestEvaluateEvery:
         history = (tmp_path / "run" / "metrics.jsonl").read_text()
         run_script("train_unconditional", f"{self.FLAGS} --resume_from_checkpoint checkpoint-8", tmp_path / "run")
         assert (tmp_path / "run" / "metrics.jsonl").read_text() == history
+
+    def test_a_torn_last_line_of_the_history_is_measured_again(self, run_script, tmp_path, capsys):
+        run_script("train_unconditional", self.FLAGS, tmp_path / "run")
+        path = tmp_path / "run" / "metrics.jsonl"
+        whole = path.read_text()
+        path.write_text(whole[:-100])
+        run_script("train_unconditional", f"{self.FLAGS} --resume_from_checkpoint checkpoint-16", tmp_path / "run")
+        assert path.read_text() == whole
+        assert "metrics.jsonl: 1 line(s) can't be read and are left out" in capsys.readouterr().err
 
     def test_an_overwritten_run_leaves_no_history(self, run_script, tmp_path):
         run_script("train_unconditional", self.FLAGS, tmp_path / "run")

@@ -1,7 +1,8 @@
 """Tests sample.py and its parts, on networks whose right answer is known or on tiny ones with random weights."""
 
 import json
-import subprocess
+import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from launching import PYTHON, run_command
 from PIL import Image
 
 from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline
@@ -25,31 +27,50 @@ from sprite_diffusion.sampling.generation import Request, Trajectory, frame_indi
 from sprite_diffusion.sampling.pictures import to_pixels
 from sprite_diffusion.sampling.samplers import make_sampler
 
-ROOT = Path(__file__).parents[1]
 NAMES = ("hero", "non-hero", "food")
 ALPHAS_CUMPROD = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 
 
 class GaussianModel(ModelMixin, ConfigMixin):
-    """The exact noise predictor where each pixel of the data is normal with `mean` and `std`."""
+    """The exact predictor where each pixel of the data is normal with `mean` and `std`."""
 
     @register_to_config
-    def __init__(self, mean: float = 0.4, std: float = 0.0, sample_size: int = 8, in_channels: int = 3) -> None:
+    def __init__(
+        self,
+        mean: float = 0.4,
+        std: float = 0.0,
+        prediction_type: str = "epsilon",
+        sample_size: int = 8,
+        in_channels: int = 3,
+    ) -> None:
         super().__init__()
         self.anchor = torch.nn.Parameter(torch.zeros(1))  # gives the model a dtype
+        self.alphas_cumprod = ALPHAS_CUMPROD
 
     def forward(self, sample, timestep):
         # Between timesteps, where some samplers ask, as theirs: linear in log(sigma), sigma^2 = (1 - a) / a.
-        log_sigmas = 0.5 * np.log((1 - ALPHAS_CUMPROD) / ALPHAS_CUMPROD)
-        variance = np.exp(2 * np.interp(float(timestep), np.arange(1000), log_sigmas))
+        log_sigmas = 0.5 * np.log((1 - self.alphas_cumprod) / self.alphas_cumprod)
+        variance = np.exp(2 * np.interp(float(timestep), np.arange(len(log_sigmas)), log_sigmas))
         a = 1 / (1 + variance)
         mean, std = self.config.mean, self.config.std
+        sample = sample.double()
         noise = (sample - a**0.5 * mean) * ((1 - a) ** 0.5 / (a * std**2 + 1 - a))
-        return SimpleNamespace(sample=noise.float())
+        image = (sample - (1 - a) ** 0.5 * noise) / a**0.5
+        velocity = a**0.5 * noise - (1 - a) ** 0.5 * image
+        predictions = {"epsilon": noise, "sample": image, "v_prediction": velocity}
+        return SimpleNamespace(sample=predictions[self.config.prediction_type].float())
 
 
 def gaussian_pipeline(**config) -> UnconditionalDDPMPipeline:
     return UnconditionalDDPMPipeline(GaussianModel(**config), ClosedFormDDPMScheduler())
+
+
+def known_image_pipeline(prediction_type: str, **process) -> UnconditionalDDPMPipeline:
+    """Returns a model that knows its only image, 0.4 everywhere, and predicts it in one of three ways."""
+    scheduler = ClosedFormDDPMScheduler(prediction_type=prediction_type, **process)
+    model = GaussianModel(prediction_type=prediction_type)
+    model.alphas_cumprod = scheduler.alphas_cumprod.numpy()
+    return UnconditionalDDPMPipeline(model, scheduler)
 
 
 def unet(seed: int, num_classes: int | None = None) -> UNet2DModel:
@@ -108,41 +129,94 @@ def labelled_cells(path, side: int = 64) -> list[np.ndarray]:
 
 
 LIGHT = """
-import runpy, sys
-sys.argv = ["sample.py", *sys.argv[1:]]
+import sys
+import sample
 try:
-    runpy.run_path("sample.py", run_name="__main__")
+    sample.main()
 except SystemExit as exit:
     loaded = {"torch", "diffusers", "datasets"} & sys.modules.keys()
     print("status", exit.code, "loaded", sorted(loaded))
 """
 
 
-@pytest.mark.parametrize(("flags", "status"), [("--help", 0), ("model --eta 2", 2), ("model --scale 0", 2)])
+@pytest.mark.parametrize(
+    ("flags", "status"),
+    [
+        ("--help", 0),
+        ("model --eta 2", 2),
+        ("model --scale 0", 2),
+        ("model --scheduler ddmp", 2),
+        ("model --compare ddim:5,ddmp:5", 2),
+        ("model --num_images 1000000000000", 2),
+    ],
+)
 def test_help_and_wrong_flags_wait_for_no_library(flags, status):
-    command = [sys.executable, "-c", LIGHT, *flags.split()]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    result = run_command([*PYTHON, "-c", LIGHT, *flags.split()])
     assert result.stdout.splitlines()[-1] == f"status {status} loaded []"
 
 
 def test_by_default_only_the_current_folder_has_to_be_writable(tmp_path, monkeypatch):
     (tmp_path / "current").mkdir()
     monkeypatch.chdir(tmp_path / "current")
-    monkeypatch.setattr("sys.argv", ["sample.py", "model"])
-    monkeypatch.setattr("os.access", lambda folder, mode: Path(folder) == Path.cwd())
+    monkeypatch.setattr(sys, "argv", ["sample.py", "model"])
+    monkeypatch.setattr(os, "access", lambda folder, mode: Path(folder) == Path.cwd())
     assert parse_args(None).output == Path("samples.png")
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_every_sampler_finds_the_image_that_the_model_knows(name):
+def test_every_sampler_finds_the_image_that_the_model_knows(name, prediction_type):
     """Each sampler ends at the image that the exact predictor knows, if it runs the model's own process."""
-    pipeline = gaussian_pipeline(mean=0.4)
+    pipeline = known_image_pipeline(prediction_type)
     sampler = make_sampler("--scheduler", pipeline, name, 20)
     images = sample_images(pipeline, sampler, Request([0, 1], [Condition()] * 2))
     # diffusers' tables hold alpha_bar in float32: sqrt(1 - alpha_bar_0) = 0.01 is off by 2^-24 / 1e-4 / 2 = 3e-4 of
-    # itself, times noise of up to 5, halved with the range. Two samplers end with the noise of timestep 0 itself.
-    tolerance = 0.01 * 5 / 2 * (1 if name in ("deis", "pndm") else 3e-4)
+    # itself, times noise of up to 5, halved with the range; and again where we read it to turn an image into noise.
+    # Two samplers end with the noise of timestep 0 itself.
+    tolerance = 0.01 * 5 / 2 * (1 if name in ("deis", "pndm") else 2 * 3e-4)
     assert (images - 0.7).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in ("deis", "pndm")])
+@pytest.mark.parametrize("process", [{"beta_schedule": "sigmoid"}, {"num_train_timesteps": 4}])
+def test_samplers_find_the_image_by_schedules_that_diffusers_lacks_and_in_short_processes(name, process):
+    """Without a number of steps each sampler takes as many as it can."""
+    pipeline = known_image_pipeline("sample", **process)
+    sampler = make_sampler("--scheduler", pipeline, name, None)
+    images = sample_images(pipeline, sampler, Request([0, 1], [Condition()] * 2))
+    assert (images - 0.7).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "num_steps", "num_train_timesteps", "message"),
+    [
+        ("pndm", 3, 1000, "--num_inference_steps: 3 steps are out of the 4 to 500 of this model's process by pndm"),
+        ("pndm", None, 7, "--scheduler pndm: this model's process of 7 steps is too short for it"),
+        ("dpmsolver++", 50, 50, "50 steps are out of the 1 to 49 of this model's process by dpmsolver"),
+        ("unipc", 50, 50, "out of the 1 to 49"),
+        ("deis", 1000, 1000, "out of the 1 to 999"),
+        ("dpmsolver++_singlestep", 1, 1, "diffusers can't make it for this model's process"),
+        ("ddim", 1001, 1000, "1001 steps are out of the 1 to 1000 of this model's process"),
+    ],
+)
+def test_numbers_of_steps_that_a_sampler_can_not_take(name, num_steps, num_train_timesteps, message):
+    pipeline = known_image_pipeline("sample", num_train_timesteps=num_train_timesteps)
+    with pytest.raises(UserInputError, match=re.escape(message)):
+        make_sampler("--scheduler", pipeline, name, num_steps)
+
+
+def test_making_a_sampler_takes_no_random_numbers():
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    make_sampler("--scheduler", gaussian_pipeline(), "kdpm2_ancestral", 5)
+    assert torch.rand(1) == expected
+
+
+def test_images_that_are_not_finite_are_refused():
+    pipeline = gaussian_pipeline(mean=float("nan"))
+    with pytest.raises(UserInputError, match="that the model samples with ddpm:2 are not finite"):
+        sample_images(pipeline, make_sampler("--scheduler", pipeline, None, 2), Request([0], [Condition()]))
 
 
 def test_samplers_of_few_steps_clip_as_the_model_was_trained_to():
@@ -319,9 +393,14 @@ def test_comparison_samples_what_each_sampler_does_by_itself():
     assert figure.column_labels == list(NAMES)
 
 
+def test_dashes_in_flags_are_underscores(sample):
+    sample("unconditional", "--num-images 1 --num-inference-steps 1 --output out")
+    assert len(list(Path("out").glob("*.png"))) == 1
+
+
 def test_comparison_and_the_other_views_are_written(sample, folders, tmp_path):
-    sample("conditional", "--compare ddpm:3,ddim:2")
-    assert [s["scheduler"] for s in json.loads(Path("compare.json").read_text())["samplers"]] == ["ddpm", "ddim"]
+    sample("conditional", "--compare pndm:4,ddim:2")  # the first takes no single step, with which a network warms up
+    assert [s["scheduler"] for s in json.loads(Path("compare.json").read_text())["samplers"]] == ["pndm", "ddim"]
     sample("", f"--snapshots {folders / 'run'} --num_inference_steps 2 --output learned")
     record = json.loads(Path("learned/snapshots.json").read_text())
     assert [path[-4:] for path in record["snapshots"]] == ["0004", "0008"]

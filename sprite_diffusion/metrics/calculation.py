@@ -1,4 +1,4 @@
-"""What calculate_metrics.py does after its flags are parsed: measures a model, or a folder of images, against data."""
+"""The work of calculate_metrics.py: measures a model, or a folder of images, against data."""
 
 import argparse
 from dataclasses import replace
@@ -10,7 +10,7 @@ from PIL import Image
 
 from sprite_diffusion.common.errors import UserInputError, first_line
 from sprite_diffusion.common.machine import join_processes
-from sprite_diffusion.common.run_files import INDEX_FILE
+from sprite_diffusion.common.run_files import CONFIG_FILE, INDEX_FILE
 from sprite_diffusion.data.config import DataConfig
 from sprite_diffusion.data.dataset import load_image_data
 from sprite_diffusion.metrics.evaluation import (
@@ -71,8 +71,8 @@ def calculate(
 
 
 def is_image_folder(model: str) -> bool:
-    """Returns whether a name is that of a folder without a pipeline."""
-    return Path(model).is_dir() and not (Path(model) / INDEX_FILE).is_file()
+    """Returns whether a name is that of a folder of images: one that holds no pipeline, and no run to have one yet."""
+    return Path(model).is_dir() and not any((Path(model) / name).is_file() for name in (INDEX_FILE, CONFIG_FILE))
 
 
 def open_pipeline(args: argparse.Namespace, device: torch.device) -> Pipeline:

@@ -1,5 +1,6 @@
 """A small network trained on the data itself, whose features and classes the metrics use: nothing is downloaded."""
 
+import hashlib
 import math
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from sprite_diffusion.common.errors import UserInputError, first_line
 from sprite_diffusion.common.files import DiskFullError, cache_dir, written_beside
 from sprite_diffusion.metrics.real_images import RealImages
 
+DIGEST = "sha256"  # in the metadata of a cached file
 VERSION = 1  # to be raised with any change below: features of different networks are not comparable
 NUM_FEATURES = 128
 TRAINING_STEPS = 800
@@ -49,7 +51,9 @@ class Classifier(nn.Module):
 
 
 def load_classifier(real: RealImages, device: torch.device) -> tuple[Classifier, float]:
-    """Returns the classifier of the data and its accuracy on the held-out half; trains it if the cache has none.
+    """Returns the classifier of the data and its accuracy on the held-out half.
+
+    Trains the classifier unless the cache has it undamaged.
 
     Raises `UserInputError` if the cache can't be written.
     """
@@ -58,10 +62,12 @@ def load_classifier(real: RealImages, device: torch.device) -> tuple[Classifier,
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Classifier(real.num_channels, num_classes or NUM_FEATURES, real.image_size).to(device)
-        if not path.exists():
+        saved = load_tensors(path)
+        if saved is None:
             _train(model, real)
-            save_tensors(model.state_dict(), path, {"accuracy": str(_validate(model, real))})
-    tensors, metadata = load_tensors(path)
+            saved = model.state_dict(), {"accuracy": str(_validate(model, real))}
+            save_tensors(saved[0], path, saved[1])
+    tensors, metadata = saved
     model.load_state_dict(tensors)
     return model.eval().requires_grad_(False), float(metadata["accuracy"])
 
@@ -76,22 +82,39 @@ def is_weak(accuracy: float, real: RealImages) -> bool:
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Writes a file of the cache, whole or not at all. Processes that write the same file take turns.
+    """Writes a file of the cache for `load_tensors`, whole or not at all. Processes that write the same take turns.
 
-    Raises `UserInputError` if the cache can't be written.
+    The file is readable by its owner alone. Raises `UserInputError` if the cache can't be written.
     """
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {**metadata, DIGEST: _digest(tensors, metadata)}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")), written_beside(path) as partial:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock"), mode=0o600), written_beside(path) as partial:
+            save_file(tensors, partial, metadata)
+            partial.chmod(0o600)
     except (OSError, SafetensorError, DiskFullError) as error:
         raise UserInputError(f"{path.parent} can't be written to ({first_line(error)}): set XDG_CACHE_HOME") from None
 
 
-def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Returns the tensors and the metadata of a file of `save_tensors`."""
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 - not a dict
+def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
+    """Returns the tensors and the metadata of a file of `save_tensors`; None if it is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata())
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        return (tensors, metadata) if metadata.pop(DIGEST) == _digest(tensors, metadata) else None
+    except Exception:  # a damaged file can lead safetensors and torch to raise anything
+        return None
+
+
+def _digest(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    """Returns the SHA-256 of tensors on the CPU with their names, types and shapes, and of metadata."""
+    digest = hashlib.sha256(repr(sorted(metadata.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _train(model: Classifier, real: RealImages) -> None:

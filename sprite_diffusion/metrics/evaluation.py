@@ -1,4 +1,4 @@
-"""The evaluation of a set of images: are they like the real ones, as varied, of the class asked for, and copied?"""
+"""The evaluation of generated images: whether they are like the real ones, as varied, of their class, and copied."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from sprite_diffusion.metrics.distances import (
 from sprite_diffusion.metrics.extractors import Extractor, real_features
 from sprite_diffusion.metrics.real_images import RealImages
 from sprite_diffusion.metrics.report import NEAR_COPIES, Measurement, Report
-from sprite_diffusion.sampling.conditions import Condition
+from sprite_diffusion.sampling.conditions import Condition, one_hot
 from sprite_diffusion.sampling.generation import Request, sample_images
 from sprite_diffusion.sampling.pictures import labelled_grid, to_pixels
 from sprite_diffusion.sampling.pipeline_loading import Pipeline
@@ -52,7 +52,7 @@ class Pair(NamedTuple):
 
 @dataclass
 class _Measured:
-    """What is kept of generated images, by batch: never the images themselves, but for the closest pairs."""
+    """The values that are kept of generated images, by batch: of the images themselves the closest pairs alone."""
 
     rows: list[torch.Tensor] = field(default_factory=list)
     features: list[torch.Tensor] = field(default_factory=list)
@@ -61,7 +61,7 @@ class _Measured:
     pairs: list[Pair] = field(default_factory=list)
 
     def extend(self, other: "_Measured") -> None:
-        """Adds what another process has measured."""
+        """Adds the values that another process has measured."""
         for name in vars(self):
             getattr(self, name).extend(getattr(other, name))
 
@@ -101,7 +101,7 @@ def evaluate(
 
 
 def choose_num_images(real: RealImages, wanted: int) -> int:
-    """Returns the number wanted, or half of the data if that is less: the held-out floor can use as many then."""
+    """Returns at most half of the data, so that the held-out floor can use the same number."""
     return min(wanted, len(real.reference))
 
 
@@ -116,7 +116,7 @@ def make_evaluation_sampler(pipeline: Pipeline, name: str | None, num_inference_
 
 
 def sampling_facts(pipeline: Pipeline, sampler: Sampler, guidance_scale: float, seed: int) -> dict[str, Any]:
-    """Returns how images are sampled, for the record."""
+    """Returns the entries about sampling in the record of an evaluation."""
     guidance = {"guidance_scale": guidance_scale} if pipeline.num_classes > 0 else {}
     dtype = str(pipeline.unet.dtype).removeprefix("torch.")
     return {"sampler": sampler.label, **guidance, "seed": seed, "dtype": dtype}
@@ -181,9 +181,8 @@ def _match_conditions(pipeline: Pipeline, real: RealImages, num_images: int) -> 
         ids = {id: pipeline.get_class_id(name) for id, name in real.id2label.items()}
     except ValueError as error:
         raise UserInputError(f"{real.source} has other classes than the model: {error}; see --class_names") from None
-    one_hot = torch.eye(pipeline.num_classes)
     labels = real.class_labels[real.reference[:num_images]].tolist()
-    return [Condition(real.id2label[label], one_hot[ids[label]]) for label in labels]
+    return [Condition(real.id2label[label], one_hot(ids[label], pipeline.num_classes)) for label in labels]
 
 
 @torch.no_grad()

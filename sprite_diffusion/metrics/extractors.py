@@ -23,9 +23,9 @@ Function = Callable[[torch.Tensor], torch.Tensor]
 class Extractor:
     """A network for features, and the classifier that judges a conditional model's samples."""
 
-    name: str  # of `EXTRACTORS`
-    key: str  # of the features in the cache
-    description: str
+    name: str  # one of `EXTRACTORS`
+    key: str  # names the features in the cache
+    description: str  # for people
     extract: Function  # from uint8 images (B, C, H, W) to features (B, D), float32, on their device
     classify: Function | None = None  # from the same images to class scores (B, K); None without classes
     accuracy: float | None = None  # of `classify` on the held-out half
@@ -58,18 +58,26 @@ def make_extractor(name: str, clip_model: str, real: RealImages, device: torch.d
 
 
 def real_features(extractor: Extractor, real: RealImages, indices: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Returns features (N, D) on the CPU, from the cache or for it; `indices` (N,) are the first of a half.
+    """Returns the features (N, D) of real images on the CPU; extracts them unless the cache has them undamaged.
 
-    Raises `UserInputError` if the cache can't be written.
+    Args:
+        extractor: The extractor.
+        real: The images.
+        indices: The positions (N,) of the first images of a half.
+        device: The device to extract on.
+
+    Raises:
+        UserInputError: If the cache can't be written.
     """
     digest = f"{real.key}-{indices[0]}-{len(indices)}"  # the first index tells the halves apart
     path = cache_dir() / f"features-{extractor.key}-{digest}.safetensors"
-    if not path.exists():
+    saved = load_tensors(path)
+    if saved is None:
         batches = [indices[start : start + BATCH_SIZE] for start in range(0, len(indices), BATCH_SIZE)]
         bar = tqdm(batches, desc="features of real images", unit="batch", dynamic_ncols=True, leave=False)
-        features = torch.cat([extractor.extract(real[batch].to(device)).cpu() for batch in bar])
-        save_tensors({"features": features}, path, {})
-    return load_tensors(path)[0]["features"]
+        saved = {"features": torch.cat([extractor.extract(real[batch].to(device)).cpu() for batch in bar])}, {}
+        save_tensors(saved[0], path, saved[1])
+    return saved[0]["features"]
 
 
 def _in_batches(function: Function) -> Function:

@@ -1,19 +1,34 @@
 """The flags of calculate_metrics.py, checked before torch is imported."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.common.files import check_writable
 from sprite_diffusion.common.flags import SEED_RANGE, ArgumentParser, Range
-from sprite_diffusion.sampling.flags import SAMPLERS, add_speed_flags
+from sprite_diffusion.sampling.flags import (
+    GUIDANCE_RANGE,
+    SAMPLERS,
+    UP_TO_A_MILLION,
+    add_speed_flags,
+    check_sampler,
+    with_underscores,
+)
 
 EXTRACTORS = ("classifier", "inception", "clip")
+RANGES = {
+    "num_images": Range(at_least=10, at_most=10**6),
+    "num_inference_steps": UP_TO_A_MILLION,
+    "batch_size": UP_TO_A_MILLION,
+    "seed": SEED_RANGE,
+    "guidance_scale": GUIDANCE_RANGE,
+}
 CLIP_MODEL = "openai/clip-vit-large-patch14-336"  # that of CMMD
 
 
 def parse_args(description: str | None) -> tuple[argparse.Namespace, list[str]]:
-    """Returns the flags and, unparsed, those that it does not know, which are for the data.
+    """Returns the flags and, unparsed, the flags that are none of calculate_metrics.py's: those of the data.
 
     Raises `UserInputError` for a value out of range, and for an output folder that can't be written.
     """
@@ -29,13 +44,11 @@ def parse_args(description: str | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--extractor", choices=EXTRACTORS, default="classifier", help="What gives the features.")
     parser.add_argument("--clip_model", default=CLIP_MODEL, help="Of --extractor clip: a Hub id or a folder.")
     parser.add_argument("--output_dir", type=Path, help="Default: the folder of the model, else the current one.")
-    args, data_flags = parser.parse_known_args()
-    for name, minimum in (("num_images", 10), ("num_inference_steps", 1), ("batch_size", 1)):
-        Range(at_least=minimum).check(name, getattr(args, name))
-    SEED_RANGE.check("seed", args.seed)
-    Range().check("guidance_scale", args.guidance_scale)
-    if args.scheduler is not None and args.scheduler not in SAMPLERS:
-        raise UserInputError(f"--scheduler: unknown sampler '{args.scheduler}'; known are {', '.join(SAMPLERS)}")
+    args, data_flags = parser.parse_known_args(with_underscores(sys.argv[1:]))
+    for name, limits in RANGES.items():
+        limits.check(name, getattr(args, name))
+    if args.scheduler is not None:
+        check_sampler("--scheduler", args.scheduler)
     check_writable("--output_dir", args.output_dir)
     if args.output_dir is not None and args.output_dir.exists() and not args.output_dir.is_dir():
         raise UserInputError(f"--output_dir {args.output_dir} is a file: name a folder")

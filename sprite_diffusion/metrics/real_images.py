@@ -9,8 +9,8 @@ import torch
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.dataset import ImageData, StoredImages
 
-MIN_IMAGES = 20  # a half of fewer has no neighbourhoods
-SEARCHED_AT_ONCE = 4096  # images in memory at a time
+MIN_IMAGES = 20  # in a half of fewer images there are no neighbourhoods
+SEARCHED_AT_ONCE = 4096  # images that are in memory at a time
 
 
 class RealImages:
@@ -67,7 +67,7 @@ class RealImages:
     def find_nearest(
         self, images: torch.Tensor, exclude: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the distance from each image to the nearest of the dataset, and the index of that.
+        """Returns the distance from each image to the nearest image of the dataset, and the index of the latter.
 
         The distance is the root mean square difference of pixels, as a share of their range: that of a copy is 0, that
         of black from white 1.

@@ -1,12 +1,15 @@
-"""The results of an evaluation: as a table, in the files of a run, and read from them."""
+"""The results of an evaluation as a table, written into the files of a run, and read from them."""
 
 import json
+import math
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from sprite_diffusion.common.errors import warn
 from sprite_diffusion.common.files import write_text, written_beside
 from sprite_diffusion.common.run_files import HISTORY_FILE, METRICS_FILE, PAIRS_FILE
 
@@ -98,7 +101,7 @@ def format_table(report: Report) -> str:
 
 
 def write_report(report: Report, closest_pairs: Image.Image, folder: Path, facts: dict[str, Any]) -> list[Path]:
-    """Writes the measurements, after `facts` about what was measured, and the picture. Returns the files."""
+    """Writes the picture, and `facts` about what was measured followed by the measurements. Returns the files."""
     write_text(folder / METRICS_FILE, json.dumps({**facts, **report.to_dict()}, indent=2) + "\n")
     with written_beside(folder / PAIRS_FILE) as partial:
         closest_pairs.save(partial, format="PNG")
@@ -106,23 +109,36 @@ def write_report(report: Report, closest_pairs: Image.Image, folder: Path, facts
 
 
 def append_history(report: Report, folder: Path, facts: dict[str, Any]) -> None:
-    """Adds a line to the history of a run, and drops the lines of later steps, which a resumed run measures again."""
-    earlier = [json.dumps(line) for line in _earlier_lines(folder, facts["global_step"])]
+    """Adds a line to the history of a run, and drops the lines of later steps, which a resumed run measures again.
+
+    Lines that can't be read are left out with a warning: a kill may have torn the last one.
+    """
+    lines, num_damaged = _read_history(folder / HISTORY_FILE)
+    if num_damaged:
+        warn(f"{folder / HISTORY_FILE}: {num_damaged} line(s) can't be read and are left out")
+    earlier = [json.dumps(line) for line in lines if line["global_step"] < facts["global_step"]]
     write_text(folder / HISTORY_FILE, "\n".join([*earlier, json.dumps({**facts, **report.to_dict()})]) + "\n")
 
 
 def is_lowest(report: Report, folder: Path, global_step: int) -> bool:
     """Returns whether the report's first distance is below that of every earlier evaluation of the run."""
     name, measurement = next(iter(report.figures.items()))
-    earlier = [line["figures"][name]["value"] for line in _earlier_lines(folder, global_step)]
-    return measurement.value < min(earlier, default=float("inf"))
+    lines, _ = _read_history(folder / HISTORY_FILE)
+    earlier = [Report.from_dict(line).figures for line in lines if line["global_step"] < global_step]
+    return measurement.value < min((figures[name].value for figures in earlier if name in figures), default=math.inf)
 
 
-def _earlier_lines(folder: Path, global_step: int) -> list[dict[str, Any]]:
-    """Returns the lines of a run's history that are of steps before `global_step`."""
-    path = folder / HISTORY_FILE
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [line for line in lines if line["global_step"] < global_step]
+def _read_history(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Returns the lines of a run's history, and the number of those that can't be read."""
+    texts = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    lines = []
+    for text in texts:
+        with suppress(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+            line = json.loads(text)
+            Report.from_dict(line)  # raises for a line that is not an evaluation's
+            if isinstance(line["global_step"], int):
+                lines.append(line)
+    return lines, len(texts) - len(lines)
 
 
 def _format_row(title: str, measurement: Measurement) -> tuple[str, ...]:

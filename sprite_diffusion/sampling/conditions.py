@@ -1,4 +1,4 @@
-"""What is to be sampled: classes, and mixes of classes."""
+"""Classes and mixes of classes, which images are sampled of."""
 
 import math
 from dataclasses import dataclass
@@ -7,6 +7,8 @@ import torch
 
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.sampling.pipeline_loading import Pipeline
+
+MAX_CLASSES = 1000  # that are sampled where none is named
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Condition:
 def choose_conditions(pipeline: Pipeline, classes: list[str] | None, mixes: list[str] | None) -> list[Condition]:
     """Returns the conditions of `--class` and `--mix`; every class of the model where neither is given.
 
-    Raises `UserInputError` for a class that the model does not have.
+    Raises `UserInputError` for a class that the model does not have, and for too many classes to sample each of them.
     """
     if pipeline.num_classes == 0:
         for flag, values in (("--class", classes), ("--mix", mixes)):
@@ -28,6 +30,8 @@ def choose_conditions(pipeline: Pipeline, classes: list[str] | None, mixes: list
                 raise UserInputError(f"{flag} {values[0]}: this is an unconditional model, it has no classes")
         return [Condition()]
     if not classes and not mixes:
+        if pipeline.num_classes > MAX_CLASSES:
+            raise UserInputError(f"--class: this model has {pipeline.num_classes:,} classes, name those to be sampled")
         classes = [str(id) for id in range(pipeline.num_classes)]
     single = [_read_class(pipeline, name) for name in classes or []]
     return single + [_read_mix(pipeline, text) for text in mixes or []]
@@ -35,7 +39,12 @@ def choose_conditions(pipeline: Pipeline, classes: list[str] | None, mixes: list
 
 def _read_class(pipeline: Pipeline, name: str) -> Condition:
     id = _class_id(pipeline, "--class", name)
-    return Condition(pipeline.id2label.get(id, str(id)), torch.eye(pipeline.num_classes)[id])
+    return Condition(pipeline.id2label.get(id, str(id)), one_hot(id, pipeline.num_classes))
+
+
+def one_hot(id: int, num_classes: int) -> torch.Tensor:
+    """Returns the weights (num_classes,) of a single class, float32."""
+    return torch.nn.functional.one_hot(torch.tensor(id), num_classes).float()
 
 
 def _read_mix(pipeline: Pipeline, text: str) -> Condition:

@@ -1,4 +1,4 @@
-"""The figures of sample.py: each function samples the images of one and arranges them."""
+"""The figures of sample.py: each function samples the images of a figure and arranges them."""
 
 import time
 from collections import Counter
@@ -37,7 +37,7 @@ class Figure:
     record: dict[str, Any] = field(default_factory=dict)
 
     def render(self, scale: int | None) -> Image.Image:
-        """Draws the figure, each image enlarged by `scale`; None chooses a scale."""
+        """Draws the figure with each image enlarged by `scale`, or by `choose_scale` if that is None."""
         return labelled_grid(self.rows, self.row_labels, self.column_labels, scale)
 
 
@@ -46,8 +46,9 @@ def compare_samplers(pipeline: Pipeline, samplers: list[Sampler], request: Reque
     generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
     figure = Figure([to_unit_range(sample_noise(pipeline, generators))], ["noise"], _class_names(request))
     figure.record = {**request.record, "samplers": []}
-    # The first call of a network is slower than the rest, and would count against the first sampler.
-    sample_images(pipeline, Sampler("warm-up", samplers[0].scheduler, 1), request)
+    # The first call of a network is slower than the rest, and would count against the first sampler. The model's own
+    # scheduler makes that call, since some samplers take no single step.
+    sample_images(pipeline, Sampler("warm-up", pipeline.scheduler, 1), request)
     for sampler in samplers:
         with _counted_calls(pipeline.unet) as calls:
             start = time.perf_counter()
@@ -120,7 +121,7 @@ def show_forward_process(pipeline: Pipeline, clean_images: torch.Tensor, seed: i
 
 
 def load_clean_images(source: str, num_images: int, pipeline: Pipeline) -> torch.Tensor:
-    """Returns the first images of a file, folder or dataset, (N, C, H, W) in [-1, 1], in the size of the model's.
+    """Returns the first images of a file, folder or dataset, (N, C, H, W) in [-1, 1], in the size that `pipeline` has.
 
     Raises `UserInputError`, about `--forward`, if there are none.
     """
@@ -165,11 +166,11 @@ def show_collapse(pipeline: Pipeline, sampler: Sampler, request: Request) -> Fig
 def interpolate(
     pipeline: Pipeline, sampler: Sampler, seeds: list[int], ends: list[Condition], size: int, request: Request
 ) -> Figure:
-    """Returns the way from one seed to another, left to right, and from one class or mix to another, downwards.
+    """Returns images between two seeds, from left to right, and between two classes or mixes, from top to bottom.
 
     Args:
         pipeline: The model.
-        sampler: A sampler that adds no noise of its own, which would hide the way.
+        sampler: A sampler that adds no noise at its steps, which would hide what changes from image to image.
         seeds: The two seeds whose noise lies at the ends of each row.
         ends: The classes or mixes at the top and the bottom; one for all rows; or none.
         size: The number of images in a row, and of rows between two `ends`.
@@ -202,13 +203,14 @@ def interpolate(
 
 
 def slerp(first: torch.Tensor, last: torch.Tensor, fraction: float) -> torch.Tensor:
-    """Returns noise between two noises, of their length, as the model expects: `first` at 0, `last` at 1.
+    """Returns noise between two noises, `first` at a fraction of 0 and `last` at 1, by spherical interpolation.
 
-    Spherical interpolation (Shoemake 1985, "Animating Rotation with Quaternion Curves").
+    The noise between them is as long as they are, as the model expects (Shoemake 1985, "Animating Rotation with
+    Quaternion Curves").
     """
     cosine = torch.nn.functional.cosine_similarity(first.flatten(), last.flatten(), dim=0).clamp(-1, 1)
     angle = torch.arccos(cosine)
-    if torch.sin(angle) < 1e-4:  # the same direction: a straight line, where the formula divides 0 by 0
+    if torch.sin(angle) < 1e-4:  # for one direction the formula divides 0 by 0, and a straight line is the same
         return torch.lerp(first, last, fraction)
     return (torch.sin((1 - fraction) * angle) * first + torch.sin(fraction * angle) * last) / torch.sin(angle)
 

@@ -1,11 +1,12 @@
 """The flags of sample.py, without torch and diffusers: `--help` and a wrong flag need not wait for their imports."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.common.files import check_writable
-from sprite_diffusion.common.flags import FROM_ONE, MAX_SEED, SEED_RANGE, ArgumentParser, Range, check_tracker
+from sprite_diffusion.common.flags import MAX_SEED, SEED_RANGE, ArgumentParser, Range, check_tracker
 
 # The samplers by short name, each with its class, which is this project's or diffusers'.
 SAMPLERS = {
@@ -26,13 +27,17 @@ SAMPLERS = {
 FIGURES = ("compare", "snapshots", "forward", "no_noise", "interpolate")
 # The --scheduler that a figure can be asked for with; None where the figure's own flag names the samplers.
 SCHEDULERS_OF_FIGURES = {"compare": None, "no_noise": "ddpm", "interpolate": "ddim"}
+MAX_SCALE = 1024
+MAX_DIGITS = 7  # a number of steps with more digits than this is a slip
+UP_TO_A_MILLION = Range(at_least=1, at_most=10**6)  # a larger number is a slip, which would fill the memory
+GUIDANCE_RANGE = Range(at_least=-1000, at_most=1000)
 RANGES = {
-    "num_images": FROM_ONE,
+    "num_images": UP_TO_A_MILLION,
     "seed": SEED_RANGE,
-    "num_inference_steps": FROM_ONE,
+    "num_inference_steps": UP_TO_A_MILLION,
     "eta": Range(at_least=0, at_most=1),
-    "guidance_scale": Range(),
-    "batch_size": FROM_ONE,
+    "guidance_scale": GUIDANCE_RANGE,
+    "batch_size": UP_TO_A_MILLION,
 }
 
 
@@ -68,8 +73,8 @@ def parse_args(description: str | None) -> argparse.Namespace:
         default="none",
         help="Also give --compare to the trackers, of the model's run if it is one.",
     )
-    args = parser.parse_args()
-    args.view = next((name for name in FIGURES if getattr(args, name)), "samples")
+    args = parser.parse_args(with_underscores(sys.argv[1:]))
+    args.view = next((name for name in FIGURES if getattr(args, name) not in (None, False)), "samples")
     args.output = args.output or Path(f"{args.view}.png")
     check_args(args)
     return args
@@ -93,7 +98,9 @@ def _add_view_flags(parser: argparse.ArgumentParser) -> None:
     view.add_argument("--compare", metavar="LIST", help="Samplers beside each other: ddpm:500,ddim:25.")
     view.add_argument("--snapshots", type=Path, metavar="RUN_DIR", help="What a run had learned at each snapshot.")
     view.add_argument("--forward", metavar="DATA", help="An image, folder or dataset on its way to noise.")
-    view.add_argument("--no-noise", action="store_true", help="DDPM with and without the noise of each step.")
+    view.add_argument(
+        "--no-noise", "--no_noise", action="store_true", help="DDPM with and without the noise of each step."
+    )
     view.add_argument(
         "--interpolate", nargs=2, type=int, metavar="SEED", help="Between two seeds, and two classes if given; DDIM."
     )
@@ -107,19 +114,53 @@ def add_speed_flags(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile the network: pays for many steps.")
 
 
+def with_underscores(argv: list[str]) -> list[str]:
+    """Returns a command line with `--num-images` as `--num_images`: the training scripts' parser knows both too."""
+    flags = [argument.partition("=") if argument.startswith("--") else (argument, "", "") for argument in argv]
+    return [
+        f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else name
+        for name, equals, value in flags
+    ]
+
+
 def parse_scale(text: str) -> int | None:
     """Returns the number of `--scale`; None for 'auto'. Raises `UserInputError` if it is neither."""
     if text == "auto":
         return None
-    if not (text.isdecimal() and int(text) > 0):
-        raise UserInputError(f"--scale {text}: give 'auto' or a whole number from 1 on")
+    if not (text.isdecimal() and len(text) <= len(str(MAX_SCALE)) and 1 <= int(text) <= MAX_SCALE):
+        raise UserInputError(f"--scale {text}: give 'auto' or a whole number from 1 to {MAX_SCALE}")
     return int(text)
+
+
+def check_sampler(flag: str, name: str) -> None:
+    """Raises `UserInputError`, about `flag`, if `name` is none of `SAMPLERS`."""
+    if name not in SAMPLERS:
+        raise UserInputError(f"{flag}: unknown sampler '{name}'; known are {', '.join(SAMPLERS)}")
+
+
+def split_comparison(text: str) -> list[tuple[str, int | None]]:
+    """Returns the name and the number of steps, None if not given, of each sampler of `--compare`.
+
+    Raises `UserInputError` for an unknown sampler, and for steps that are no number.
+    """
+    samplers = []
+    for item in text.split(","):
+        name, colon, steps = item.strip().partition(":")
+        check_sampler("--compare", name)
+        if colon and not (steps.isdecimal() and len(steps) <= MAX_DIGITS):
+            raise UserInputError(f"--compare {text}: '{item}' is not NAME:STEPS, as in ddim:25")
+        samplers.append((name, int(steps) if colon else None))
+    return samplers
 
 
 def check_args(args: argparse.Namespace) -> None:
     """Raises `UserInputError` for values out of range, and for flags that don't go together."""
     for name, limits in RANGES.items():
         limits.check(name, getattr(args, name))
+    if args.scheduler is not None:
+        check_sampler("--scheduler", args.scheduler)
+    if args.compare is not None:
+        split_comparison(args.compare)
     for message, applies in _contradictions(args).items():
         if applies:
             raise UserInputError(message)
@@ -150,7 +191,7 @@ def _contradictions(args: argparse.Namespace) -> dict[str, bool]:
 
 
 def _check_path(flag: str, path: Path, endings: tuple[str, ...], kinds: str) -> None:
-    """Raises `UserInputError` for a path of none of the endings ("" is a folder's), and for one that can't be made."""
+    """Raises `UserInputError` for a path that has none of the endings ("" is a folder's) or can't be made."""
     if path.suffix.lower() not in endings:
         raise UserInputError(f"{flag} {path}: name {kinds}")
     check_writable(flag, path)

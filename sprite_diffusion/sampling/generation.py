@@ -24,17 +24,17 @@ class Request:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What the file of a picture says of these images; each call makes the list of "images" anew."""
+        """The entries about these images in the record of a picture; "images" is a new list at each call."""
         images = [{"seed": s, "class": c.name} for s, c in zip(self.seeds, self.conditions, strict=True)]
         return {"guidance_scale": self.guidance_scale, "eta": self.eta, "images": images}
 
 
 @dataclass
 class Trajectory:
-    """The images of some steps on the way from noise, as [0, 1]; `frames` has them in order, each (N, C, H, W)."""
+    """The images of some steps on the way from noise to samples, in [0, 1]."""
 
     max_frames: int
-    predicted: bool = False  # the clean image predicted at a step, in place of the noisy one
+    predicted: bool = False  # whether a step shows the clean image that it predicts, not the noisy one
     _batches: list[list[torch.Tensor]] = field(default_factory=list)
 
     @property
@@ -44,7 +44,7 @@ class Trajectory:
 
     @property
     def frames(self) -> list[torch.Tensor]:
-        """The images (N, C, H, W) of each recorded step, of all batches."""
+        """The images (N, C, H, W) of each recorded step, in order, those of all batches together."""
         return [torch.cat(parts) for parts in zip(*self._batches, strict=True)]
 
     def begin_batch(self, noise: torch.Tensor) -> None:
@@ -52,9 +52,9 @@ class Trajectory:
         self._batches.append([] if self.predicted else [to_unit_range(noise)])
 
     def record(self, pipeline: Pipeline, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Records a step, as the pipeline's callback after it.
+        """Records a step; the pipeline calls this after each one.
 
-        Raises `UserInputError` if predictions are to be recorded and the scheduler does not return its own.
+        Raises `UserInputError` if predictions are to be recorded and the scheduler returns none.
         """
         timesteps = pipeline.scheduler.timesteps
         images = tensors[self.tensor_name]
@@ -89,6 +89,9 @@ def sample_images(
 
     Returns:
         The images (N, C, H, W) in [0, 1] on the CPU, float32.
+
+    Raises:
+        UserInputError: If an image is not finite.
     """
     pipeline.set_progress_bar_config(
         desc=sampler.label, unit="step", dynamic_ncols=True, leave=False, disable=not show_progress
@@ -115,7 +118,7 @@ def _sample_batch(
 ) -> torch.Tensor:
     """Samples the images (B, C, H, W) of a slice of the request, from `noise` (B, C, H, W) if it is given."""
     generators = [torch.Generator().manual_seed(seed) for seed in request.seeds[batch]]
-    # Drawn also where other noise is given: the generators go on from there, or a step would add x_T again.
+    # The noise is drawn even where other noise is given, or the generators would give it again at the first step.
     latents = sample_noise(pipeline, generators)
     if noise is not None:
         latents = noise
@@ -136,7 +139,13 @@ def _sample_batch(
         output_type="pt",
         **kwargs,
     )
-    return output.images.float().cpu()
+    images = output.images.float().cpu()
+    if not images.isfinite().all():
+        raise UserInputError(
+            f"the images that the model samples with {sampler.label} are not finite: take another checkpoint, sampler "
+            "or number of steps, or a smaller guidance scale"
+        )
+    return images
 
 
 def sample_noise(pipeline: Pipeline, generators: list[torch.Generator]) -> torch.Tensor:
@@ -147,7 +156,8 @@ def sample_noise(pipeline: Pipeline, generators: list[torch.Generator]) -> torch
 def frame_indices(num_steps: int, max_frames: int) -> list[int]:
     """Returns at most `max_frames` of the steps 0..num_steps-1: each of the last ones, and ever fewer before.
 
-    The number of steps left grows as a square: little is to be seen in the first half, and the picture appears late.
+    Counted from the end, the steps grow as a square: in the first half there is little to be seen, as the picture
+    appears late.
     """
     squares = (round((num_steps - 1) * (k / max(1, max_frames - 1)) ** 2) for k in range(max_frames))
     steps_left = {min(num_steps - 1, max(k, square)) for k, square in enumerate(squares)}

@@ -10,16 +10,43 @@ from PIL.PngImagePlugin import PngInfo
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
+from sprite_diffusion.common.errors import UserInputError
+
 FONT_SIZE = 13  # pixels
 GAP = 4  # pixels between images, and around text
 FRAME_MS = 80
 HOLD_MS = 2500  # of the last frame
-MIN_SIDE = 64  # pixels, at which a person can look at a sprite
+MIN_SIDE = 64  # pixels: smaller sprites are enlarged to be looked at
+MAX_PIXELS = 2**27  # of a picture, in memory 400 MB
+MAX_SIDES = {".webp": 16383, ".gif": 65535}  # in pixels: the formats have no room for more
 
 
 def choose_scale(images: torch.Tensor) -> int:
     """Returns the whole number by which images (N, C, H, W) are enlarged to be looked at."""
     return max(1, MIN_SIDE // max(images.shape[-2:]))
+
+
+def check_size(
+    path: Path, rows: int, columns: int, shape: tuple[int, int, int], scale: int | None, frames: int
+) -> None:
+    """Raises `UserInputError` if a grid of images is more than `path` can hold, before its images are sampled.
+
+    Args:
+        path: The file.
+        rows: The rows of the grid.
+        columns: The images in a row.
+        shape: The channels, height and width of an image.
+        scale: The whole number by which images are enlarged; None for that of `choose_scale`.
+        frames: How many such grids the file holds.
+    """
+    scale = scale or choose_scale(torch.empty(0, *shape))
+    height, width = rows * scale * shape[1], columns * scale * shape[2]
+    max_side = MAX_SIDES.get(path.suffix.lower(), MAX_PIXELS)
+    if frames * height * width > MAX_PIXELS or max(height, width) > max_side:
+        raise UserInputError(
+            f"{path} would have {frames} x {width:,} x {height:,} pixels, more than the {MAX_PIXELS:,} or, on a side, "
+            f"{max_side:,} that are possible: give a smaller --scale or --num_images"
+        )
 
 
 def to_pixels(images: torch.Tensor, scale: int) -> torch.Tensor:

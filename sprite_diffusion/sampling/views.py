@@ -1,7 +1,8 @@
-"""The views of sample.py: what its flags ask for, sampled, arranged in a picture and written."""
+"""The views of sample.py: each samples images, arranges them in a picture and writes it."""
 
 import argparse
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from PIL import Image
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.sampling.conditions import choose_conditions
 from sprite_diffusion.sampling.figures import (
+    FORWARD_COLUMNS,
     Figure,
     compare_samplers,
     find_snapshots,
@@ -20,7 +22,14 @@ from sprite_diffusion.sampling.figures import (
     show_learning,
 )
 from sprite_diffusion.sampling.generation import Request, Trajectory, sample_images
-from sprite_diffusion.sampling.pictures import labelled_grid, make_picture, save_animation, save_json, save_png
+from sprite_diffusion.sampling.pictures import (
+    check_size,
+    labelled_grid,
+    make_picture,
+    save_animation,
+    save_json,
+    save_png,
+)
 from sprite_diffusion.sampling.pipeline_loading import Pipeline
 from sprite_diffusion.sampling.samplers import make_sampler, parse_samplers
 
@@ -29,14 +38,20 @@ MAX_FRAMES = 60
 
 
 def write_samples(args: argparse.Namespace, pipeline: Pipeline) -> None:
-    """Writes samples as a grid, with a class per row, or as single files; and the animation of the same."""
+    """Writes samples as a grid, with a class per row, or as single files, and their animation if it is asked for."""
     request = make_request(args, pipeline)
     sampler = make_sampler("--scheduler", pipeline, args.scheduler, args.num_inference_steps)
     trajectory = None if args.animate is None else Trajectory(MAX_FRAMES, args.animate_prediction)
+    has_classes = pipeline.num_classes > 0
+    columns = (args.num_images or NUM_SAMPLES) if has_classes else math.ceil(math.sqrt(len(request.seeds)))
+    rows = math.ceil(len(request.seeds) / columns)
+    if args.animate is not None:
+        frames = min(MAX_FRAMES, sampler.num_inference_steps + 1)
+        check_size(args.animate, rows, columns, pipeline.sample_shape, args.scale, frames)
+    grid = (rows, columns) if args.output.suffix else (1, 1)  # a folder gets a file for each image
+    check_size(args.output, *grid, pipeline.sample_shape, args.scale, frames=1)
     images = sample_images(pipeline, sampler, request, trajectory=trajectory)
     record = {**sampler.record, **request.record}
-    has_classes = pipeline.num_classes > 0
-    columns = (args.num_images or NUM_SAMPLES) if has_classes else math.ceil(math.sqrt(len(images)))
     if not args.output.suffix:
         _write_single_files(args, images, record)
     elif has_classes:
@@ -50,21 +65,36 @@ def write_samples(args: argparse.Namespace, pipeline: Pipeline) -> None:
 
 
 def make_figure(args: argparse.Namespace, pipeline: Pipeline) -> Figure:
-    """Makes the figure that a flag asks for."""
+    """Makes the figure that a flag asks for.
+
+    Raises `UserInputError` for what the model can't do, before anything is sampled.
+    """
+
+    def check_grid(rows: int, columns: int) -> None:
+        check_size(_picture_path(args), rows, columns, pipeline.sample_shape, args.scale, frames=1)
+
     if args.view == "forward":
-        images = load_clean_images(args.forward, args.num_images or 4, pipeline)
-        return show_forward_process(pipeline, images, args.seed)
+        num_images = args.num_images or 4
+        check_grid(num_images, FORWARD_COLUMNS + 1)
+        return show_forward_process(pipeline, load_clean_images(args.forward, num_images, pipeline), args.seed)
     request = make_request(args, pipeline)
     if args.view == "compare":
-        return compare_samplers(pipeline, parse_samplers(pipeline, args.compare), request)
+        samplers = parse_samplers(pipeline, args.compare)
+        check_grid(1 + len(samplers), len(request.seeds))
+        return compare_samplers(pipeline, samplers, request)
     name = "ddim" if args.view == "interpolate" else args.scheduler
     sampler = make_sampler("--scheduler", pipeline, name, args.num_inference_steps)
     if args.view == "interpolate":
         ends = choose_conditions(pipeline, args.classes, args.mixes) if args.classes or args.mixes else []
-        return interpolate(pipeline, sampler, args.interpolate, ends, args.num_images or 7, request)
+        size = args.num_images or 7
+        check_grid(size if len(ends) == 2 else 1, size)
+        return interpolate(pipeline, sampler, args.interpolate, ends, size, request)
     if args.view == "no_noise":
+        check_grid(2, len(request.seeds))
         return show_collapse(pipeline, sampler, request)
-    return show_learning(pipeline, find_snapshots(args.snapshots), sampler, request)
+    snapshots = find_snapshots(args.snapshots)
+    check_grid(len(snapshots), len(request.seeds))
+    return show_learning(pipeline, snapshots, sampler, request)
 
 
 def make_request(args: argparse.Namespace, pipeline: Pipeline) -> Request:
@@ -88,8 +118,8 @@ def make_request(args: argparse.Namespace, pipeline: Pipeline) -> Request:
 
 
 def write_picture(args: argparse.Namespace, picture: Image.Image, record: dict[str, Any]) -> None:
-    """Writes a picture, with the model and `record` as its text, and the same text as JSON beside it."""
-    path = args.output if args.output.suffix else args.output / f"{args.view}.png"
+    """Writes a picture, with the model and `record` as its text chunks, and both as JSON beside it."""
+    path = _picture_path(args)
     record = {**_record_of_model(args), **record}
     save_png(picture, path, record)
     save_json(record, path.with_suffix(".json"))
@@ -97,7 +127,7 @@ def write_picture(args: argparse.Namespace, picture: Image.Image, record: dict[s
 
 
 def _write_single_files(args: argparse.Namespace, images: torch.Tensor, record: dict[str, Any]) -> None:
-    """Writes images (N, C, H, W) in [0, 1] into the folder `--output`, and how they were made as JSON beside them."""
+    """Writes images (N, C, H, W) in [0, 1] into the folder `--output`, and the record of them as JSON beside them."""
     record = {**_record_of_model(args), **record}
     common = {name: value for name, value in record.items() if name != "images"}
     for i, (image, image_record) in enumerate(zip(images, record["images"], strict=True)):
@@ -107,6 +137,11 @@ def _write_single_files(args: argparse.Namespace, images: torch.Tensor, record: 
     print(f"wrote {len(images)} images into {args.output}")
     save_json(record, args.output / "samples.json")
     print(f"wrote {args.output / 'samples.json'}")
+
+
+def _picture_path(args: argparse.Namespace) -> Path:
+    """Returns the file of a view that is one picture; `--output` may name its folder."""
+    return args.output if args.output.suffix else args.output / f"{args.view}.png"
 
 
 def _record_of_model(args: argparse.Namespace) -> dict[str, str]:
