@@ -15,7 +15,7 @@ from torchvision.ops import Conv2dNormActivation
 from tqdm.auto import tqdm
 
 from sprite_diffusion.common.errors import UserInputError, first_line
-from sprite_diffusion.common.files import DiskFullError, cache_dir, written_beside
+from sprite_diffusion.common.files import DiskFullError, cache_dir, make_private_folder, written_beside
 from sprite_diffusion.metrics.real_images import RealImages
 
 DIGEST = "sha256"  # in the metadata of a cached file
@@ -89,7 +89,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {**metadata, DIGEST: _digest(tensors, metadata)}
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private_folder(path.parent)
         with FileLock(path.with_suffix(".lock"), mode=0o600), written_beside(path) as partial:
             save_file(tensors, partial, metadata)
             partial.chmod(0o600)
