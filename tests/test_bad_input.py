@@ -114,6 +114,7 @@ TRAIN_UNCONDITIONAL = [
     ("--background whit", "--background whit"),
     ("--use_ema maybe", "--use_ema", "maybe"),
     ("--max_train_samples 0", "--max_train_samples is 0"),
+    ("--dataset_name sprites --max_train_samples 2000000000", "--max_train_samples 2000000000", "1,000,000 at most"),
     ("--class_names", "--class_names"),
     ("--guidance_scale nan", "--guidance_scale is nan"),
     ("--guidance_scale inf", "--guidance_scale is inf"),

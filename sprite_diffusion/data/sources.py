@@ -21,6 +21,7 @@ from sprite_diffusion.data.labels import choose_class_names, spread_over_classes
 from sprite_diffusion.data.sprites import CLASS_NAMES, draw_sprites
 
 BUILT_IN_SIZE = 8000
+MAX_BUILT_IN_SIZE = 10**6  # which take 0.8 GB of memory
 STREAM_SHARDS = 64  # of which each reading process takes some
 
 
@@ -64,6 +65,8 @@ class Table:
 
 def draw_built_in(config: DataConfig, with_labels: bool | None) -> Source:
     """Draws the built-in sprites. `with_labels` is as in `load_image_data`."""
+    if (config.max_train_samples or 0) > MAX_BUILT_IN_SIZE:
+        raise UserInputError(f"--max_train_samples {config.max_train_samples}: draw {MAX_BUILT_IN_SIZE:,} at most")
     images, class_labels, _ = draw_sprites(config.max_train_samples or BUILT_IN_SIZE)
     return Source(
         f"{BUILT_IN_DATASET} (built in)",

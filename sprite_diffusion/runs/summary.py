@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from sprite_diffusion.common.errors import mask_secrets, printable
 from sprite_diffusion.common.machine import describe_device
 from sprite_diffusion.data.dataset import ImageData
 from sprite_diffusion.runs.config import TrainingConfig
@@ -34,14 +35,15 @@ def print_summary(
     skipped = f", {len(data.skipped_images)} skipped" if data.skipped_images else ""
     classes = "" if data.id2label is None else f", {len(data.id2label)} classes"
     total_batch_size = config.total_batch_size(accelerator.num_processes)
-    print(
-        f"data       {data.source}: {images} of {width}x{height}, {data.num_channels} channel(s){classes}{skipped}\n"
-        f"model      {config.model_class}, {count_parameters(model) / 1e6:.2f} M parameters\n"
+    for line in (
+        f"data       {data.source}: {images} of {width}x{height}, {data.num_channels} channel(s){classes}{skipped}",
+        f"model      {config.model_class}, {count_parameters(model) / 1e6:.2f} M parameters",
         f"device     {accelerator.device}, {accelerator.num_processes} process(es), "
-        f"precision {accelerator.mixed_precision}\n"
-        f"training   {total_steps:,} steps of {total_batch_size} images, seed {config.seed}, {start}\n"
-        f"output     {config.output_dir}"
-    )
+        f"precision {accelerator.mixed_precision}",
+        f"training   {total_steps:,} steps of {total_batch_size} images, seed {config.seed}, {start}",
+        f"output     {config.output_dir}",
+    ):
+        print(printable(mask_secrets(line)))
 
 
 def write_summary(
@@ -59,7 +61,7 @@ def write_summary(
         "script": Path(sys.argv[0]).name,
         "num_parameters": count_parameters(model),
         "num_images": data.num_images,
-        "data_source": data.source,
+        "data_source": mask_secrets(data.source),
         "data_license": data.license,
         "num_processes": accelerator.num_processes,
         "device": describe_device(accelerator.device),
