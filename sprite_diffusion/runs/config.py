@@ -269,8 +269,8 @@ def parse_config(argv: list[str], default_preset: str) -> TrainingConfig:
     parser = make_parser(TrainingConfig)
     if any(argument.replace("-", "_").startswith("__pretrained_model_name_or_path") for argument in argv):
         raise UserInputError(
-            "--pretrained_model_name_or_path: a run begins with random weights, for which it takes a network's shape by "
-            "--model_config_name_or_path; or it goes on by --resume_from_checkpoint"
+            "--pretrained_model_name_or_path: a run begins with random weights, in the shape that "
+            "--model_config_name_or_path names, or it goes on by --resume_from_checkpoint"
         )
     flags = parse_known(parser, argv, [flag.name for flag in fields(TrainingConfig)])
     if flags.config is not None:
