@@ -390,7 +390,8 @@ def test_room_is_asked_for_before_the_training(run_script, small_disk, capsys):
     run_script("train_unconditional", f"{TINY} --logger none --checkpointing_steps 1 --num_epochs 1", small_disk / "a")
     assert "warning" not in capsys.readouterr().err
     fill(small_disk, leave=900_000)
-    run_script("train_unconditional", f"{TINY} --logger none --checkpointing_steps 2 --num_epochs 4", small_disk / "b")
+    flags = f"{TINY} --logger none --checkpointing_steps 2 --num_epochs 4 --checkpoints_total_limit 10"
+    run_script("train_unconditional", flags, small_disk / "b")
     assert "8 checkpoints take" in capsys.readouterr().err
 
 

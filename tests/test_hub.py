@@ -307,8 +307,9 @@ print(len(again.scheduler))
 
 SAVE_AGAIN = """
 import sys
-from sprite_diffusion.sampling.pipeline_loading import load_pipeline
-load_pipeline(sys.argv[1]).save_pretrained(sys.argv[2])
+from sprite_diffusion.sampling import pipeline_loading
+pipeline_loading._check_process = lambda pipeline: None  # that there are as many betas as timesteps
+pipeline_loading.load_pipeline(sys.argv[1]).save_pretrained(sys.argv[2])
 """
 
 

@@ -29,7 +29,7 @@ FLAGS = (
     f"--config {REPOSITORY / 'configs' / 'smoke_cpu.yaml'} --lr_warmup_steps 2 --ddpm_num_inference_steps 2 "
     "--eval_batch_size 1 --block_out_channels 8 16 --attention_levels 0 --attention_head_dim 8 --resolution 8 "
     "--num_epochs 9 --save_images_epochs 9 --save_model_epochs 9 --checkpointing_steps 4 --logging_steps 1 "
-    "--random_flip"
+    "--random_flip --checkpoints_total_limit 10"
 )
 
 

@@ -25,9 +25,10 @@ def cache_dir() -> Path:
 
 def make_private_folder(path: Path) -> None:
     """Makes a folder of the cache, which others than the user can't read: it holds pixels of private images."""
-    path.mkdir(parents=True, exist_ok=True)
-    with suppress(PermissionError):  # somebody else's, who decides
-        cache_dir().chmod(0o700)
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.is_relative_to(cache_dir()):
+        with suppress(PermissionError):  # somebody else's, who decides
+            cache_dir().chmod(0o700)  # also one that an earlier version made
 
 
 def check_writable(flag: str, path: Path | None) -> None:

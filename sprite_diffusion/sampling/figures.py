@@ -127,15 +127,15 @@ def load_clean_images(source: str, num_images: int, pipeline: Pipeline) -> torch
     """
     channels, height, width = pipeline.sample_shape
     path = Path(source)
-    options = DataConfig(
-        dataset_name=None if path.is_dir() else source,
-        train_data_dir=source if path.is_dir() else None,
-        resolution=f"{width}x{height}",
-        center_crop=True,
-        image_mode="L" if channels == 1 else "RGB",
-        max_train_samples=num_images,
-    )
     try:
+        options = DataConfig(
+            dataset_name=None if path.is_dir() else source,
+            train_data_dir=source if path.is_dir() else None,
+            resolution=f"{width}x{height}",
+            center_crop=True,
+            image_mode="L" if channels == 1 else "RGB",
+            max_train_samples=num_images,
+        )
         if path.is_file() and path.suffix not in (".npy", ".parquet"):
             return load_image_file(source, options)[None]
         dataset = load_image_data(options, with_labels=False).dataset
