@@ -183,7 +183,7 @@ def test_weights_that_are_not_finite_are_not_sampled(run_script, tmp_path, capsy
         assert "the weights of its network are not finite (conv_in.weight)" in capsys.readouterr().err
 
 
-def test_a_presets_limit_does_not_bind_other_images(run_script, tmp_path):
+def test_a_presets_limit_does_not_bind_other_images(run_script, tmp_path, capsys):
     images = tmp_path / "images"
     for i in range(30):
         (images / f"class-{i % 2}").mkdir(parents=True, exist_ok=True)
@@ -192,7 +192,10 @@ def test_a_presets_limit_does_not_bind_other_images(run_script, tmp_path):
     run_script("train_unconditional", f"{flags} --num_epochs 1 --train_data_dir {images}", tmp_path / "run")
     saved = yaml.safe_load((tmp_path / "run" / "training_config.yaml").read_text())
     assert saved["max_train_samples"] is None
-    assert weights(tmp_path / "run")
+    assert f"data       {images}: 30 images of 16x16" in capsys.readouterr().out
+    limit = "--max_train_samples 10 --overwrite_output_dir"
+    run_script("train_unconditional", f"{flags} --num_epochs 1 --train_data_dir {images} {limit}", tmp_path / "run")
+    assert f"data       {images}: 10 of 30 images of 16x16" in capsys.readouterr().out
 
 
 def test_a_warm_up_longer_than_the_run_is_told_before_the_first_step(run_script, tmp_path, capsys):

@@ -28,10 +28,10 @@ def print_summary(
 ) -> None:
     """Prints what is about to be trained, on what and for how long; `start` names the checkpoint if there is one."""
     height, width = config.image_size
-    images = "a stream of images"
-    if data.num_images is not None and data.num_available is not None:
-        is_limited = data.num_images + len(data.skipped_images) < data.num_available
-        images = f"{data.num_images:,}{f' of {data.num_available:,}' if is_limited else ''} images"
+    available = data.num_available or 0
+    is_limited = data.num_images is not None and data.num_images + len(data.skipped_images) < available
+    of_all = f" of {available:,}" if is_limited else ""
+    images = "a stream of images" if data.num_images is None else f"{data.num_images:,}{of_all} images"
     skipped = f", {len(data.skipped_images)} skipped" if data.skipped_images else ""
     classes = "" if data.id2label is None else f", {len(data.id2label)} classes"
     total_batch_size = config.total_batch_size(accelerator.num_processes)
