@@ -80,7 +80,7 @@ def test_the_notebook_cell_of_the_readme_trains_from_a_tensor_and_shows_a_grid(t
     assert isinstance(last, ast.Expr)  # which a notebook shows
     program = "\n".join(map(ast.unparse, statements)) + f"\n{ast.unparse(last)}.save('grid.png')\n"
     printed = run_command([*PYTHON, "-c", program], cwd=tmp_path).stdout
-    assert re.search(r"^data       images in memory: [\d,]+ images of 64x64, ", printed, re.MULTILINE)
+    assert re.search(r"^data       images in memory: [\d,]+ images of 16x16, ", printed, re.MULTILINE)
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.size == (4 * 68 + 4, 4 * 68 + 4)  # sixteen sprites of 64 pixels, 4 apart
     assert (tmp_path / "runs" / "notebook" / "model_index.json").is_file()
