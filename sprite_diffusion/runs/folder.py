@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from filelock import FileLock, Timeout
 
 from sprite_diffusion.common.errors import UserInputError, warn
@@ -44,7 +45,8 @@ def check_output_dir(config: TrainingConfig) -> None:
         config.resume_from_checkpoint = None
         return
     is_copy = bool(list_checkpoints(output_dir)) and not (output_dir / CONFIG_FILE).exists()  # of a checkpoint alone
-    if read_list(output_dir) is None and not is_copy:
+    # Another machine's own folder has no list: the main process alone writes, but for what is left of checkpoints.
+    if PartialState().is_main_process and read_list(output_dir) is None and not is_copy:
         raise UserInputError(
             f"--output_dir {output_dir} is not empty and has no {LIST_FILE}, the list of a run's files: name another "
             f"folder; or, if all files in it are those of a run, by an earlier version too, make the list by: find "
