@@ -105,7 +105,7 @@ def open_image(value: Any, config: DataConfig) -> Image.Image:
         value = {"path": value, "bytes": None} if isinstance(value, str) else {"path": None, "bytes": value}
     if not isinstance(value, dict):
         raise BadImageError(f"is not an image but {type(value).__name__}")
-    max_pixels = max(MAX_IMAGE_PIXELS, MAX_TIMES_RESOLUTION * math.prod(config.image_size))
+    max_pixels = _max_pixels(config)
     try:
         with _pixel_limit(max_pixels):
             return datasets.Image().decode_example(value)  # which turns the image upright
@@ -117,6 +117,11 @@ def open_image(value: Any, config: DataConfig) -> Image.Image:
         if isinstance(error, OSError) and error.strerror:
             raise BadImageError(f"can't be read ({error.strerror})") from None
         raise BadImageError(f"can't be decoded ({first_line(error)})") from None
+
+
+def _max_pixels(config: DataConfig) -> int:
+    """Returns how many pixels an image may have, in its file and after its resize."""
+    return max(MAX_IMAGE_PIXELS, MAX_TIMES_RESOLUTION * math.prod(config.image_size))
 
 
 @contextmanager
@@ -159,7 +164,7 @@ def prepare_image(image: Image.Image, name: str, config: DataConfig) -> np.ndarr
     image = _flatten(image, mode, config.background)
     scale = (max if config.resize_mode == "crop" else min)(width / image.width, height / image.height)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    if size[0] * size[1] > max(MAX_IMAGE_PIXELS, MAX_TIMES_RESOLUTION * height * width):
+    if math.prod(size) > _max_pixels(config):
         raise BadImageError(f"is {image.width}x{image.height}, too thin to be resized to {size[0]}x{size[1]}")
     pixels = np.asarray(image.resize(size, Image.Resampling[config.interpolation.upper()]))
     if pixels.dtype == np.float32:
