@@ -20,8 +20,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sprite_diffusion.common.files import DiskFullError, written_beside
+from sprite_diffusion.common.run_files import list_checkpoints
 from sprite_diffusion.runs import outputs
-from sprite_diffusion.runs.folder import list_checkpoints
 from sprite_diffusion.runs.manifest import find_damage
 from sprite_diffusion.sampling import samplers
 

@@ -12,7 +12,7 @@ from inspecting import assert_same_runs, wait_for
 from launching import LAUNCH, PYTHON, TINY, complaints, finish, start
 from PIL import Image
 
-from sprite_diffusion.runs.folder import list_checkpoints
+from sprite_diffusion.common.run_files import list_checkpoints
 from sprite_diffusion.runs.manifest import find_damage
 from sprite_diffusion.runs.signals import SAME_KEYPRESS_SECONDS
 

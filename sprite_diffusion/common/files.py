@@ -50,6 +50,13 @@ def check_writable(flag: str, path: Path | None) -> None:
         raise UserInputError(f"{flag} {path}: {existing} is not a folder that can be written to")
 
 
+def check_output_folder(flag: str, path: Path | None) -> None:
+    """Raises `UserInputError` if `path`, None for the current folder, is a file or can't be made. Makes nothing."""
+    check_writable(flag, path)
+    if path is not None and path.exists() and not path.is_dir():
+        raise UserInputError(f"{flag} {path} is a file: name a folder")
+
+
 @contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
     """Yields a name to write a file or a folder under, which then takes the place of `path`.

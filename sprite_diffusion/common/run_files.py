@@ -66,3 +66,14 @@ def read_saved_config(run_dir: Path) -> dict[str, Any] | None:
         return read_yaml(run_dir / CONFIG_FILE, typed=True)
     except UserInputError:
         return None
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Returns the checkpoints of a run, oldest first, without the best one."""
+    found = [p for p in output_dir.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Returns the number of optimizer steps in the name of a checkpoint."""
+    return int(checkpoint.name.rpartition("-")[2])

@@ -4,8 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sprite_diffusion.common.errors import UserInputError
-from sprite_diffusion.common.files import check_writable
+from sprite_diffusion.common.files import check_output_folder
 from sprite_diffusion.common.flags import SEED_RANGE, ArgumentParser, Range
 from sprite_diffusion.sampling.flags import (
     GUIDANCE_RANGE,
@@ -49,7 +48,5 @@ def parse_args(description: str | None) -> tuple[argparse.Namespace, list[str]]:
         limits.check(name, getattr(args, name))
     if args.scheduler is not None:
         check_sampler("--scheduler", args.scheduler)
-    check_writable("--output_dir", args.output_dir)
-    if args.output_dir is not None and args.output_dir.exists() and not args.output_dir.is_dir():
-        raise UserInputError(f"--output_dir {args.output_dir} is a file: name a folder")
+    check_output_folder("--output_dir", args.output_dir)
     return args, data_flags

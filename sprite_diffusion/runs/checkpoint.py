@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 from sprite_diffusion.common.errors import UserInputError, warn
 from sprite_diffusion.common.files import PARTIAL, DiskFullError, FullDiskWarning
 from sprite_diffusion.common.owned_files import OwnedFiles
-from sprite_diffusion.common.run_files import WEIGHTS_FILE
+from sprite_diffusion.common.run_files import WEIGHTS_FILE, list_checkpoints, step_of
 from sprite_diffusion.data.dataset import ImageData
 from sprite_diffusion.runs.config import TrainingConfig
-from sprite_diffusion.runs.folder import BEST, list_best, list_checkpoints, read_folder_state, step_of
+from sprite_diffusion.runs.folder import BEST, list_best, read_folder_state
 from sprite_diffusion.runs.manifest import STATE_FILE, write_manifest
 from sprite_diffusion.runs.state import TrainState
 from sprite_diffusion.runs.weights import Weights

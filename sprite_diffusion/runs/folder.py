@@ -12,7 +12,7 @@ from accelerate import PartialState
 from filelock import FileLock, Timeout
 
 from sprite_diffusion.common.errors import UserInputError, warn
-from sprite_diffusion.common.files import check_writable
+from sprite_diffusion.common.files import check_output_folder
 from sprite_diffusion.common.owned_files import LOCK_FILE, LOCK_OWNER_FILE, OwnedFiles, read_list
 from sprite_diffusion.common.run_files import (
     CONFIG_FILE,
@@ -20,7 +20,9 @@ from sprite_diffusion.common.run_files import (
     SAMPLES_DIR,
     SNAPSHOTS_DIR,
     SUMMARY_FILE,
+    list_checkpoints,
     read_saved_config,
+    step_of,
 )
 from sprite_diffusion.data.config import BUILT_IN_DATASET
 from sprite_diffusion.runs.config import TrainingConfig
@@ -35,9 +37,7 @@ def check_output_dir(config: TrainingConfig) -> None:
     Raises `UserInputError` if the run would mix with what the folder holds. Writes nothing.
     """
     output_dir = Path(config.output_dir)
-    check_writable("--output_dir", output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserInputError(f"--output_dir {output_dir} is a file: name a folder")
+    check_output_folder("--output_dir", output_dir)
     _check_apart_from_images(config)
     if not _is_used(output_dir):
         if config.resume_from_checkpoint is not None:
@@ -177,20 +177,9 @@ def _describe_owner(path: Path) -> str:
         return "another process: wait for its end, or name another folder"
 
 
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Returns the checkpoints of a run, oldest first, without the best one."""
-    found = [p for p in output_dir.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal()]
-    return sorted(found, key=step_of)
-
-
 def list_best(output_dir: Path) -> list[Path]:
     """Returns the best checkpoint of a run; several where a kill came before an earlier one was removed."""
     return list(output_dir.glob(f"checkpoint-{BEST}*[0-9]"))
-
-
-def step_of(checkpoint: Path) -> int:
-    """Returns the number of optimizer steps in the name of a checkpoint."""
-    return int(checkpoint.name.rpartition("-")[2])
 
 
 def find_checkpoint(output_dir: Path, name: str) -> Path | None:

@@ -17,7 +17,7 @@ from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline
 from schedulers import ClosedFormDDPMScheduler, LinearCorruptionScheduler
 from sprite_diffusion.common.errors import UserInputError, first_line
 from sprite_diffusion.common.machine import prepare_cpu
-from sprite_diffusion.common.run_files import INDEX_FILE
+from sprite_diffusion.common.run_files import INDEX_FILE, list_checkpoints
 
 # Limits of the numbers in a configuration: far above those of any model, and low enough to build the model's shapes.
 MAX_TIMESTEPS = 10**6
@@ -91,8 +91,10 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Pipeline:
     if model.startswith("wandb:"):
         model = _download_artifact(model)
     folder = Path(model)
-    if folder.is_dir() and not (folder / INDEX_FILE).exists() and (checkpoints := _list_checkpoints(folder)):
-        raise UserInputError(f"{model} holds no pipeline yet: name its newest checkpoint, {checkpoints[-1]}")
+    if folder.is_dir() and not (folder / INDEX_FILE).exists():
+        checkpoints = [path for path in list_checkpoints(folder) if (path / INDEX_FILE).exists()]
+        if checkpoints:
+            raise UserInputError(f"{model} holds no pipeline yet: name its newest checkpoint, {checkpoints[-1]}")
     try:
         return _open_pipeline(model, dtype)
     except UserInputError:
@@ -101,12 +103,6 @@ def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Pipeline:
         raise UserInputError(
             f"{model} is not a pipeline folder or repository that can be loaded: {first_line(error)}"
         ) from None
-
-
-def _list_checkpoints(folder: Path) -> list[Path]:
-    """Returns the checkpoints in a run's folder that hold a pipeline, oldest first."""
-    steps = {path.parent: path.parent.name.removeprefix("checkpoint-") for path in folder.glob(f"*/{INDEX_FILE}")}
-    return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
 
 
 def _open_pipeline(model: str, dtype: torch.dtype) -> Pipeline:

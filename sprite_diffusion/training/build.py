@@ -48,11 +48,9 @@ def check_network(config: TrainingConfig) -> None:
 def build_model(config: TrainingConfig, num_channels: int, num_classes: int | None = None) -> torch.nn.Module:
     """Returns the network with random weights; with `num_classes`, one that takes labels 0..K-1, and K for "no class".
 
-    Raises `UserInputError` if the network takes no classes, or diffusers can't build it.
+    BasicUNet2DModel takes no classes. Raises `UserInputError` if diffusers can't build the network.
     """
     if config.model_class == "BasicUNet2DModel":
-        if num_classes is not None:
-            raise UserInputError("--model_class BasicUNet2DModel takes no class labels: use train_unconditional.py")
         return BasicUNet2DModel(sample_size=config.image_size, in_channels=num_channels, out_channels=num_channels)
     if config.model_class == "ContextUNet2DModel":
         return ContextUNet2DModel(

@@ -12,7 +12,7 @@ from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.dataset import ImageData, load_image_data
 from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.runs.outputs import SampleGrid
-from sprite_diffusion.sampling.conditions import Condition
+from sprite_diffusion.sampling.conditions import Condition, one_hot
 from sprite_diffusion.training.build import build_model, build_noise_scheduler
 from sprite_diffusion.training.loss import ddpm_loss
 from sprite_diffusion.training.steps import Batch
@@ -33,6 +33,8 @@ def train(config: TrainingConfig, data: ImageData | None = None) -> ConditionalD
     """
     if config.noise_scheduler_class == "LinearCorruptionScheduler":
         raise UserInputError("--noise_scheduler_class LinearCorruptionScheduler: use train_unconditional.py")
+    if config.model_class == "BasicUNet2DModel":
+        raise UserInputError("--model_class BasicUNet2DModel takes no class labels: use train_unconditional.py")
     begin_run(config)
     data = data or load_image_data(config, with_labels=True, streaming=config.streaming)
     id2label = data.id2label
@@ -52,8 +54,7 @@ def train(config: TrainingConfig, data: ImageData | None = None) -> ConditionalD
         scheduler = type(noise_scheduler).from_config(noise_scheduler.config)
         return ConditionalDDPMPipeline(unet=model, scheduler=scheduler, id2label=id2label)
 
-    one_hot = torch.eye(len(id2label))
-    rows = [Condition(name, one_hot[id]) for id, name in list(id2label.items())[:MAX_GRID_ROWS]]
+    rows = [Condition(name, one_hot(id, len(id2label))) for id, name in list(id2label.items())[:MAX_GRID_ROWS]]
     grid = SampleGrid(
         conditions=[condition for condition in rows for _ in range(config.eval_batch_size)],
         columns=config.eval_batch_size,
