@@ -162,12 +162,12 @@ def check_same_on_all(checkpoint: Path | None) -> None:
 
 
 def describe_data(data: ImageData) -> dict[str, Any]:
-    """Returns what a checkpoint says of the images that it was trained on."""
+    """Returns the classes, the number and the identity of a run's images, for its checkpoints."""
     return {"class_names": data.class_names, "num_images": data.num_images, "identity": data.identity}
 
 
 def check_data(path: Path, saved: dict[str, Any] | None, data: ImageData) -> None:
-    """Compares the images of a run with what its checkpoint says of them, None if it was written before it said so.
+    """Compares a run's images with the record in its checkpoint, which is None in checkpoints of earlier versions.
 
     Raises `UserInputError` for other classes, whose labels would mean something else from here on. Warns of other
     images.

@@ -23,7 +23,7 @@ from sprite_diffusion.common.flags import (
 from sprite_diffusion.common.run_files import check_logging_dir
 from sprite_diffusion.data.config import BUILT_IN_DATASET, DataConfig
 
-# What larger values than these would do is to fill every memory.
+# Larger values than these would fill any memory.
 MAX_WORKERS = 1024
 MAX_CHANNELS = 2**16
 MAX_LAYERS = 1000

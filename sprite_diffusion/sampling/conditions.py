@@ -1,4 +1,4 @@
-"""Classes and mixes of classes, which images are sampled of."""
+"""The classes, and mixes of classes, to sample images of."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.sampling.pipeline_loading import Pipeline
 
-MAX_CLASSES = 1000  # that are sampled where none is named
+MAX_CLASSES = 1000  # the most that are sampled without being named
 
 
 @dataclass(frozen=True)
