@@ -16,6 +16,7 @@ from launching import TINY, finish, kill, start
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.common.owned_files import LOCK_FILE, LOCK_OWNER_FILE, OwnedFiles
 from sprite_diffusion.common.run_files import LIST_FILE
 from sprite_diffusion.runs.manifest import find_damage
@@ -242,6 +243,15 @@ def test_a_folder_that_becomes_a_file_while_a_run_lasts_ends_it_with_a_line(tmp_
     assert f"what the run did since its last checkpoint is lost: make {output_dir} a folder" in error
     assert "Traceback" not in error
     assert output_dir.read_text() == ""
+
+
+def test_a_missing_file_that_is_not_the_runs_is_no_error_of_the_users(tmp_path):
+    """A fault of a library or of ours keeps its traceback, and is not put down to the folder."""
+    files = OwnedFiles(tmp_path)
+    with pytest.raises(FileNotFoundError), files.writing(tmp_path / "a.txt"):
+        Path("/nowhere/else").read_text()
+    with pytest.raises(UserInputError, match="can't be written"), files.writing(tmp_path / "a.txt") as partial:
+        (partial / "below").write_text("")
 
 
 @pytest.mark.parametrize(

@@ -129,8 +129,10 @@ def _reports_lost_folder(folder: Path) -> Iterator[None]:
     try:
         yield
     except (FileExistsError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        if not Path(str(error.filename)).is_relative_to(folder):
+            raise
         raise UserInputError(
-            f"{error.filename or folder} can't be written ({error.strerror}), and what the run did since its last "
+            f"{error.filename} can't be written ({error.strerror}), and what the run did since its last "
             f"checkpoint is lost: make {folder} a folder that can be written to, and give the same command"
         ) from error
 
