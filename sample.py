@@ -19,10 +19,15 @@ def main() -> None:
 
     from sprite_diffusion.sampling.figures import find_snapshots
     from sprite_diffusion.sampling.pipeline_loading import load_pipeline, speed_up
-    from sprite_diffusion.sampling.views import make_figure, write_picture, write_samples
+    from sprite_diffusion.sampling.views import make_figure, make_forward_figure, write_picture, write_samples
 
+    if args.model is None and args.snapshots is None:
+        figure = make_forward_figure(args)
+        write_picture(args, figure.render(args.scale), figure.record)
+        return
     model = str(find_snapshots(args.snapshots)[-1]) if args.model is None else args.model
-    pipeline = load_pipeline(model, getattr(torch, args.dtype)).to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = load_pipeline(model, getattr(torch, args.dtype), args.process)
+    pipeline = pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     speed_up(pipeline, args.compile)
     if args.view == "samples":
         write_samples(args, pipeline)
@@ -38,13 +43,15 @@ def log_comparison(args: argparse.Namespace, figure: "Figure") -> None:
 
     Raises `UserInputError` if the configuration of the run can't be read.
     """
-    from sprite_diffusion.common.run_files import find_logging_dir, find_run
+    from sprite_diffusion.common.run_files import find_logging_dir, find_run, read_saved_config
     from sprite_diffusion.sampling.figures import comparison_table
     from sprite_diffusion.sharing.trackers import Trackers
 
-    run_dir = find_run(Path(args.model))
-    logging_dir = Path("logs") if run_dir is None else find_logging_dir(run_dir)
-    trackers = Trackers(args.logger, logging_dir, {"compare": args.compare})
+    run_dir, logging_dir, project = find_run(Path(args.model)), Path("logs"), args.tracker_project
+    if run_dir is not None:
+        logging_dir = find_logging_dir(run_dir)
+        project = project or (read_saved_config(run_dir) or {}).get("tracker_project")
+    trackers = Trackers(args.logger, logging_dir, {"compare": args.compare}, project, args.tracker_job_type)
     trackers.log_image("comparison", figure.render(args.scale), caption=args.compare)
     trackers.log_table("comparison_table", *comparison_table(figure))
     trackers.finish()

@@ -42,9 +42,10 @@ class ResidualConvBlock(ConvBlock):
             nn.Conv2d(in_channels, out_channels, kernel_size=1) if in_channels != out_channels else nn.Identity()
         )
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, shortcut: nn.Module | None = None) -> torch.Tensor:
+        shortcut = shortcut or self.shortcut
         # The divisor is the course's, not sqrt(2), so that a network with its weights is the same function.
-        return (self.shortcut(hidden_states) + super().forward(hidden_states)) / 1.414
+        return (shortcut(hidden_states) + super().forward(hidden_states)) / 1.414
 
 
 def down_block(in_channels: int, out_channels: int, norm_type: str) -> nn.Sequential:
@@ -89,9 +90,16 @@ class ContextUNet2DModel(ModelMixin, ConfigMixin):
         context_dim (`int`, defaults to 5): Length of the context vector, the number of classes.
         norm_type (`"group"` or `"batch"`, defaults to `"group"`): Normalization of the 3x3 convolutions.
         num_train_timesteps (`int`, defaults to 1000): Number of timesteps of the noise process.
+        pool_size (`int`, *optional*):
+            Side of the square of features at the bottom, from the top left, whose average the network takes; the
+            course's code has 4 for every `sample_size`. If not given, the average is over all positions.
+        shortcut_seed (`int`, *optional*):
+            Draws the 1x1 shortcut anew at each call, as the course's code does, from this seed and the timestep. If
+            not given, the shortcut is a layer like the others.
 
     Raises:
-        ValueError: If a size is not divisible as above, or `norm_type` is unknown.
+        ValueError: If a size is not divisible as above, `norm_type` is unknown, or more than one square of
+            `pool_size` fits.
     """
 
     @register_to_config
@@ -104,6 +112,8 @@ class ContextUNet2DModel(ModelMixin, ConfigMixin):
         context_dim: int = 5,
         norm_type: Literal["group", "batch"] = "group",
         num_train_timesteps: int = 1000,
+        pool_size: int | None = None,
+        shortcut_seed: int | None = None,
     ) -> None:
         super().__init__()
         sides = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
@@ -124,7 +134,9 @@ class ContextUNet2DModel(ModelMixin, ConfigMixin):
         )
         deep_features = 2 * num_features
         bottom_sides = (sides[0] // 4, sides[1] // 4)
-        self.pool = nn.Sequential(nn.AvgPool2d(bottom_sides), nn.GELU())
+        if pool_size is not None and any(side // pool_size != 1 for side in bottom_sides):
+            raise ValueError(f"pool_size {pool_size} does not fit once into a bottom of {bottom_sides}.")
+        self.pool = nn.Sequential(nn.AvgPool2d(pool_size or bottom_sides), nn.GELU())
         self.unpool = nn.Sequential(
             nn.ConvTranspose2d(deep_features, deep_features, kernel_size=bottom_sides, stride=bottom_sides),
             nn.GroupNorm(NUM_GROUPS, deep_features),
@@ -182,7 +194,7 @@ class ContextUNet2DModel(ModelMixin, ConfigMixin):
         time = self._time(sample, timestep)
         context = self._context(sample, class_labels, context)
 
-        features = self.conv_in(sample)  # (B, F, H, W)
+        features = self.conv_in(sample, self._draw_shortcut(timestep))  # (B, F, H, W)
         down1 = self.down_blocks[0](features)  # (B, F, H/2, W/2)
         down2 = self.down_blocks[1](down1)  # (B, 2F, H/4, W/4)
         hidden = self.unpool(self.pool(down2))  # (B, 2F, 1, 1) -> (B, 2F, H/4, W/4)
@@ -195,6 +207,16 @@ class ContextUNet2DModel(ModelMixin, ConfigMixin):
         if not return_dict:
             return (output,)
         return UNet2DOutput(sample=output)
+
+    def _draw_shortcut(self, timestep: torch.Tensor | float) -> nn.Module | None:
+        """Returns the 1x1 shortcut of a call, with the random weights of a new layer; None if it is a trained one."""
+        seed, layer = self.config["shortcut_seed"], self.conv_in.shortcut
+        if seed is None or not isinstance(layer, nn.Conv2d):
+            return None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + int(torch.as_tensor(timestep).flatten()[0]))
+            shortcut = nn.Conv2d(layer.in_channels, layer.out_channels, kernel_size=1)
+        return shortcut.to(layer.weight.device, layer.weight.dtype)
 
     def _time(self, sample: torch.Tensor, timestep: torch.Tensor | float) -> torch.Tensor:
         """Returns the timestep of each image as a number in (0, 1], `(B, 1)`."""

@@ -1,5 +1,12 @@
 """The fixtures that all test files share: a cache that is the tests' own, and the scripts under test."""
 
+import os
+
+# Before torch is loaded: networks of these sizes gain nothing from a second thread, and threads that wait in a loop
+# for each other make a step take a hundred times as long where the machine is busy otherwise.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import launching
 import pytest
 

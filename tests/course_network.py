@@ -6,17 +6,19 @@ from torch import nn
 
 
 class CourseBlock(nn.Module):
-    """A residual block whose shortcut, if its channels change, is an all-zero 1x1 convolution."""
+    """A residual block whose shortcut, if its channels change, is all zero or, as in the course, new at each call."""
 
     def __init__(self, channels_in, channels_out, norm, is_res=False):
         super().__init__()
-        self.is_res = is_res
+        self.is_res, self.channels, self.has_random_shortcut = is_res, (channels_in, channels_out), False
         self.conv1 = nn.Sequential(nn.Conv2d(channels_in, channels_out, 3, 1, 1), norm(channels_out), nn.GELU())
         self.conv2 = nn.Sequential(nn.Conv2d(channels_out, channels_out, 3, 1, 1), norm(channels_out), nn.GELU())
 
     def forward(self, x):
-        x = self.conv2(self.conv1(x))
-        return x / 1.414 if self.is_res else x
+        features = self.conv2(self.conv1(x))
+        if self.has_random_shortcut:
+            features = nn.Conv2d(*self.channels, kernel_size=1)(x) + features
+        return features / 1.414 if self.is_res else features
 
 
 class Wrapped(nn.Module):
@@ -33,8 +35,9 @@ class Wrapped(nn.Module):
 class CourseUNet(nn.Module):
     """The `ContextUnet` of the course, for sides other than square too."""
 
-    def __init__(self, height, width, norm, f, c):
+    def __init__(self, height, width, norm, f, c, pool_size=None):
         super().__init__()
+        self.pool_size = pool_size
         sides = (height // 4, width // 4)
 
         def embed(dim_in, dim_out):
@@ -60,7 +63,9 @@ class CourseUNet(nn.Module):
         x = self.init_conv(x)
         down1 = self.down1(x)
         down2 = self.down2(down1)
-        vector = F.gelu(down2.mean(dim=(2, 3), keepdim=True))
+        # The course's `AvgPool2d(4)`, or for sides other than the course's the mean of all positions.
+        pooled = F.avg_pool2d(down2, self.pool_size) if self.pool_size else down2.mean(dim=(2, 3), keepdim=True)
+        vector = F.gelu(pooled)
         up1 = self.up0(vector)
         up1 = image(self.contextembed1(c)) * up1 + image(self.timeembed1(t))
         up2 = self.up1(torch.cat((up1, down2), 1))
@@ -69,10 +74,15 @@ class CourseUNet(nn.Module):
         return self.out(torch.cat((up3, x), 1))
 
 
-def make_course_network(height=16, width=16, norm=nn.BatchNorm2d, f=16, c=5) -> CourseUNet:
+def make_course_network(
+    height=16, width=16, norm=nn.BatchNorm2d, f=16, c=5, pool_size=None, has_context=True
+) -> CourseUNet:
     """A course network as if it were trained: a new norm layer is nearly the identity and would hide a missing one."""
     torch.manual_seed(0)
-    course = CourseUNet(height, width, norm, f, c)
+    course = CourseUNet(height, width, norm, f, c, pool_size)
+    if has_context:
+        for embedding in (course.contextembed1, course.contextembed2):
+            embedding.model[0].weight.data.normal_()
     for layer in course.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.running_mean.normal_()

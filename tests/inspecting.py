@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-TIMES = {"seconds"}  # the only values of a run's records that differ when it is repeated
+TIMES = {"seconds", "images_per_second"}  # the only values of a run's records that differ when it is repeated
 
 
 def wait_for(process: subprocess.Popen[str], output_dir: Path, pattern: str) -> bool:
@@ -77,6 +77,11 @@ def read_repeatable(path: Path) -> object:
         return None
     if path.name == "run_files.txt":
         return [line for line in path.read_text().splitlines() if not line.startswith("logs/")]
+    if path.name == "report.html":  # has the seconds of the training in it, and what else is compared below
+        return None
+    if path.name == "training_log.jsonl":
+        entries = [json.loads(line) for line in path.read_text().splitlines()]
+        return [{name: value for name, value in entry.items() if name not in TIMES} for entry in entries]
     if path.name in ("train_state.json", "training_summary.json"):
         return {name: value for name, value in json.loads(path.read_bytes()).items() if name not in TIMES}
     if path.name == "training_config.yaml":

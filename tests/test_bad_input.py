@@ -563,10 +563,10 @@ HUB = [
     ("card {0}/config_twice", "{0}/config_twice/training_config.yaml", "the key 'seed' stands there twice"),
 ]
 CONVERT = [
-    ("", "checkpoint"),
+    ("", "model"),
     ("{0}/few.pth", "output_dir"),
     ("{0}/missing.pth {1}/new", "{0}/missing.pth: no such file"),
-    ("{0}/empty {1}/new", "{0}/empty is not a state dict"),
+    ("{0}/empty {1}/new", "{0}/empty is not a model that can be loaded"),
     ("{0}/few.pth {0}/run", "{0}/run is there already"),
     ("{0}/few.pth {0}/file", "{0}/file is there already"),
     *(
@@ -581,7 +581,7 @@ CASES = [
     *(("sample", *case) for case in SAMPLE),
     *(("calculate_metrics", *case) for case in CALCULATE_METRICS),
     *(("sprite_diffusion.sharing.hub", *case) for case in HUB),
-    *(("sprite_diffusion.sampling.convert_course_checkpoint", *case) for case in CONVERT),
+    *(("sprite_diffusion.sampling.convert", *case) for case in CONVERT),
 ]
 
 

@@ -256,10 +256,21 @@ def test_every_preset_parses_builds_and_can_be_shortened(path):
 
 def test_presets_hold_the_numbers_that_they_are_known_for():
     """The presets of tutorials keep the tutorials' numbers; those of the built-in sprites may be tuned."""
-    course = parse(f"--config {REPOSITORY}/configs/course_context_unet.yaml")
-    assert (course.ddpm_num_steps, course.train_batch_size, course.num_epochs) == (500, 100, 32)
-    assert (course.label_dropout, course.snapshot_epochs) == (pytest.approx(0.2), 4)
-    faces = parse(f"--config {REPOSITORY}/configs/anime_faces_64.yaml")
+    for name, dropout in (("t0_sprites_wandb", 0.2), ("t2_sprites_context", 0.1)):
+        course = parse(f"--config {REPOSITORY}/configs/{name}.yaml")
+        assert (course.ddpm_num_steps, course.train_batch_size, course.num_epochs) == (500, 100, 32)
+        assert (course.lr_scheduler, course.lr_scheduler_interval, course.learning_rate) == ("linear", "epoch", 1e-3)
+        assert (course.label_dropout, course.norm_type, course.use_ema) == (dropout, "batch", False)
+        assert (course.save_images_epochs, course.save_model_epochs) == (4, 4)
+    sizes = {"t3_faces_64": 113_673_219, "t4_digits_unet2d": 1_707_009, "t4_cifar10": 18_536_323}
+    for name, size in sizes.items():
+        config = parse(f"--config {REPOSITORY}/configs/{name}.yaml")
+        with torch.device("meta"):
+            unet = build_model(config, 1 if config.image_mode == "L" else 3)
+        assert sum(parameter.numel() for parameter in unet.parameters()) == size
+    faces = parse(f"--config {REPOSITORY}/configs/t3_faces_64.yaml")
+    assert (faces.adam_beta1, faces.adam_beta2, faces.adam_weight_decay) == (0.9, 0.999, 0.01)
+    assert (faces.clip_sample, faces.use_ema, faces.mixed_precision) == (False, False, "fp16")
     with torch.device("meta"):
         unet = build_model(faces, 3)
     assert unet.config.down_block_types[4] == "AttnDownBlock2D"

@@ -18,8 +18,9 @@ REACH_OF_SCRIPTS = {script: FOLDERS[: FOLDERS.index("runs")] for script in ("sam
 ALLOWED = {*sys.stdlib_module_names, "numpy", "torch", "diffusers"}
 ALLOWED_IN = {"schedulers": ALLOWED, "models": ALLOWED, "pipelines": {*ALLOWED, "PIL"}}
 LIBRARIES = {
-    *("accelerate", "datasets", "diffusers", "evaluate", "huggingface_hub", "numpy", "PIL", "safetensors", "scipy"),
-    *("tensorboard", "torch", "torchvision", "tqdm", "trackio", "transformers", "wandb", "yaml"),
+    *("accelerate", "datasets", "diffusers", "evaluate", "huggingface_hub", "matplotlib", "numpy", "PIL"),
+    *("safetensors", "scipy", "tensorboard", "torch", "torchvision", "tqdm", "trackio", "transformers", "wandb"),
+    "yaml",
 }
 
 

@@ -7,7 +7,7 @@ from course_network import make_course_network
 from torch import nn
 
 from models import BasicUNet2DModel, ContextUNet2DModel
-from sprite_diffusion.sampling.convert_course_checkpoint import convert_weights
+from sprite_diffusion.sampling.course_checkpoint import convert_weights
 
 
 def noisy(seed: int, *shape: int) -> torch.Tensor:

@@ -20,10 +20,26 @@ from PIL import Image
 from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline
 from schedulers import ClosedFormDDPMScheduler, LinearCorruptionScheduler
 from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.data.sprites import draw_sprites
 from sprite_diffusion.sampling.conditions import Condition, choose_conditions
-from sprite_diffusion.sampling.figures import compare_samplers, find_snapshots, interpolate, show_collapse, slerp
+from sprite_diffusion.sampling.figures import (
+    compare_samplers,
+    find_snapshots,
+    interpolate,
+    show_collapse,
+    show_predictions,
+    show_steps,
+    slerp,
+)
 from sprite_diffusion.sampling.flags import SAMPLERS, parse_args
-from sprite_diffusion.sampling.generation import Request, Trajectory, frame_indices, sample_images
+from sprite_diffusion.sampling.generation import (
+    Request,
+    Trajectory,
+    frame_indices,
+    sample_images,
+    sample_noise,
+    to_unit_range,
+)
 from sprite_diffusion.sampling.pictures import to_pixels
 from sprite_diffusion.sampling.samplers import make_sampler
 
@@ -463,6 +479,74 @@ def test_forward_process_of_the_toy(sample, folders, tmp_path):
     sample("", f"{tmp_path / 'toy'} --forward sprites --num_images 2")
     shares = json.loads(Path("forward.json").read_text())["signal_shares"]
     np.testing.assert_allclose(shares, [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0], atol=1e-12)
+
+
+def test_forward_process_without_a_model(sample, tmp_path):
+    np.save(tmp_path / "images.npy", np.full((2, 12, 12, 3), 255, np.uint8))
+    flags = "--ddpm_num_steps 500 --ddpm_beta_schedule squaredcos_cap_v2 --resolution 12 --scale 1"
+    sample("", f"--forward {tmp_path / 'images.npy'} {flags}")
+    record = json.loads(Path("forward.json").read_text())
+    scheduler = ClosedFormDDPMScheduler(num_train_timesteps=500, beta_schedule="squaredcos_cap_v2")
+    assert record["timesteps"][-1] == 499
+    np.testing.assert_allclose(record["signal_shares"], scheduler.alphas_cumprod[record["timesteps"]], rtol=1e-12)
+    sample("", "--forward sprites --num_images 1 --scale 4 --output sprites.png")  # at its own size, 16
+    canvas = pixels("sprites.png")
+    column = canvas.shape[1] // 11
+    clean = canvas[2:66, canvas.shape[1] - 11 * column + (column - 64) // 2 :][:, :64]
+    assert (clean[::4, ::4] == draw_sprites(1)[0][0]).all()
+
+
+def test_predictions_of_a_network_that_knows_the_image():
+    images = torch.stack([torch.full((3, 8, 8), 0.4), torch.full((3, 8, 8), -0.4)])
+    figure = show_predictions(known_image_pipeline("epsilon"), [], images, None, seed=0)
+    assert figure.row_labels == ["noisy", "predicted", "error"] * 2
+    noisy, predicted, error, _, of_other, error_of_other = figure.rows
+    # In float32, where at t = 999 the noise is divided by sqrt(alpha_bar) = 0.006.
+    tolerance = {"rtol": 0, "atol": 8 * 2**-24 / 0.006}
+    for row, expected in ((predicted, 0.7), (error, 0), (of_other, 0.7), (error_of_other, 0.4)):
+        torch.testing.assert_close(row, torch.full_like(row, expected), **tolerance)
+    assert (noisy[0] - 0.7).abs().max() < 0.03  # t = 0: 0.01 of noise, halved, and 5 deviations
+    errors = figure.record["mean_squared_errors"]["predicted"]
+    assert errors == pytest.approx([0.8**2 / 2] * 10, abs=1e-3)  # none for the first image
+
+
+def test_predictions_are_written_by_class_and_by_snapshot(sample, folders):
+    sample("conditional", "--predict sprites --class hero --num_images 2 --output one.png")
+    record = json.loads(Path("one.json").read_text())
+    assert (record["class"], list(record["mean_squared_errors"])) == (0, ["predicted"])
+    sample("conditional", "--predict sprites --output none.png")
+    none = json.loads(Path("none.json").read_text())
+    assert none["class"] is None
+    assert none["mean_squared_errors"] != record["mean_squared_errors"]
+    sample("", f"--predict sprites --snapshots {folders / 'run'} --output learned.png")
+    record = json.loads(Path("learned.json").read_text())
+    assert list(record["mean_squared_errors"]) == ["epoch 4", "epoch 8"]
+    assert record["mean_squared_errors"]["epoch 4"] != record["mean_squared_errors"]["epoch 8"]
+
+
+def test_steps_shown_pair_what_a_step_is_given_with_what_it_predicts():
+    pipeline = known_image_pipeline("epsilon")
+    request = Request([3, 4, 5], [Condition()] * 3, batch_size=2)
+    sampler = make_sampler("--scheduler", pipeline, "ddim", 10)
+    figure = show_steps(pipeline, sampler, request, interval=4)
+    assert figure.row_labels == ["step 1\nt = 900", "step 5\nt = 500", "step 9\nt = 100", "step 10\nt = 0"]
+    assert figure.column_labels == ["noisy"] * 3 + ["predicted"] * 3
+    noise = sample_noise(pipeline.sample_shape, [torch.Generator().manual_seed(seed) for seed in request.seeds])
+    assert torch.equal(figure.rows[0][:3], to_unit_range(noise))
+    images = sample_images(pipeline, sampler, request)
+    assert torch.equal(figure.rows[-1][3:], images)  # the last step of DDIM goes to its prediction
+
+
+def test_samples_of_no_class(sample, folders):
+    sample("conditional", "--no_class --num_images 2 --num_inference_steps 2 --output out")
+    pipeline = ConditionalDDPMPipeline.from_pretrained(folders / "conditional", trust_remote_code=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    images = pipeline(batch_size=2, num_inference_steps=2, generator=generators).images
+    for i, image in enumerate(images):
+        written = pixels(f"out/{i:05d}.png")[::8, ::8]
+        assert np.abs(written - np.asarray(image).astype(int)).max() <= 1
+    with pytest.raises(SystemExit):
+        sample("unconditional", "--no_class")
 
 
 def test_without_its_noise_ddpm_collapses_to_the_mean():

@@ -25,65 +25,68 @@ def after(step: int) -> TrainState:
 
 # Each row: the steps taken, the steps of the run, the flags that differ from RARE, and the names of what is due.
 ROUTINE = [
-    # Nothing by itself: in the middle of an epoch, at the end of one.
+    # In the middle of an epoch nothing by itself; at the end of an epoch its loss.
     (3, 20, {}, ""),
-    (4, 20, {}, ""),
+    (7, 20, {}, ""),
+    (8, 20, {}, "log"),
+    # At the end of the first epoch all that is due every N epochs, whatever N: a run is seen to learn.
+    (4, 20, {}, "log samples pipeline"),
+    (4, 20, {"evaluate_every": 999, "snapshot_epochs": 999}, "log metrics samples snapshot pipeline"),
     # The loss is logged every N steps, wherever in an epoch they fall.
-    (4, 20, {"logging_steps": 5}, ""),
-    (5, 20, {"logging_steps": 5}, "log"),
     (6, 20, {"logging_steps": 5}, ""),
+    (5, 20, {"logging_steps": 5}, "log"),
     (10, 20, {"logging_steps": 5}, "log"),
     (1, 20, {"logging_steps": 1}, "log"),
-    # A checkpoint is written every N steps.
+    # A checkpoint is written every N steps, and the loss logged, so that a resumed run begins a new mean there too.
     (2, 20, {"checkpointing_steps": 3}, ""),
-    (3, 20, {"checkpointing_steps": 3}, "checkpoint"),
-    (9, 20, {"checkpointing_steps": 3}, "checkpoint"),
+    (3, 20, {"checkpointing_steps": 3}, "log checkpoint"),
+    (9, 20, {"checkpointing_steps": 3}, "log checkpoint"),
     (10, 20, {"checkpointing_steps": 3}, ""),
-    # A sample grid is made every N epochs, when their last step is done, and every M steps besides.
-    (4, 20, {"save_images_epochs": 1}, "samples"),
-    (5, 20, {"save_images_epochs": 1}, ""),
-    (4, 20, {"save_images_epochs": 2}, ""),
-    (8, 20, {"save_images_epochs": 2}, "samples"),
-    (12, 20, {"save_images_epochs": 2}, ""),
-    (16, 20, {"save_images_epochs": 2}, "samples"),
+    # A sample grid is made every N epochs from the first on, when their last step is done, and every M steps besides.
+    (8, 20, {"save_images_epochs": 1}, "log samples"),
+    (9, 20, {"save_images_epochs": 1}, ""),
+    (8, 20, {"save_images_epochs": 2}, "log"),
+    (12, 20, {"save_images_epochs": 2}, "log samples"),
+    (16, 20, {"save_images_epochs": 2}, "log"),
+    (20, 40, {"save_images_epochs": 4}, "log samples"),  # of epoch 5
     (5, 20, {"save_images_steps": 5}, "samples"),
     (6, 20, {"save_images_steps": 5}, ""),
     (5, 20, {"save_images_steps": 5, "save_images_epochs": 2}, "samples"),
-    (8, 20, {"save_images_steps": 5, "save_images_epochs": 2}, "samples"),
+    (12, 20, {"save_images_steps": 5, "save_images_epochs": 2}, "log samples"),
     # The pipeline is written every N epochs.
-    (4, 20, {"save_model_epochs": 1}, "pipeline"),
+    (8, 20, {"save_model_epochs": 1}, "log pipeline"),
     (6, 20, {"save_model_epochs": 1}, ""),
-    (4, 20, {"save_model_epochs": 3}, ""),
-    (12, 20, {"save_model_epochs": 3}, "pipeline"),
+    (12, 20, {"save_model_epochs": 3}, "log"),
+    (16, 20, {"save_model_epochs": 3}, "log pipeline"),
     # Metrics are calculated every N epochs, and not at all without the flag.
-    (4, 20, {"evaluate_every": 1}, "metrics"),
+    (8, 20, {"evaluate_every": 1}, "log metrics"),
     (5, 20, {"evaluate_every": 1}, ""),
-    (4, 20, {"evaluate_every": 2}, ""),
-    (8, 20, {"evaluate_every": 2}, "metrics"),
-    (8, 20, {"evaluate_every": None}, ""),
+    (8, 20, {"evaluate_every": 2}, "log"),
+    (12, 20, {"evaluate_every": 2}, "log metrics"),
+    (8, 20, {"evaluate_every": None}, "log"),
     # A snapshot is kept every N epochs, and not at all without the flag.
-    (4, 20, {"snapshot_epochs": 1}, "snapshot"),
+    (8, 20, {"snapshot_epochs": 1}, "log snapshot"),
     (7, 20, {"snapshot_epochs": 1}, ""),
-    (8, 20, {"snapshot_epochs": 3}, ""),
-    (12, 20, {"snapshot_epochs": 3}, "snapshot"),
-    (12, 20, {"snapshot_epochs": None}, ""),
+    (12, 20, {"snapshot_epochs": 3}, "log"),
+    (16, 20, {"snapshot_epochs": 3}, "log snapshot"),
+    (12, 20, {"snapshot_epochs": None}, "log"),
     # Several at once.
     (
         12,
         20,
-        {"logging_steps": 6, "checkpointing_steps": 4, "save_images_epochs": 3, "snapshot_epochs": 1},
+        {"logging_steps": 6, "checkpointing_steps": 4, "save_images_epochs": 2, "snapshot_epochs": 1},
         "log checkpoint samples snapshot",
     ),
 ]
 UPLOADS = [
     # The Hub gets the pipeline of every checkpoint, if it was asked to: then it is written there too.
-    (3, 20, {**HUB, "hub_strategy": "checkpoint"}, "checkpoint pipeline"),
-    (4, 20, {**HUB, "hub_strategy": "checkpoint"}, ""),
-    (6, 20, {**HUB, "hub_strategy": "checkpoint"}, "checkpoint pipeline"),
-    (4, 20, {**HUB, "hub_strategy": "checkpoint", "save_model_epochs": 1}, "pipeline"),
-    (3, 20, {**HUB, "hub_strategy": "every_save"}, "checkpoint"),
-    (3, 20, {**HUB, "hub_strategy": "end"}, "checkpoint"),
-    (3, 20, {**HUB, "hub_strategy": "checkpoint", "push_to_hub": False}, "checkpoint"),
+    (3, 20, {**HUB, "hub_strategy": "checkpoint"}, "log checkpoint pipeline"),
+    (5, 20, {**HUB, "hub_strategy": "checkpoint"}, ""),
+    (6, 20, {**HUB, "hub_strategy": "checkpoint"}, "log checkpoint pipeline"),
+    (8, 20, {**HUB, "hub_strategy": "checkpoint", "save_model_epochs": 1}, "log pipeline"),
+    (3, 20, {**HUB, "hub_strategy": "every_save"}, "log checkpoint"),
+    (3, 20, {**HUB, "hub_strategy": "end"}, "log checkpoint"),
+    (3, 20, {**HUB, "hub_strategy": "checkpoint", "push_to_hub": False}, "log checkpoint"),
 ]
 ENDS = [
     # The end of a run leaves all that is asked for at all, whatever the intervals.

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from diffusers import UNet2DModel
 from inspecting import read_events
-from launching import PYTHON, TINY, finish, run_command, start
+from launching import PYTHON, REPOSITORY, TINY, finish, run_command, start
 from PIL import Image
 from wandb.proto import wandb_internal_pb2 as pb
 
@@ -67,7 +69,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tracked")
     output_dir = folder / "sprites run"
     environment = {"WANDB_MODE": "offline", "WANDB_DATA_DIR": str(folder), "TRACKIO_DIR": str(folder / "trackio")}
-    flags = f"{TINY} --logger all --use_ema --save_model_epochs 1"
+    flags = f"{TINY} --logger all --use_ema --save_model_epochs 1 --tracker_job_type train --lr_warmup_steps 3"
     for part in ("--max_train_steps 7", "--resume_from_checkpoint checkpoint-3"):
         finish(start("train_conditional", f"{flags} {part}", output_dir, environment=environment))
     compare = "--compare ddpm:3,ddim:2 --logger all --output".split()
@@ -96,7 +98,7 @@ def test_wandb_has_the_pictures_the_table_and_the_configuration(run):
     rows = history(records)
     grids = [row["samples"] for row in rows if "samples" in row]
     captions = [grid["caption"] for grid in grids]
-    assert captions[0] == "epoch 2, step 7; 2 inference steps, guidance 1, rows: " + ", ".join(CLASS_NAMES)
+    assert captions[0] == "epoch 1, step 4; 2 inference steps, guidance 1, rows: " + ", ".join(CLASS_NAMES)
     media = next((output_dir / "logs" / "wandb").glob(f"offline-run-*/files/{grids[-1]['path']}"))
     logged = np.asarray(Image.open(media).convert("RGB"))
     assert (logged == np.asarray(Image.open(output_dir / "samples" / "step-000008.png"))).all()
@@ -115,7 +117,58 @@ def test_wandb_has_the_pictures_the_table_and_the_configuration(run):
     updates = [u for r in records if r.WhichOneof("record_type") in ("config", "run") for u in config_updates(r)]
     values = {u.key: json.loads(u.value_json) for u in updates if u.key}
     assert (values["dataset_name"], values["train_batch_size"]) == ("sprites", 5)
+    assert (values["use_ema"], values["block_out_channels"], values["snr_gamma"]) == (True, [8], None)
     assert "hub_token" not in values
+    assert {r.run.project for r in records if r.WhichOneof("record_type") == "run"} == {"sprite-diffusion"}
+    assert "train" in {r.run.job_type for r in records if r.WhichOneof("record_type") == "run"}
+
+
+def test_wandb_has_the_samples_one_by_one_with_their_classes(run):
+    _, output_dir = run
+    rows = history(wandb_records(output_dir / "logs"))
+    pictures = [row["samples_one_by_one"] for row in rows if "samples_one_by_one" in row]
+    assert pictures[-1]["count"] == 15
+    assert pictures[-1]["captions"] == [name for name in CLASS_NAMES for _ in range(3)]
+
+
+def test_learning_rate_is_that_of_the_step(run):
+    """Of a warm-up of 3 steps, the first takes place at a rate of 0."""
+    _, output_dir = run
+    rates = [row["lr"] for row in history(wandb_records(output_dir / "logs")) if "loss" in row]
+    assert rates[:3] == pytest.approx([0, rates[3] / 3, rates[3] * 2 / 3])
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio", "tensorboard"])
+def test_comparison_of_a_model_without_a_run_goes_to_each_tracker_by_itself(tracker, tmp_path):
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+    )
+    unet.save_pretrained(tmp_path / "net")
+    environment = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio"), "WANDB_PROJECT": "course"}
+    flags = f"{tmp_path / 'net'} --compare ddpm:3,ddim:2 --num_images 2 --ddpm_num_steps 5 --logger {tracker}"
+    command = [*PYTHON, str(REPOSITORY / "sample.py"), *flags.split(), "--tracker_job_type", "inference"]
+    result = run_command(command, environment=environment, cwd=tmp_path)
+    assert "warning" not in result.stderr
+    if tracker == "wandb":
+        records = wandb_records(tmp_path / "logs")
+        [table] = [a for a in artifacts(records) if a.type == "run_table"]
+        files = {entry.path: entry.local_path for entry in table.manifest.contents}
+        content = json.loads(Path(files["comparison_table.table.json"]).read_text())
+        assert content["columns"] == ["input_noise", "ddpm:3", "ddim:2", "class"]
+        runs = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+        assert {(run.project, run.job_type) for run in runs} == {("course", "inference")}
+    elif tracker == "trackio":
+        with closing(sqlite3.connect(tmp_path / "trackio" / "course.db")) as database:
+            values = [json.loads(row) for (row,) in database.execute("SELECT metrics FROM metrics")]
+        [table] = [value["comparison_table"] for value in values if "comparison_table" in value]
+        assert len(table["_value"]) == 2
+    else:
+        assert "comparison" in read_events(tmp_path / "logs").Tags()["images"]
 
 
 def config_updates(record):
@@ -159,7 +212,7 @@ def test_trackio_has_one_run(run):
         ]
     assert {name for name, _, _ in rows} == {f"sprites run-{run_id}"}
     assert [step for _, step, values in rows if "loss" in values] == [1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7, 8]
-    assert len([values for _, _, values in rows if "samples" in values]) == 2
+    assert len([values for _, _, values in rows if "samples" in values]) == 4  # of two epochs, twice
     [table] = [values["comparison_table"] for _, _, values in rows if "comparison_table" in values]
     assert [row["class"] for row in table["_value"]][::2] == list(CLASS_NAMES)
 

@@ -96,13 +96,13 @@ YAML = "no_such_key: !!python/object/apply:os.mkdir [{}]\n"
 TRAPS = {
     "pickled course checkpoint": (
         lambda tmp_path, victim: (tmp_path / "a.pth").write_bytes(pickle.dumps(Evil(victim))),
-        "sprite_diffusion.sampling.convert_course_checkpoint",
+        "sprite_diffusion.sampling.convert",
         "{0}/a.pth {0}/out",
         "a.pth is not a state dict",
     ),
     "course checkpoint of torch.save": (
         lambda tmp_path, victim: torch.save({"init_conv.weight": Evil(victim)}, tmp_path / "a.pth"),
-        "sprite_diffusion.sampling.convert_course_checkpoint",
+        "sprite_diffusion.sampling.convert",
         "{0}/a.pth {0}/out",
         "a.pth is not a state dict",
     ),
@@ -296,7 +296,7 @@ def test_line_of_error_shows_no_token(monkeypatch, capsys):
 def test_bad_pickle_is_not_answered_by_how_to_load_it_all_the_same(run_script, tmp_path, capsys):
     torch.save({"init_conv.weight": Evil(tmp_path)}, tmp_path / "a.pth")
     with pytest.raises(SystemExit):
-        run_script("sprite_diffusion.sampling.convert_course_checkpoint", f"{tmp_path}/a.pth {tmp_path}/out")
+        run_script("sprite_diffusion.sampling.convert", f"{tmp_path}/a.pth {tmp_path}/out")
     error = capsys.readouterr().err
     assert "a.pth is not a state dict of weights (it is damaged, or holds other objects than weights" in error
     assert "weights_only" not in error

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -48,6 +49,13 @@ def mask_secrets(text: str) -> str:
     for secret in sorted(_secrets(), key=len, reverse=True):  # a token may be a part of another
         text = text.replace(secret, MASK)
     return HUB_TOKEN.sub(MASK, text)
+
+
+def mask_value(value: Any) -> Any:
+    """Returns the value of a flag, which may be a list, without the tokens that may stand in its text."""
+    if isinstance(value, list):
+        return [mask_value(item) for item in value]
+    return mask_secrets(value) if isinstance(value, str) else value
 
 
 def _secrets() -> set[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sprite_diffusion.common.errors import UserInputError, warn
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 PARTIAL = ".partial"
 REMOVED = f".removed{PARTIAL}"  # a folder on its way out
 NO_ROOM = 2**20  # bytes: with less than this free, a failed write is put down to the full disk
@@ -77,7 +78,7 @@ def written_beside(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     except Exception as error:
         # Each library has an error of its own for a full disk: torch a RuntimeError, safetensors one of Rust's.
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = isinstance(error, OSError) and error.errno in FULL_DISK
         full = full or shutil.disk_usage(path.parent).free < NO_ROOM
         remove(partial)
         if full:

@@ -21,6 +21,11 @@ MAX_SEED = 2**32 - 1  # NumPy's
 MAX_COUNT = 2**31 - 1  # of steps, epochs or images: more than anyone counts, and safe in every integer type
 MAX_FILE_SIZE = 2**18  # bytes of a YAML file of flags; the presets have about a thousand
 TRACKERS = ("tensorboard", "wandb", "trackio")
+MAX_TIMESTEPS = 10**6  # each has a row in the scheduler's tables
+BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"]
+PredictionType = Literal["epsilon", "sample", "v_prediction"]
+VarianceType = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"]
+TimestepSpacing = Literal["linspace", "leading", "trailing"]
 Changes = Literal["pixels", "numbers", "nothing"]
 
 

@@ -7,7 +7,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sprite_diffusion.common.errors import UserInputError
-from sprite_diffusion.common.files import PARTIAL, REMOVED, DiskFullError, remove_whole, write_text, written_beside
+from sprite_diffusion.common.files import (
+    FULL_DISK,
+    PARTIAL,
+    REMOVED,
+    DiskFullError,
+    remove_whole,
+    write_text,
+    written_beside,
+)
 from sprite_diffusion.common.run_files import LIST_FILE, MANIFEST_FILE
 
 LOCK_FILE, LOCK_OWNER_FILE = ".run.lock", ".run.lock.json"
@@ -74,6 +82,17 @@ class OwnedFiles:
         """Writes a text file, whole or not at all, and adds its name."""
         with self.writing(path) as partial:
             partial.write_text(text)
+
+    def append_text(self, path: Path, text: str) -> None:
+        """Adds to the end of a text file that the run has written. Raises `DiskFullError` where there is no room."""
+        with _reports_lost_folder(self.folder):
+            try:
+                with path.open("a") as file:
+                    file.write(text)
+            except OSError as error:
+                if error.errno in FULL_DISK:
+                    raise DiskFullError(f"{path}: the disk is full") from error
+                raise
 
     def remove(self, path: Path) -> None:
         """Removes what the run has written at or below `path`; leaves the rest, and follows no link."""

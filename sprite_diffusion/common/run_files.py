@@ -12,10 +12,13 @@ HISTORY_FILE = "metrics.jsonl"  # a line for each evaluation of a run
 INDEX_FILE = "model_index.json"
 LIST_FILE = "run_files.txt"  # the files that a run has written: a line for each, a folder's ends in /
 MANIFEST_FILE = "manifest.json"  # of a checkpoint: size and SHA-256 of every other file
+LOSS_FILE = "loss.png"
 METRICS_FILE = "metrics.json"
 PAIRS_FILE = "closest_pairs.png"
+REPORT_FILE = "report.html"
 SKIPPED_IMAGES_FILE = "skipped_images.jsonl"
 SUMMARY_FILE = "training_summary.json"
+TRAINING_LOG_FILE = "training_log.jsonl"  # a line for each time that the loss was logged
 WEIGHTS_FILE = "unet/diffusion_pytorch_model.safetensors"
 SAMPLES_DIR = "samples"
 SNAPSHOTS_DIR = "snapshots"
@@ -25,12 +28,15 @@ RESERVED_NAMES = {
     HISTORY_FILE,
     INDEX_FILE,
     LIST_FILE,
+    LOSS_FILE,
     METRICS_FILE,
     PAIRS_FILE,
+    REPORT_FILE,
     SKIPPED_IMAGES_FILE,
     SUMMARY_FILE,
     SAMPLES_DIR,
     SNAPSHOTS_DIR,
+    TRAINING_LOG_FILE,
     "scheduler",
     "unet",
 }

@@ -24,7 +24,7 @@ from sprite_diffusion.metrics.evaluation import (
 from sprite_diffusion.metrics.extractors import make_extractor
 from sprite_diffusion.metrics.real_images import RealImages
 from sprite_diffusion.metrics.report import Report
-from sprite_diffusion.sampling.pipeline_loading import Pipeline, load_pipeline, speed_up
+from sprite_diffusion.sampling.pipeline_loading import Pipeline, find_model_kind, load_pipeline, speed_up
 
 
 def calculate(
@@ -71,13 +71,14 @@ def calculate(
 
 
 def is_image_folder(model: str) -> bool:
-    """Returns whether a name is that of a folder of images: one that holds no pipeline, and no run to have one yet."""
-    return Path(model).is_dir() and not any((Path(model) / name).is_file() for name in (INDEX_FILE, CONFIG_FILE))
+    """Returns whether a name is that of a folder of images: one that holds no model, and no run to have one yet."""
+    path = Path(model)
+    return path.is_dir() and find_model_kind(path) is None and not (path / CONFIG_FILE).is_file()
 
 
 def open_pipeline(args: argparse.Namespace, device: torch.device) -> Pipeline:
     """Loads the pipeline to be measured. Raises `UserInputError` if it can't be loaded, or guided as the flags say."""
-    pipeline = load_pipeline(args.model, getattr(torch, args.dtype)).to(device)
+    pipeline = load_pipeline(args.model, getattr(torch, args.dtype), args.process).to(device)
     speed_up(pipeline, args.compile)
     if args.guidance_scale != 1 and pipeline.num_classes == 0:
         raise UserInputError(f"--guidance_scale: {args.model} is unconditional, it has no classes")

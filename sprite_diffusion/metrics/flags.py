@@ -8,10 +8,13 @@ from sprite_diffusion.common.files import check_output_folder
 from sprite_diffusion.common.flags import SEED_RANGE, ArgumentParser, Range
 from sprite_diffusion.sampling.flags import (
     GUIDANCE_RANGE,
+    MODEL_HELP,
     SAMPLERS,
     UP_TO_A_MILLION,
+    add_process_flags,
     add_speed_flags,
     check_sampler,
+    read_process_flags,
     with_underscores,
 )
 
@@ -32,13 +35,14 @@ def parse_args(description: str | None) -> tuple[argparse.Namespace, list[str]]:
     Raises `UserInputError` for a value out of range, and for an output folder that can't be written.
     """
     parser = ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("model", help="Folder of a run, checkpoint or snapshot; a Hub id; or a folder of images.")
+    parser.add_argument("model", help=f"{MODEL_HELP} Or a folder of images.")
     parser.add_argument("--num_images", type=int, default=5000, help="At most; and at most half of the real images.")
     parser.add_argument("--scheduler", metavar="NAME", help=f"{', '.join(SAMPLERS)}; default: ddim.")
     parser.add_argument("--num_inference_steps", type=int, help="Default: 50; of the model's own scheduler, all.")
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="Classifier-free guidance; 1 = none.")
     parser.add_argument("--batch_size", type=int, default=64, help="Images at a time; changes speed only.")
     add_speed_flags(parser)
+    add_process_flags(parser)
     parser.add_argument("--seed", type=int, default=0, help="Image i is sampled from seed + i.")
     parser.add_argument("--extractor", choices=EXTRACTORS, default="classifier", help="What gives the features.")
     parser.add_argument("--clip_model", default=CLIP_MODEL, help="Of --extractor clip: a Hub id or a folder.")
@@ -48,5 +52,6 @@ def parse_args(description: str | None) -> tuple[argparse.Namespace, list[str]]:
         limits.check(name, getattr(args, name))
     if args.scheduler is not None:
         check_sampler("--scheduler", args.scheduler)
+    args.process = read_process_flags(args)
     check_output_folder("--output_dir", args.output_dir)
     return args, data_flags

@@ -7,10 +7,15 @@ from typing import Any, Literal
 
 import yaml
 
-from sprite_diffusion.common.errors import UserInputError, keep_secret, mask_secrets
+from sprite_diffusion.common.errors import UserInputError, keep_secret, mask_value
 from sprite_diffusion.common.flags import (
     MAX_COUNT,
     MAX_SEED,
+    MAX_TIMESTEPS,
+    BetaSchedule,
+    PredictionType,
+    TimestepSpacing,
+    VarianceType,
     as_flags,
     check_text,
     check_token,
@@ -27,7 +32,6 @@ from sprite_diffusion.data.config import BUILT_IN_DATASET, DataConfig
 MAX_WORKERS = 1024
 MAX_CHANNELS = 2**16
 MAX_LAYERS = 1000
-MAX_TIMESTEPS = 10**6  # each has a row in the scheduler's tables
 MAX_IMAGES = 2**20  # of an optimizer step, whose noise is drawn at once
 MAX_GRID = 2**16  # images of a sample grid
 
@@ -83,16 +87,22 @@ class TrainingConfig(DataConfig):
     noise_scheduler_class: Literal["ClosedFormDDPMScheduler", "LinearCorruptionScheduler"] = flag(
         "ClosedFormDDPMScheduler", "The forward process."
     )
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = flag(
+    prediction_type: PredictionType = flag(
         "epsilon", "What the network predicts: the noise, the clean image, or the velocity."
     )
     ddpm_num_steps: int = flag(1000, "Steps of the forward process, T.", at_least=1, at_most=MAX_TIMESTEPS)
     ddpm_num_inference_steps: int = flag(1000, "Steps of the sample grids.", at_least=1)
-    ddpm_beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] = flag(
-        "linear", "How beta grows from `beta_start` to `beta_end`."
-    )
+    ddpm_beta_schedule: BetaSchedule = flag("linear", "How beta grows from `beta_start` to `beta_end`.")
     beta_start: float = flag(0.0001, "First beta.", above=0)
     beta_end: float = flag(0.02, "Last beta.")
+    rescale_betas_zero_snr: bool = flag(
+        False, "Let the process end in pure noise; needs `prediction_type` sample or v_prediction."
+    )
+    clip_sample: bool = flag(True, "Clip the predicted image to [-1, 1] at each step of sampling; saved in the model.")
+    variance_type: VarianceType = flag("fixed_small", "Variance of the reverse step; saved in the model.")
+    timestep_spacing: TimestepSpacing = flag(
+        "leading", "Which timesteps a sampler of fewer than T steps takes; saved in the model."
+    )
     noise_type: Literal["gaussian", "uniform"] = flag("gaussian", "Noise of LinearCorruptionScheduler.")
 
     # Optimisation
@@ -106,6 +116,9 @@ class TrainingConfig(DataConfig):
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
     ] = flag("cosine", "Learning-rate schedule, counted in optimizer steps.")
+    lr_scheduler_interval: Literal["step", "epoch"] = flag(
+        "step", "When the schedule moves the learning rate: at each step, or only at the start of an epoch."
+    )
     lr_warmup_steps: int = flag(500, "Optimizer steps of the warm-up.", at_least=0)
     adam_beta1: float = flag(0.95, "AdamW's beta1.", at_least=0, below=1)
     adam_beta2: float = flag(0.999, "AdamW's beta2.", at_least=0, below=1)
@@ -189,6 +202,12 @@ class TrainingConfig(DataConfig):
     logger: Literal["tensorboard", "wandb", "trackio", "all", "none"] = flag(
         "tensorboard", "Experiment tracker; 'all': each of the three that is installed.", changes="nothing"
     )
+    tracker_project: str | None = flag(
+        None,
+        "Project in W&B and trackio; the variable WANDB_PROJECT or else 'sprite-diffusion' if not given.",
+        changes="nothing",
+    )
+    tracker_job_type: str | None = flag(None, "Job type of the run in W&B, such as 'train'.", changes="nothing")
     logging_dir: str = flag("logs", "Folder of the trackers, inside `output_dir`.", changes="nothing")
     logging_steps: int = flag(10, "Log the mean loss every N optimizer steps.", at_least=1, changes="nothing")
 
@@ -228,6 +247,13 @@ class TrainingConfig(DataConfig):
             )
         if self.streaming and self.max_train_steps is None:
             raise UserInputError("--streaming needs --max_train_steps: the length of a stream is not known")
+        if self.streaming and self.lr_scheduler_interval == "epoch":
+            raise UserInputError("--lr_scheduler_interval epoch does not go with --streaming: a stream has no epochs")
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            raise UserInputError(
+                "--rescale_betas_zero_snr needs --prediction_type v_prediction or sample: a process that ends "
+                "in pure noise can't be learned by predicting the noise"
+            )
         if self.streaming and self.evaluate_every is not None:
             raise UserInputError("--evaluate_every does not go with --streaming: metrics need all images at hand")
         if self.keep_best_checkpoint and self.evaluate_every is None:
@@ -240,24 +266,17 @@ class TrainingConfig(DataConfig):
     def save(self, path: Path) -> None:
         """Writes the file that repeats this run with `--config PATH`; a token is never in it."""
         saved = {flag.name for flag in fields(self) if flag.metadata["saved"]}
-        values = {name: _mask(value) for name, value in asdict(self).items() if name in saved}
+        values = {name: mask_value(value) for name, value in asdict(self).items() if name in saved}
         path.write_text(yaml.safe_dump(values, sort_keys=False))
 
     def differences(self, saved: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Returns the flags that change the numbers of a run, with their values in a saved configuration and here."""
         pairs = {
-            flag.name: (saved.get(flag.name, default_of(flag)), _mask(getattr(self, flag.name)))
+            flag.name: (saved.get(flag.name, default_of(flag)), mask_value(getattr(self, flag.name)))
             for flag in fields(self)
             if flag.metadata["changes"] != "nothing"
         }
         return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
-
-
-def _mask(value: Any) -> Any:
-    """Returns the value of a flag without the tokens that may stand in its text."""
-    if isinstance(value, list):
-        return [_mask(item) for item in value]
-    return mask_secrets(value) if isinstance(value, str) else value
 
 
 def parse_config(argv: list[str], default_preset: str) -> TrainingConfig:

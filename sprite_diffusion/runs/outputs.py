@@ -5,6 +5,7 @@ import math
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from tqdm.auto import tqdm
@@ -14,12 +15,15 @@ from sprite_diffusion.common.files import PARTIAL, FullDiskWarning
 from sprite_diffusion.common.run_files import (
     CONFIG_FILE,
     HISTORY_FILE,
+    LOSS_FILE,
     METRICS_FILE,
     PAIRS_FILE,
+    REPORT_FILE,
     SAMPLES_DIR,
     SKIPPED_IMAGES_FILE,
     SNAPSHOTS_DIR,
     SUMMARY_FILE,
+    TRAINING_LOG_FILE,
 )
 from sprite_diffusion.data.dataset import ImageData
 from sprite_diffusion.metrics.evaluation import (
@@ -38,7 +42,7 @@ from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.runs.folder import check_room, prepare_output_dir
 from sprite_diffusion.runs.signals import SamplingInterrupted, Signals
 from sprite_diffusion.runs.state import Due, TrainState
-from sprite_diffusion.runs.summary import print_summary, write_summary
+from sprite_diffusion.runs.summary import make_summary, print_summary
 from sprite_diffusion.runs.weights import Weights
 from sprite_diffusion.sampling.conditions import Condition
 from sprite_diffusion.sampling.generation import Request, sample_images
@@ -46,9 +50,11 @@ from sprite_diffusion.sampling.pictures import make_picture
 from sprite_diffusion.sampling.pipeline_loading import Pipeline
 from sprite_diffusion.sampling.samplers import make_sampler
 from sprite_diffusion.sharing.hub import HubUploader, create_repository
+from sprite_diffusion.sharing.report import draw_losses, make_report, read_training_log, summarize_epochs
 from sprite_diffusion.sharing.trackers import Trackers
 
 IMAGES_PER_EVALUATION = 500
+SHORTEST_PRINTED_EPOCH = 1.0  # seconds: of shorter ones there are too many to read
 
 
 @dataclass(frozen=True)
@@ -108,12 +114,19 @@ class RunOutputs:
             start = f"from {checkpoint}" if checkpoint else "from the start"
             print_summary(self.accelerator, config, self.data, model, self.total_steps, start)
             self._write_skipped_images()
+            self.log_entries = [
+                entry for entry in read_training_log(self.output_dir) if entry["global_step"] <= state.global_step
+            ]
+            lines = [json.dumps(entry) + "\n" for entry in self.log_entries]
+            self.folder.files.write_text(self.output_dir / TRAINING_LOG_FILE, "".join(lines))
         self.logging_dir = self.output_dir / config.logging_dir
         self.earlier_logs = set(self.logging_dir.rglob("*"))
         self.trackers = Trackers(
             logger,
             self.logging_dir,
             {name: value for name, value in asdict(config).items() if name != "hub_token"},
+            config.tracker_project,
+            config.tracker_job_type,
             # Also of a run that was killed before its first checkpoint: its steps come again.
             resumed_from=state.global_step if self.earlier_logs else None,
         )
@@ -134,10 +147,22 @@ class RunOutputs:
         tqdm.write(f"wrote {path}")
 
     def log(self, metrics: dict[str, float], state: TrainState) -> None:
-        """Gives numbers to the trackers, and keeps the loss for the summary."""
+        """Gives numbers to the trackers and the log, keeps the loss for the summary, and prints a line per epoch."""
         if math.isfinite(metrics["loss"]):
             state.loss = metrics["loss"]
         self.trackers.log(metrics, state.global_step)
+        if not self.accelerator.is_main_process:
+            return
+        numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        facts = {"global_step": state.global_step, "images_seen": state.images_seen, "seconds": state.seconds}
+        self.log_entries.append({**facts, **numbers})
+        with self.disk.instead_of_error("training log"):
+            line = json.dumps(self.log_entries[-1]) + "\n"
+            self.folder.files.append_text(self.output_dir / TRAINING_LOG_FILE, line)
+        if state.ends_epoch:
+            epoch = summarize_epochs(self.log_entries)[-1]
+            if epoch.seconds >= SHORTEST_PRINTED_EPOCH:
+                tqdm.write(str(epoch))
 
     def _claim_logs(self) -> None:
         """Lists the trackers' files as the run's: their libraries choose the names."""
@@ -233,6 +258,11 @@ class RunOutputs:
                 picture.save(partial, format="PNG")
             caption = f"epoch {epochs_done}, step {global_step}; {grid.caption}"
             self.trackers.log_image("samples", picture, caption, global_step)
+            singles = [make_picture(image[None], columns=1) for image in images]
+            captions = [
+                condition.name or f"seed {seed}" for condition, seed in zip(grid.conditions, seeds, strict=True)
+            ]
+            self.trackers.log_single_images("samples_one_by_one", singles, captions, global_step)
             tqdm.write(f"wrote {path}")
 
     def _write_snapshot(self, pipeline: Pipeline, epochs_done: int) -> None:
@@ -263,10 +293,23 @@ class RunOutputs:
             if not (self.output_dir / CONFIG_FILE).exists():  # the folder was moved or removed while the run lasts
                 with files.writing(self.output_dir / CONFIG_FILE) as partial:
                     self.config.save(partial)
-            with files.writing(self.output_dir / SUMMARY_FILE) as partial:
-                write_summary(partial, self.accelerator, self.data, self.weights.model, state, self.total_steps)
+            summary = make_summary(self.accelerator, self.data, self.weights.model, state, self.total_steps)
+            if is_end:
+                self._write_report(pipeline, summary)
+            # Last, as it says that a run is finished.
+            files.write_text(self.output_dir / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
             tqdm.write(f"wrote {self.output_dir}")
             if self.uploader is not None and (is_end or self.config.hub_strategy != "end"):
                 self.uploader.push(state.global_step)
             alias = f"epoch_{state.epochs_done(is_end)}"
             self.trackers.log_model(self.output_dir, alias, metadata=state.record(is_end))
+
+    def _write_report(self, pipeline: Pipeline, summary: dict[str, Any]) -> None:
+        """Writes the picture of the losses, and the page of the whole run."""
+        files = self.folder.files
+        with files.writing(self.output_dir / LOSS_FILE) as partial:
+            draw_losses(self.log_entries, partial, "png")
+        with self.signals.interruptible():
+            page = make_report(self.output_dir, pipeline, summary)
+        files.write_text(self.output_dir / REPORT_FILE, page)
+        tqdm.write(f"wrote {self.output_dir / LOSS_FILE}\nwrote {self.output_dir / REPORT_FILE}")

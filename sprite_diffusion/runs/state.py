@@ -67,12 +67,15 @@ def find_due(state: TrainState, config: TrainingConfig, total_steps: int) -> Due
         return interval is not None and state.global_step % interval == 0
 
     def every_epochs(interval: int | None) -> bool:
-        return interval is not None and (end or (state.ends_epoch and (state.epoch + 1) % interval == 0))
+        # The first epoch, every N epochs from there, and the last: with N = 4 epochs 1, 5, 9 and so on.
+        return interval is not None and (end or (state.ends_epoch and state.epoch % interval == 0))
 
     is_uploaded = config.push_to_hub and config.hub_strategy == "checkpoint"
+    checkpoint = end or every_steps(config.checkpointing_steps)
     return Due(
-        log=end or every_steps(config.logging_steps),
-        checkpoint=end or every_steps(config.checkpointing_steps),
+        # At a checkpoint too: a run that is resumed from it begins a new mean, as one that was never stopped does.
+        log=checkpoint or state.ends_epoch or every_steps(config.logging_steps),
+        checkpoint=checkpoint,
         metrics=every_epochs(config.evaluate_every),
         samples=every_epochs(config.save_images_epochs) or every_steps(config.save_images_steps),
         snapshot=every_epochs(config.snapshot_epochs),

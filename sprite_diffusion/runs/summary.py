@@ -1,6 +1,5 @@
 """What a run says of itself: the lines at its start, and the summary beside the pipeline at its end."""
 
-import json
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -46,16 +45,15 @@ def print_summary(
         print(printable(mask_secrets(line)))
 
 
-def write_summary(
-    path: Path,
+def make_summary(
     accelerator: Accelerator,
     data: ImageData,
     model: torch.nn.Module,
     state: TrainState,
     total_steps: int,
-) -> None:
-    """Writes how a pipeline came to be: for its card, and for the next start of the same run."""
-    summary: dict[str, Any] = {
+) -> dict[str, Any]:
+    """Returns how a pipeline came to be: for its card, and for the next start of the same run."""
+    return {
         **state.record(is_end=state.global_step >= total_steps),
         "total_steps": total_steps,
         "script": Path(sys.argv[0]).name,
@@ -68,7 +66,6 @@ def write_summary(
         "precision": accelerator.mixed_precision,
         "versions": {name: version(name) for name in RECORDED_PACKAGES},
     }
-    path.write_text(json.dumps(summary, indent=2) + "\n")
 
 
 def count_parameters(model: torch.nn.Module) -> int:

@@ -19,16 +19,20 @@ class Condition:
     weights: torch.Tensor | None = None  # (K,)
 
 
-def choose_conditions(pipeline: Pipeline, classes: list[str] | None, mixes: list[str] | None) -> list[Condition]:
-    """Returns the conditions of `--class` and `--mix`; every class of the model where neither is given.
+def choose_conditions(
+    pipeline: Pipeline, classes: list[str] | None, mixes: list[str] | None, no_class: bool = False
+) -> list[Condition]:
+    """Returns the conditions of `--class`, `--mix` or `--no_class`; every class of the model where none is given.
 
     Raises `UserInputError` for a class that the model does not have, and for too many classes to sample each of them.
     """
     if pipeline.num_classes == 0:
-        for flag, values in (("--class", classes), ("--mix", mixes)):
-            if values:
-                raise UserInputError(f"{flag} {values[0]}: this is an unconditional model, it has no classes")
+        given = [f"--class {classes[0]}"] if classes else [f"--mix {mixes[0]}"] if mixes else []
+        for flag in ["--no_class"] if no_class else given:
+            raise UserInputError(f"{flag}: this is an unconditional model, it has no classes")
         return [Condition()]
+    if no_class:
+        return [Condition("no class", torch.zeros(pipeline.num_classes))]
     if not classes and not mixes:
         if pipeline.num_classes > MAX_CLASSES:
             raise UserInputError(f"--class: this model has {pipeline.num_classes:,} classes, name those to be sampled")

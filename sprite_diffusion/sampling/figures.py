@@ -6,25 +6,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
-from schedulers import LinearCorruptionScheduler
+from schedulers import ClosedFormDDPMScheduler, LinearCorruptionScheduler
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.config import DataConfig
 from sprite_diffusion.data.dataset import load_image_data
 from sprite_diffusion.data.decoding import load_image_file, to_model_range
 from sprite_diffusion.sampling.conditions import Condition
-from sprite_diffusion.sampling.generation import Request, sample_images, sample_noise, to_unit_range
+from sprite_diffusion.sampling.generation import Request, StepStills, sample_images, sample_noise, to_unit_range
 from sprite_diffusion.sampling.pictures import choose_scale, labelled_grid, to_pixels
 from sprite_diffusion.sampling.pipeline_loading import Pipeline, load_pipeline
 from sprite_diffusion.sampling.samplers import NoiselessDDPMScheduler, Sampler
 
-FORWARD_COLUMNS = 10
+NOISE_LEVELS = 10  # of the columns that go from an image to noise
 
 
 @dataclass
@@ -44,7 +44,8 @@ class Figure:
 def compare_samplers(pipeline: Pipeline, samplers: list[Sampler], request: Request) -> Figure:
     """Returns a row per sampler, all from the same noise, labelled with its time and its calls of the network."""
     generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
-    figure = Figure([to_unit_range(sample_noise(pipeline, generators))], ["noise"], _class_names(request))
+    noise = sample_noise(pipeline.sample_shape, generators)
+    figure = Figure([to_unit_range(noise)], ["noise"], _class_names(request))
     figure.record = {**request.record, "samplers": []}
     # The first call of a network is slower than the rest, and would count against the first sampler. The model's own
     # scheduler makes that call, since some samplers take no single step.
@@ -82,8 +83,12 @@ def show_learning(pipeline: Pipeline, snapshots: list[Path], sampler: Sampler, r
     for folder in snapshots:
         pipeline.unet = load_pipeline(str(folder), pipeline.unet.dtype).unet.to(pipeline.device)
         figure.rows.append(sample_images(pipeline, sampler, request))
-        figure.row_labels.append(f"epoch {int(folder.name.removeprefix('epoch-'))}")
+        figure.row_labels.append(_name_snapshot(folder))
     return figure
+
+
+def _name_snapshot(folder: Path) -> str:
+    return f"epoch {int(folder.name.removeprefix('epoch-'))}"
 
 
 def find_snapshots(run_dir: Path) -> list[Path]:
@@ -95,45 +100,131 @@ def find_snapshots(run_dir: Path) -> list[Path]:
     return folders
 
 
-def show_forward_process(pipeline: Pipeline, clean_images: torch.Tensor, seed: int) -> Figure:
+def show_steps(pipeline: Pipeline, sampler: Sampler, request: Request, interval: int) -> Figure:
+    """Returns a row for every `interval`-th step and the last: the noisy images, and beside them their predictions."""
+    stills = StepStills(interval)
+    sample_images(pipeline, sampler, request, trajectory=stills)
+    labels = [f"step {number}\nt = {timestep}" for number, timestep in stills.steps]
+    names = _class_names(request) or [""] * len(request.seeds)
+    columns = [f"{kind}\n{name}".strip() for kind in ("noisy", "predicted") for name in names]
+    record = {**sampler.record, **request.record, "steps": [number for number, _ in stills.steps]}
+    return Figure(stills.rows, labels, columns, record)
+
+
+def show_forward_process(scheduler: Any, clean_images: torch.Tensor, seed: int) -> Figure:
     """Returns images on their way to noise, a row each, with the share of signal at each step.
 
     Args:
-        pipeline: The model whose process adds the noise.
+        scheduler: The process that adds the noise.
         clean_images: The images, (N, C, H, W) in [-1, 1].
         seed: Image i gets the noise of `seed` + i.
     """
-    scheduler = pipeline.scheduler
-    timesteps = np.linspace(0, len(scheduler) - 1, FORWARD_COLUMNS).round().astype(int).tolist()
-    if isinstance(scheduler, LinearCorruptionScheduler):
-        shares = [1 - (t + 1) / len(scheduler) for t in timesteps]  # the weights of image and noise sum to 1
-    else:
-        shares = scheduler.alphas_cumprod[timesteps].tolist()  # the variances of image and noise sum to 1
-    noise = sample_noise(pipeline, [torch.Generator().manual_seed(seed + i) for i in range(len(clean_images))])
-    columns = [clean_images]
-    columns += [scheduler.add_noise(clean_images, noise, torch.full((len(noise),), t)) for t in timesteps]
+    timesteps, shares = _choose_noise_levels(scheduler)
+    columns = [clean_images, *_add_noise(scheduler, clean_images, timesteps, seed)]
     rows = to_unit_range(torch.stack(columns, dim=1))  # (N, columns, C, H, W)
-    labels = ["image\n100% signal"] + [
-        f"t = {t}\n{100 * share:.3g}% signal" for t, share in zip(timesteps, shares, strict=True)
-    ]
     record = {"seed": seed, "timesteps": timesteps, "signal_shares": shares}
+    labels = ["image\n100% signal", *_label_noise_levels(timesteps, shares)]
     return Figure(list(rows), [""] * len(rows), labels, record)
 
 
-def load_clean_images(source: str, num_images: int, pipeline: Pipeline) -> torch.Tensor:
-    """Returns the first images of a file, folder or dataset, (N, C, H, W) in [-1, 1], in the size that `pipeline` has.
+def show_predictions(
+    pipeline: Pipeline, snapshots: list[Path], clean_images: torch.Tensor, class_id: int | None, seed: int
+) -> Figure:
+    """Returns what the network makes of noisy images in one step: a column for each level of noise.
 
-    Raises `UserInputError`, about `--forward`, if there are none.
+    For each image there is a row of the noisy images, and one of the clean images that are predicted from them. A row
+    of the errors follows or, with snapshots, a row of predictions for each snapshot stands in place of both.
+
+    Args:
+        pipeline: The model. It keeps the network of the last snapshot.
+        snapshots: The folders of a run's snapshots; none for the model alone.
+        clean_images: The images, (N, C, H, W) in [-1, 1].
+        class_id: The class to predict for; None for no class.
+        seed: Image i gets the noise of `seed` + i.
     """
-    channels, height, width = pipeline.sample_shape
+    process = pipeline.scheduler
+    if not isinstance(process, LinearCorruptionScheduler):
+        process = ClosedFormDDPMScheduler.from_config(process.config)
+    process.set_timesteps(len(process))
+    timesteps, shares = _choose_noise_levels(process)
+    noisy = _add_noise(process, clean_images, timesteps, seed)
+    kwargs = {}
+    if pipeline.num_classes > 0:
+        id = pipeline.num_classes if class_id is None else class_id
+        kwargs = {"class_labels": torch.full((len(clean_images),), id, device=pipeline.device)}
+
+    def predict() -> torch.Tensor:
+        """Returns the clean images that are predicted at each level of noise, (levels, N, C, H, W)."""
+        predictions = []
+        for t, images in zip(timesteps, noisy, strict=True):
+            model_input = images.to(pipeline.device, pipeline.unet.dtype)
+            with torch.no_grad():
+                output = pipeline.unet(model_input, torch.tensor(t, device=pipeline.device), **kwargs).sample
+            generator = torch.Generator().manual_seed(seed)  # of the noise of the step, which is not used
+            step = process.step(output.float().cpu(), t, images, generator=generator)
+            predictions.append(step.pred_original_sample)
+        return torch.stack(predictions)
+
+    rows_by_name = {"noisy": torch.stack(noisy)}
+    for folder in snapshots:
+        pipeline.unet = load_pipeline(str(folder), pipeline.unet.dtype).unet.to(pipeline.device)
+        rows_by_name[_name_snapshot(folder)] = predict()
+    if not snapshots:
+        rows_by_name["predicted"] = predict()
+        rows_by_name["error"] = (rows_by_name["predicted"] - clean_images).abs() - 1  # 0 is black, 2 is white
+    errors = {
+        name: (images - clean_images).square().mean(dim=(1, 2, 3, 4)).tolist()
+        for name, images in rows_by_name.items()
+        if name not in ("noisy", "error")
+    }
+    record = {"seed": seed, "class": class_id, "timesteps": timesteps, "mean_squared_errors": errors}
+    rows = [to_unit_range(images[:, i]) for i in range(len(clean_images)) for images in rows_by_name.values()]
+    labels = list(rows_by_name) * len(clean_images)
+    return Figure(rows, labels, _label_noise_levels(timesteps, shares), record)
+
+
+def _choose_noise_levels(scheduler: Any) -> tuple[list[int], list[float]]:
+    """Returns timesteps from the first to the last of a process, and the share of signal at each."""
+    timesteps = np.linspace(0, len(scheduler) - 1, NOISE_LEVELS).round().astype(int).tolist()
+    if isinstance(scheduler, LinearCorruptionScheduler):
+        return timesteps, [1 - (t + 1) / len(scheduler) for t in timesteps]  # the weights of image and noise sum to 1
+    return timesteps, scheduler.alphas_cumprod[timesteps].tolist()  # the variances of image and noise sum to 1
+
+
+def _add_noise(scheduler: Any, clean_images: torch.Tensor, timesteps: list[int], seed: int) -> list[torch.Tensor]:
+    """Returns the images (N, C, H, W) at each timestep, image i with the noise of `seed` + i."""
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(clean_images))]
+    noise = sample_noise(clean_images.shape[1:], generators)
+    return [scheduler.add_noise(clean_images, noise, torch.full((len(noise),), t)) for t in timesteps]
+
+
+def _label_noise_levels(timesteps: list[int], shares: list[float]) -> list[str]:
+    return [f"t = {t}\n{100 * share:.3g}% signal" for t, share in zip(timesteps, shares, strict=True)]
+
+
+def load_clean_images(
+    flag: str, source: str, num_images: int, resolution: str, image_mode: Literal["auto", "L", "RGB"]
+) -> torch.Tensor:
+    """Returns the first images of a file, folder or dataset, (N, C, H, W) in [-1, 1].
+
+    Args:
+        flag: The flag that names `source`.
+        source: An image file, a folder of images or a dataset.
+        num_images: The most images to return.
+        resolution: The size of the images, as `--resolution` takes it.
+        image_mode: Their channels.
+
+    Raises:
+        UserInputError: If there are no such images, about `flag`.
+    """
     path = Path(source)
     try:
         options = DataConfig(
             dataset_name=None if path.is_dir() else source,
             train_data_dir=source if path.is_dir() else None,
-            resolution=f"{width}x{height}",
+            resolution=resolution,
             center_crop=True,
-            image_mode="L" if channels == 1 else "RGB",
+            image_mode=image_mode,
             max_train_samples=num_images,
         )
         if path.is_file() and path.suffix not in (".npy", ".parquet"):
@@ -143,8 +234,8 @@ def load_clean_images(source: str, num_images: int, pipeline: Pipeline) -> torch
         return to_model_range(batch["images"])
     except UserInputError as error:
         message = str(error)
-        for flag in ("--train_data_dir", "--dataset_name"):
-            message = message.replace(flag, "--forward")
+        for name in ("--train_data_dir", "--dataset_name"):
+            message = message.replace(name, flag)
         raise UserInputError(message) from None
 
 
@@ -181,7 +272,7 @@ def interpolate(
     """
     if len(ends) > 2:
         raise UserInputError(f"--interpolate goes between 2 classes or mixes: {len(ends)} are given")
-    first, last = sample_noise(pipeline, [torch.Generator().manual_seed(seed) for seed in seeds])
+    first, last = sample_noise(pipeline.sample_shape, [torch.Generator().manual_seed(seed) for seed in seeds])
     fractions = [k / (size - 1) for k in range(size)]
     noise = torch.stack([slerp(first, last, fraction) for fraction in fractions])
     conditions = ends or [Condition()]

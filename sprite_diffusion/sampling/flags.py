@@ -3,10 +3,23 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import Any, get_args
 
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.common.files import check_writable
-from sprite_diffusion.common.flags import MAX_SEED, SEED_RANGE, ArgumentParser, Range, check_tracker
+from sprite_diffusion.common.flags import (
+    MAX_SEED,
+    MAX_TIMESTEPS,
+    SEED_RANGE,
+    ArgumentParser,
+    BetaSchedule,
+    PredictionType,
+    Range,
+    TimestepSpacing,
+    VarianceType,
+    check_tracker,
+    parse_switch,
+)
 
 # The samplers by short name, each with its class, which is this project's or diffusers'.
 SAMPLERS = {
@@ -24,9 +37,26 @@ SAMPLERS = {
     "kdpm2": "KDPM2DiscreteScheduler",
     "kdpm2_ancestral": "KDPM2AncestralDiscreteScheduler",
 }
-FIGURES = ("compare", "snapshots", "forward", "no_noise", "interpolate")
+FIGURES = ("predict", "compare", "steps_shown", "forward", "no_noise", "interpolate", "snapshots")
 # The --scheduler that a figure can be asked for with; None where the figure's own flag names the samplers.
-SCHEDULERS_OF_FIGURES = {"compare": None, "no_noise": "ddpm", "interpolate": "ddim"}
+SCHEDULERS_OF_FIGURES = {"compare": None, "no_noise": "ddpm", "interpolate": "ddim", "predict": None}
+# Flags that change how a process is sampled, each with the name that schedulers have for it.
+SAMPLING_OPTIONS = {
+    "clip_sample": "clip_sample",
+    "variance_type": "variance_type",
+    "timestep_spacing": "timestep_spacing",
+    "rescale_betas_zero_snr": "rescale_betas_zero_snr",
+}
+# Flags that say how a network was trained, for a network that comes without its process.
+PROCESS_OPTIONS = {
+    "ddpm_num_steps": "num_train_timesteps",
+    "ddpm_beta_schedule": "beta_schedule",
+    "prediction_type": "prediction_type",
+}
+MODEL_HELP = (
+    "Output folder of a run, a checkpoint or snapshot in it, a folder of a bare UNet2DModel, a .pth file of the "
+    "sprite course, the id of a repository on the Hub, or wandb:ENTITY/PROJECT/ARTIFACT:ALIAS."
+)
 MAX_SCALE = 1024
 MAX_DIGITS = 7  # a number of steps with more digits than this is a slip
 UP_TO_A_MILLION = Range(at_least=1, at_most=10**6)  # a larger number is a slip, which would fill the memory
@@ -38,6 +68,7 @@ RANGES = {
     "eta": Range(at_least=0, at_most=1),
     "guidance_scale": GUIDANCE_RANGE,
     "batch_size": UP_TO_A_MILLION,
+    "steps_shown": UP_TO_A_MILLION,
 }
 
 
@@ -51,13 +82,13 @@ def parse_args(description: str | None) -> argparse.Namespace:
     parser.add_argument(
         "model",
         nargs="?",
-        help="Output folder of a run, a checkpoint or snapshot in it, the id of a repository on the Hub, or "
-        "wandb:ENTITY/PROJECT/ARTIFACT:ALIAS. Left out with --snapshots.",
+        help=f"{MODEL_HELP} Left out with --snapshots, and with --forward if there is none.",
     )
     images = parser.add_argument_group("what to sample")
     images.add_argument("--num_images", type=int, help="Images, for each class if there are any.")
     images.add_argument("--seed", type=int, default=0, help="Image i is sampled from seed + i.")
     images.add_argument("--class", dest="classes", action="append", help="Name or id; repeatable; default: all.")
+    images.add_argument("--no_class", action="store_true", help="Of no class, from a model that has classes.")
     images.add_argument("--mix", dest="mixes", action="append", help="Class weights: hero=1,food=0.6; repeatable.")
     _add_process_flags(parser)
     _add_view_flags(parser)
@@ -67,6 +98,8 @@ def parse_args(description: str | None) -> argparse.Namespace:
         "--scale", type=parse_scale, default="auto", help="Enlarge by this whole number; auto: to 64 pixels."
     )
     out.add_argument("--animate_prediction", action="store_true", help="Animate the clean images predicted.")
+    out.add_argument("--tracker_project", help="Of W&B and trackio; default: that of the model's run.")
+    out.add_argument("--tracker_job_type", help="Of W&B.")
     out.add_argument(
         "--logger",
         choices=("tensorboard", "wandb", "trackio", "all", "none"),
@@ -75,6 +108,7 @@ def parse_args(description: str | None) -> argparse.Namespace:
     )
     args = parser.parse_args(with_underscores(sys.argv[1:]))
     args.view = next((name for name in FIGURES if getattr(args, name) not in (None, False)), "samples")
+    args.process = read_process_flags(args)
     args.output = args.output or Path(f"{args.view}.png")
     check_args(args)
     return args
@@ -89,21 +123,31 @@ def _add_process_flags(parser: argparse.ArgumentParser) -> None:
     process.add_argument("--guidance_scale", type=float, help="Classifier-free guidance; 1 = none, the default.")
     process.add_argument("--batch_size", type=int, default=64, help="Images at a time; changes speed only.")
     add_speed_flags(process)
+    add_process_flags(parser)
 
 
 def _add_view_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that each ask for another view than plain samples."""
-    view = parser.add_argument_group("in place of plain samples").add_mutually_exclusive_group()
+    group = parser.add_argument_group("in place of plain samples")
+    view = group.add_mutually_exclusive_group()
     view.add_argument("--animate", type=Path, metavar="FILE", help="Samples, and how they form: a .gif or .webp.")
     view.add_argument("--compare", metavar="LIST", help="Samplers beside each other: ddpm:500,ddim:25.")
-    view.add_argument("--snapshots", type=Path, metavar="RUN_DIR", help="What a run had learned at each snapshot.")
+    view.add_argument("--steps_shown", type=int, metavar="N", help="Every Nth step: its noisy image, its prediction.")
     view.add_argument("--forward", metavar="DATA", help="An image, folder or dataset on its way to noise.")
+    view.add_argument("--predict", metavar="DATA", help="Noisy images as the network would clean them in one step.")
     view.add_argument(
         "--no-noise", "--no_noise", action="store_true", help="DDPM with and without the noise of each step."
     )
     view.add_argument(
         "--interpolate", nargs=2, type=int, metavar="SEED", help="Between two seeds, and two classes if given; DDIM."
     )
+    group.add_argument(
+        "--snapshots",
+        type=Path,
+        metavar="RUN_DIR",
+        help="What a run had learned at each snapshot: samples or, with --predict, predictions.",
+    )
+    group.add_argument("--resolution", help="Of --forward without a model; default: 16 for 'sprites', else 64.")
 
 
 def add_speed_flags(parser: argparse._ActionsContainer) -> None:
@@ -112,6 +156,30 @@ def add_speed_flags(parser: argparse._ActionsContainer) -> None:
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="Of the network; bfloat16 is faster."
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile the network: pays for many steps.")
+
+
+def add_process_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that change how a model's process is sampled, and those of a network that comes without one."""
+    changed = parser.add_argument_group("in place of what the model was trained with")
+    switch: dict[str, Any] = {"type": parse_switch, "metavar": "true|false"}
+    changed.add_argument("--clip_sample", help="Whether to clip the predicted image to [-1, 1].", **switch)
+    changed.add_argument("--variance_type", choices=get_args(VarianceType), help="Of the noise of DDPM's steps.")
+    changed.add_argument("--timestep_spacing", choices=get_args(TimestepSpacing), help="Of fewer steps than T.")
+    changed.add_argument("--rescale_betas_zero_snr", help="Whether the process ends in pure noise.", **switch)
+    process = parser.add_argument_group("the process of a network that comes without one")
+    process.add_argument("--ddpm_num_steps", type=int, help="T; default: 1000.")
+    process.add_argument("--ddpm_beta_schedule", choices=get_args(BetaSchedule), help="Default: linear.")
+    process.add_argument("--prediction_type", choices=get_args(PredictionType), help="Default: epsilon.")
+
+
+def read_process_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the flags of `add_process_flags` that were given, by name.
+
+    Raises `UserInputError` for a T out of range.
+    """
+    Range(at_least=1, at_most=MAX_TIMESTEPS).check("ddpm_num_steps", args.ddpm_num_steps)
+    values = {name: getattr(args, name) for name in SAMPLING_OPTIONS | PROCESS_OPTIONS}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def with_underscores(argv: list[str]) -> list[str]:
@@ -176,9 +244,20 @@ def _contradictions(args: argparse.Namespace) -> dict[str, bool]:
     allowed_schedulers = (None, SCHEDULERS_OF_FIGURES.get(args.view, args.scheduler))
     samples_with_ddim = args.scheduler == "ddim" or "ddim" in (args.compare or "")
     seeds = args.interpolate or []
+    chosen = bool(args.classes or args.mixes)
     return {
         "name a model (a run's folder or a Hub id), or a run by --snapshots RUN_DIR; one of them": (
-            (args.model is None) != (args.snapshots is not None)
+            (args.model is None) != (args.snapshots is not None) and args.view != "forward"
+        ),
+        f"--snapshots does not go with {figure_flag}": (
+            args.snapshots is not None and args.view not in ("snapshots", "predict")
+        ),
+        "--no_class does not go with --class and --mix": args.no_class and chosen,
+        "--predict takes one --class, and no --mix": (
+            args.view == "predict" and (len(args.classes or []) > 1 or bool(args.mixes))
+        ),
+        "--resolution belongs to --forward without a model": (
+            args.resolution is not None and (args.view != "forward" or args.model is not None)
         ),
         "--animate_prediction belongs to --animate FILE": args.animate_prediction and args.animate is None,
         f"--interpolate takes two seeds, 0 to {MAX_SEED}, and --num_images from 2 on": (

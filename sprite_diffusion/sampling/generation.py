@@ -1,7 +1,8 @@
 """From seeds to images, a batch at a time."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -29,6 +30,19 @@ class Request:
         return {"guidance_scale": self.guidance_scale, "eta": self.eta, "images": images}
 
 
+class Recorder(Protocol):
+    """What `sample_images` shows the way from noise to samples to."""
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]: ...  # the pipeline's names for the images of a step
+
+    def begin_batch(self, noise: torch.Tensor) -> None: ...
+
+    def record(
+        self, pipeline: Pipeline, step: int, timestep: torch.Tensor, tensors: dict[str, Any]
+    ) -> dict[str, Any]: ...
+
+
 @dataclass
 class Trajectory:
     """The images of some steps on the way from noise to samples, in [0, 1]."""
@@ -38,9 +52,9 @@ class Trajectory:
     _batches: list[list[torch.Tensor]] = field(default_factory=list)
 
     @property
-    def tensor_name(self) -> str:
+    def tensor_names(self) -> tuple[str, ...]:
         """The pipeline's name for the images of a step."""
-        return "pred_original_sample" if self.predicted else "latents"
+        return ("pred_original_sample",) if self.predicted else ("latents",)
 
     @property
     def frames(self) -> list[torch.Tensor]:
@@ -57,10 +71,7 @@ class Trajectory:
         Raises `UserInputError` if predictions are to be recorded and the scheduler returns none.
         """
         timesteps = pipeline.scheduler.timesteps
-        images = tensors[self.tensor_name]
-        if images is None:
-            name = type(pipeline.scheduler).__name__
-            raise UserInputError(f"--animate_prediction: {name} does not tell its prediction: try --scheduler ddim")
+        images = get_prediction("--animate_prediction", pipeline, tensors) if self.predicted else tensors["latents"]
         if step in frame_indices(len(timesteps), self.max_frames):
             if not self.predicted and step + 1 < len(timesteps):
                 # Some samplers let x grow with the noise; their model's input has the variance of an image.
@@ -69,12 +80,57 @@ class Trajectory:
         return {}
 
 
+@dataclass
+class StepStills:
+    """The noisy images that every Nth step begins with, and the clean images that it predicts, in [0, 1]."""
+
+    interval: int
+    steps: list[tuple[int, int]] = field(default_factory=list)  # number and timestep of each one shown
+    _batches: list[list[torch.Tensor]] = field(default_factory=list)  # each step (2, B, C, H, W)
+    tensor_names: tuple[str, ...] = ("latents", "pred_original_sample")
+
+    @property
+    def rows(self) -> list[torch.Tensor]:
+        """For each step that is shown, the noisy images of all batches and then their predictions (2 N, C, H, W)."""
+        return [torch.cat(parts, dim=1).flatten(0, 1) for parts in zip(*self._batches, strict=True)]
+
+    def begin_batch(self, noise: torch.Tensor) -> None:
+        """Begins a batch with its noise (B, C, H, W)."""
+        self.steps.clear()
+        self._batches.append([])
+        self._noisy = noise
+
+    def record(self, pipeline: Pipeline, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Records a step if it is shown; the pipeline calls this after each one.
+
+        Raises `UserInputError` if the scheduler does not return its predictions.
+        """
+        prediction = get_prediction("--steps_shown", pipeline, tensors)
+        timesteps = pipeline.scheduler.timesteps
+        if step % self.interval == 0 or step == len(timesteps) - 1:
+            self.steps.append((step + 1, int(timestep)))
+            self._batches[-1].append(torch.stack([to_unit_range(self._noisy), to_unit_range(prediction)]))
+        self._noisy = tensors["latents"]
+        if step + 1 < len(timesteps):  # some samplers let x grow with the noise; their model's input does not
+            self._noisy = pipeline.scheduler.scale_model_input(self._noisy, timesteps[step + 1])
+        return {}
+
+
+def get_prediction(flag: str, pipeline: Pipeline, tensors: dict[str, Any]) -> torch.Tensor:
+    """Returns the clean images that a step has predicted. Raises `UserInputError` if its scheduler does not tell."""
+    images = tensors["pred_original_sample"]
+    if images is None:
+        name = type(pipeline.scheduler).__name__
+        raise UserInputError(f"{flag}: {name} does not tell its prediction: try --scheduler ddim")
+    return images
+
+
 def sample_images(
     pipeline: Pipeline,
     sampler: Sampler,
     request: Request,
     noise: torch.Tensor | None = None,
-    trajectory: Trajectory | None = None,
+    trajectory: Recorder | None = None,
     show_progress: bool = True,
 ) -> torch.Tensor:
     """Samples images. Each depends on its own seed and condition alone.
@@ -114,12 +170,12 @@ def _sample_batch(
     request: Request,
     batch: slice,
     noise: torch.Tensor | None,
-    trajectory: Trajectory | None,
+    trajectory: Recorder | None,
 ) -> torch.Tensor:
     """Samples the images (B, C, H, W) of a slice of the request, from `noise` (B, C, H, W) if it is given."""
     generators = [torch.Generator().manual_seed(seed) for seed in request.seeds[batch]]
     # The noise is drawn even where other noise is given, or the generators would give it again at the first step.
-    latents = sample_noise(pipeline, generators)
+    latents = sample_noise(pipeline.sample_shape, generators)
     if noise is not None:
         latents = noise
     kwargs: dict[str, Any] = {}
@@ -129,7 +185,7 @@ def _sample_batch(
     if trajectory is not None:
         trajectory.begin_batch(latents)
         kwargs["callback_on_step_end"] = trajectory.record
-        kwargs["callback_on_step_end_tensor_inputs"] = (trajectory.tensor_name,)
+        kwargs["callback_on_step_end_tensor_inputs"] = trajectory.tensor_names
     output = pipeline(
         batch_size=len(latents),
         num_inference_steps=sampler.num_inference_steps,
@@ -148,9 +204,14 @@ def _sample_batch(
     return images
 
 
-def sample_noise(pipeline: Pipeline, generators: list[torch.Generator]) -> torch.Tensor:
-    """Returns x_T (N, C, H, W), standard normal: the first numbers of each generator, as in the pipeline itself."""
-    return randn_tensor((len(generators), *pipeline.sample_shape), generator=generators)
+def sample_noise(shape: Sequence[int], generators: list[torch.Generator]) -> torch.Tensor:
+    """Returns x_T (N, C, H, W), standard normal: the first numbers of each generator, as in the pipeline itself.
+
+    Args:
+        shape: The channels, height and width of an image.
+        generators: One for each image.
+    """
+    return randn_tensor((len(generators), *shape), generator=generators)
 
 
 def frame_indices(num_steps: int, max_frames: int) -> list[int]:

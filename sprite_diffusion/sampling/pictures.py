@@ -1,6 +1,7 @@
 """Pictures for people: labelled grids, animations, and PNG files that say how they were made."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,7 @@ def choose_scale(images: torch.Tensor) -> int:
     return max(1, MIN_SIDE // max(images.shape[-2:]))
 
 
-def check_size(
-    path: Path, rows: int, columns: int, shape: tuple[int, int, int], scale: int | None, frames: int
-) -> None:
+def check_size(path: Path, rows: int, columns: int, shape: Sequence[int], scale: int | None, frames: int) -> None:
     """Raises `UserInputError` if a grid of images is more than `path` can hold, before its images are sampled.
 
     Args:

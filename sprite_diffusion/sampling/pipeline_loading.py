@@ -1,11 +1,12 @@
-"""A saved pipeline as this project's classes, so that loading runs no code from the folder or the Hub."""
+"""A saved model as a pipeline of this project's classes, so that loading runs no code from the folder or the Hub."""
 
+import inspect
+import json
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import diffusers
 import torch
@@ -18,20 +19,14 @@ from schedulers import ClosedFormDDPMScheduler, LinearCorruptionScheduler
 from sprite_diffusion.common.errors import UserInputError, first_line
 from sprite_diffusion.common.machine import prepare_cpu
 from sprite_diffusion.common.run_files import INDEX_FILE, list_checkpoints
+from sprite_diffusion.data.sprites import CLASS_NAMES
+from sprite_diffusion.sampling.course_checkpoint import course_scheduler, knows_classes, read_course_checkpoint
+from sprite_diffusion.sampling.flags import PROCESS_OPTIONS, SAMPLING_OPTIONS
+from sprite_diffusion.sampling.model_checks import check_network, check_process, naming, read_config, read_names
 
-# Limits of the numbers in a configuration: far above those of any model, and low enough to build the model's shapes.
-MAX_TIMESTEPS = 10**6
-MAX_NUMBER_OF_LAYERS = 64
-MAX_LENGTH = 64  # of a list, such as the channels of all levels
-MAX_NUMBER = 2**20  # of a number that is not named in LIMITS, such as the channels of a level
-LIMITS = {
-    "num_train_timesteps": MAX_TIMESTEPS,
-    "sample_size": 4096,
-    "num_class_embeds": 2**16,
-    "context_dim": 2**16,
-}
-MAY_BE_INFINITE = ("lambda_min_clipped",)  # as diffusers' DPM-Solvers save it
-TRIED_STEPS = 10  # the process is set up for so many steps, of which the first is tried
+NETWORK_FILE = "config.json"  # of a network that is saved alone
+PROCESS_FILE = "scheduler_config.json"
+COURSE_ENDINGS = (".pth", ".pt")
 
 
 class Pipeline(Protocol):
@@ -74,166 +69,180 @@ OWN_CLASSES = {
 }
 
 
-def load_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Pipeline:
-    """Loads a pipeline of the kinds that this project writes.
+ModelKind = Literal["pipeline", "network", "course checkpoint"]
+
+
+def find_model_kind(path: Path) -> ModelKind | None:
+    """Returns what kind of model a file or folder is, told by its content; None if it is none."""
+    if path.is_file() and path.suffix in COURSE_ENDINGS:
+        return "course checkpoint"
+    if (path / INDEX_FILE).is_file():
+        return "pipeline"
+    try:
+        if "_class_name" in json.loads((path / NETWORK_FILE).read_text()):
+            return "network"
+    except (OSError, ValueError, TypeError, RecursionError):
+        pass
+    return "course checkpoint" if len(_list_course_files(path)) == 1 else None
+
+
+def _list_course_files(folder: Path) -> list[Path]:
+    return [path for ending in COURSE_ENDINGS for path in folder.glob(f"*{ending}")] if folder.is_dir() else []
+
+
+def load_pipeline(
+    model: str, dtype: torch.dtype = torch.float32, process: Mapping[str, Any] | None = None
+) -> Pipeline:
+    """Loads a model as a pipeline.
 
     Args:
-        model: An output folder, a checkpoint or a snapshot inside one, the id of a repository on the Hub, or
-            `wandb:ENTITY/PROJECT/ARTIFACT:ALIAS`.
+        model: An output folder, a checkpoint or a snapshot inside one, the output of diffusers' official script, the
+            folder of a bare `UNet2DModel`, a .pth file of the sprite course or the folder of one, the id of a
+            repository on the Hub, or `wandb:ENTITY/PROJECT/ARTIFACT:ALIAS` of any of these.
         dtype: The number format of the network.
+        process: Flags in place of what the model was trained with, by name: those of `SAMPLING_OPTIONS`; for a bare
+            network, those of `PROCESS_OPTIONS` as well.
 
     Returns:
         The pipeline on the CPU. Its process and its network fit each other and its images, and its weights are finite.
 
     Raises:
-        UserInputError: If `model` is something else, or is damaged.
+        UserInputError: If `model` is something else, or is damaged; if `process` does not fit it.
     """
     if model.startswith("wandb:"):
         model = _download_artifact(model)
-    folder = Path(model)
-    if folder.is_dir() and not (folder / INDEX_FILE).exists():
-        checkpoints = [path for path in list_checkpoints(folder) if (path / INDEX_FILE).exists()]
-        if checkpoints:
-            raise UserInputError(f"{model} holds no pipeline yet: name its newest checkpoint, {checkpoints[-1]}")
+    path, process = Path(model), process or {}
+    kind = find_model_kind(path)
+    if path.suffix in COURSE_ENDINGS and not path.exists():
+        raise UserInputError(f"{model}: no such file")
+    trained = [f"--{name}" for name in process if name in PROCESS_OPTIONS]
+    if trained and kind not in ("network", None):
+        raise UserInputError(f"{trained[0]}: {model} says itself how it was trained, leave the flag out")
+    if kind is None and path.is_dir():
+        _explain_folder(path)
     try:
-        return _open_pipeline(model, dtype)
+        if kind == "course checkpoint":
+            return _open_course_checkpoint(path, dtype, process)
+        return _open_network(model, dtype, process) if kind == "network" else _open_pipeline(model, dtype, process)
     except UserInputError:
         raise
     except Exception as error:  # the values in the model's files can lead diffusers and torch to raise anything
-        raise UserInputError(
-            f"{model} is not a pipeline folder or repository that can be loaded: {first_line(error)}"
-        ) from None
+        raise UserInputError(f"{model} is not a model that can be loaded: {first_line(error)}") from None
 
 
-def _open_pipeline(model: str, dtype: torch.dtype) -> Pipeline:
-    """Loads a pipeline in an order that finds what is wrong before anything large is allocated.
+def _explain_folder(folder: Path) -> None:
+    """Raises `UserInputError` for a folder without a model, if it is known which one is meant."""
+    checkpoints = [path for path in list_checkpoints(folder) if (path / INDEX_FILE).exists()]
+    if checkpoints:
+        raise UserInputError(f"{folder} holds no pipeline yet: name its newest checkpoint, {checkpoints[-1]}")
+    networks = [folder / name for name in ("unet_ema", "unet") if find_model_kind(folder / name) == "network"]
+    if networks:  # a checkpoint of the official script
+        raise UserInputError(f"{folder} holds no pipeline: name its network, {networks[0]}")
+    if files := _list_course_files(folder):
+        raise UserInputError(f"{folder} holds {len(files)} checkpoints of weights: name one, such as {files[0]}")
 
-    Raises `UserInputError`, or whatever error the values in the model's files lead to.
-    """
-    with _naming(INDEX_FILE):
+
+def _open_pipeline(model: str, dtype: torch.dtype, process: Mapping[str, Any]) -> Pipeline:
+    """Loads the folder of a pipeline. Raises `UserInputError`, or whatever error its files lead to."""
+    with naming(INDEX_FILE):
         index = DiffusionPipeline.load_config(model)
         pipeline_class = _find_class(model, index["_class_name"], DiffusionPipeline)
         if pipeline_class not in (UnconditionalDDPMPipeline, ConditionalDDPMPipeline):
             raise UserInputError(f"{model} holds a {pipeline_class.__name__}: not a pipeline of this project")
         unet_class = _find_class(model, index["unet"], ModelMixin)
         scheduler_class = _find_class(model, index["scheduler"], SchedulerMixin)
-    with _naming("scheduler/scheduler_config.json"):
-        scheduler = scheduler_class.from_config(_read_config(model, "scheduler", scheduler_class))
-    with _naming("unet/config.json"):
-        config = _read_config(model, "unet", unet_class)
+    with naming(f"scheduler/{PROCESS_FILE}"):
+        scheduler = make_process(scheduler_class, read_config(model, "scheduler", scheduler_class), process)
+    return _assemble(model, "unet", dtype, pipeline_class, unet_class, scheduler, index)
+
+
+def _open_network(folder: str, dtype: torch.dtype, process: Mapping[str, Any]) -> Pipeline:
+    """Loads a network that is saved alone, with the process of `process` or of a file beside it, else DDPM's defaults.
+
+    Raises `UserInputError`, or whatever error its files lead to.
+    """
+    parent = Path(folder).absolute().parent
+    if (parent / INDEX_FILE).is_file():
+        raise UserInputError(f"{folder} is a part of a pipeline, which knows its process: name {parent}")
+    name = json.loads(Path(folder, NETWORK_FILE).read_text())["_class_name"]
+    unet_class = _find_class(folder, name, ModelMixin)
+    with naming(PROCESS_FILE):
+        has_process = Path(folder, PROCESS_FILE).is_file()
+        config = read_config(folder, None, ClosedFormDDPMScheduler) if has_process else {}
+        scheduler = make_process(ClosedFormDDPMScheduler, config, process)
+    config = unet_class.load_config(folder)
+    has_classes = config.get("num_class_embeds") or config.get("context_dim")
+    pipeline_class = ConditionalDDPMPipeline if has_classes else UnconditionalDDPMPipeline
+    return _assemble(folder, None, dtype, pipeline_class, unet_class, scheduler, {})
+
+
+def _open_course_checkpoint(path: Path, dtype: torch.dtype, process: Mapping[str, Any]) -> Pipeline:
+    """Loads a checkpoint of the sprite course: by class if it was trained with context, else without classes.
+
+    Raises `UserInputError`, or whatever error the file leads to.
+    """
+    file = path if path.is_file() else _list_course_files(path)[0]
+    unet = _check_finite(str(file), read_course_checkpoint(file)).to(dtype)
+    with naming("the process"):
+        scheduler = make_process(ClosedFormDDPMScheduler, course_scheduler().config, process)
+    if not knows_classes(unet):
+        return UnconditionalDDPMPipeline(unet=unet, scheduler=scheduler)
+    names = dict(enumerate(CLASS_NAMES)) if unet.config["context_dim"] == len(CLASS_NAMES) else None
+    return ConditionalDDPMPipeline(unet=unet, scheduler=scheduler, id2label=names)
+
+
+def make_process(scheduler_class: Any, config: Mapping[str, Any], process: Mapping[str, Any]) -> SchedulerMixin:
+    """Returns the process of a configuration with the changes of `process`.
+
+    Raises `UserInputError` if a change is none of the scheduler's options, or does not fit the others.
+    """
+    changes = {(SAMPLING_OPTIONS | PROCESS_OPTIONS)[flag]: value for flag, value in process.items()}
+    options = inspect.signature(scheduler_class).parameters
+    for flag in process:
+        if (SAMPLING_OPTIONS | PROCESS_OPTIONS)[flag] not in options:
+            raise UserInputError(f"--{flag}: the model's process, {scheduler_class.__name__}, has no such option")
+    try:
+        return scheduler_class.from_config(config, **changes)
+    except ValueError as error:
+        if not changes:
+            raise
+        raise UserInputError(f"--{', --'.join(process)}: {first_line(error)}") from None
+
+
+def _assemble(
+    model: str,
+    unet_folder: str | None,
+    dtype: torch.dtype,
+    pipeline_class: Any,
+    unet_class: Any,
+    scheduler: SchedulerMixin,
+    index: dict[str, Any],
+) -> Pipeline:
+    """Loads the network of a pipeline last, when all else has been found to fit: before, nothing large is allocated.
+
+    Raises `UserInputError`, or whatever error the values in the model's files lead to.
+    """
+    prefix = "" if unet_folder is None else f"{unet_folder}/"
+    with naming(f"{prefix}{NETWORK_FILE}"):
+        config = read_config(model, unet_folder, unet_class)
         with torch.device("meta"):  # tensors there have shapes and take no memory
             weightless = pipeline_class(unet=unet_class.from_config(config), scheduler=scheduler)
-        _check_network(weightless)
-    with _naming("scheduler/scheduler_config.json"):
-        _check_process(weightless)
-    with _naming(INDEX_FILE):
-        options = _read_names(index, weightless.num_classes)
-    return pipeline_class(unet=_load_network(model, unet_class, dtype), scheduler=scheduler, **options)
+        check_network(weightless)
+    with naming(f"scheduler/{PROCESS_FILE}"):
+        check_process(weightless)
+    with naming(INDEX_FILE):
+        options = read_names(index, weightless.num_classes)
+    return pipeline_class(unet=_load_network(model, unet_folder, unet_class, dtype), scheduler=scheduler, **options)
 
 
-@contextmanager
-def _naming(file: str) -> Iterator[None]:
-    """Puts the name of a file before the message of an error that its values have led to."""
-    try:
-        yield
-    except UserInputError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{file}: {first_line(error)}") from None
-
-
-def _read_config(model: str, name: str, part_class: Any) -> dict[str, Any]:
-    """Returns the configuration of a pipeline's part. Raises ValueError for a number that no part can have."""
-    config = part_class.load_config(model, subfolder=name)
-    if not isinstance(config, dict):
-        raise ValueError("it has no names and values")
-    _check_numbers("", config)
-    return config
-
-
-def _check_numbers(name: str, value: Any) -> None:
-    """Raises ValueError for a number that is not finite, and for sizes and lists beyond `LIMITS`, at any depth.
-
-    A part is made of its configuration before its weights can be compared with it, so that a damaged number could
-    cost any time and memory.
-    """
-    limit = LIMITS.get(name, MAX_NUMBER_OF_LAYERS if "layers" in name else MAX_NUMBER)
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _check_numbers(key, item)
-    elif isinstance(value, list):
-        if len(value) > (MAX_TIMESTEPS if name == "trained_betas" else MAX_LENGTH):
-            raise ValueError(f"{name} has {len(value):,} values")
-        for item in value:
-            _check_numbers(name, item)
-    # Written so that NaN, which compares as False, is refused as well.
-    elif isinstance(value, int | float) and not abs(value) <= limit and name not in MAY_BE_INFINITE:
-        raise ValueError(f"{name} is {value}: it must be finite and not exceed {limit:,}")
-
-
-def _check_network(pipeline: Pipeline) -> None:
-    """Raises an error unless the network takes images of the model's shape, and gives predictions of that shape.
-
-    The network of `pipeline` is on the meta device: a forward pass there costs no memory and next to no time.
-    """
-    config = pipeline.unet.config
-    if isinstance(pipeline, ConditionalDDPMPipeline) and not ("context_dim" in config or config["num_class_embeds"]):
-        raise ValueError("its network takes no classes, its pipeline is conditional")
-    channels, height, width = pipeline.sample_shape
-    if channels not in (1, 3):
-        raise ValueError(f"its images have {channels} channels: grey images have 1, colour images have 3")
-    by_labels = pipeline.num_classes > 0 and "context_dim" not in config
-    kwargs = {"class_labels": torch.zeros(1, dtype=torch.long, device="meta")} if by_labels else {}
-    with torch.no_grad():
-        image = torch.empty(1, channels, height, width, device="meta")
-        prediction = pipeline.unet(image, 0, **kwargs).sample
-    expected = (1, _num_predicted_channels(pipeline), height, width)
-    if tuple(prediction.shape) != expected:
-        raise ValueError(f"its network gives the shape {tuple(prediction.shape)} where {expected} is needed")
-
-
-def _check_process(pipeline: Pipeline) -> None:
-    """Raises an error unless the process has finite betas and takes a step; tries it on one pixel."""
-    scheduler = pipeline.scheduler
-    num_steps = len(scheduler)
-    betas = getattr(scheduler, "betas", torch.ones(num_steps))
-    if len(betas) != num_steps or not betas.isfinite().all():
-        raise ValueError(f"{num_steps} betas are needed that are finite numbers")
-    scheduler.set_timesteps(min(TRIED_STEPS, num_steps))
-    pixel, timestep = torch.zeros(1, pipeline.sample_shape[0], 1, 1), scheduler.timesteps[0]
-    scheduler.scale_model_input(pixel, timestep)
-    with torch.random.fork_rng(devices=[]):  # a step may take random numbers, which are the caller's
-        scheduler.step(torch.zeros(1, _num_predicted_channels(pipeline), 1, 1), timestep, pixel)
-
-
-def _num_predicted_channels(pipeline: Pipeline) -> int:
-    """Returns the channels that a prediction has: those of an image, and as many of the variance if it is learned."""
-    learned = str(pipeline.scheduler.config.get("variance_type")).startswith("learned")
-    return pipeline.sample_shape[0] * (2 if learned else 1)
-
-
-def _read_names(index: dict[str, Any], num_classes: int) -> dict[str, dict[str, str]]:
-    """Returns the names of the classes as an argument of the pipeline; no argument where the index has none.
-
-    Raises ValueError unless each class has a name of its own.
-    """
-    names = index.get("id2label")
-    if names is None:
-        return {}
-    ids = [str(id) for id in range(num_classes)]
-    if not (isinstance(names, dict) and names.keys() == set(ids) and all(isinstance(n, str) for n in names.values())):
-        raise ValueError(f"id2label must give a name to each of the network's {num_classes} classes")
-    if not all(names.values()) or len(set(names.values())) < num_classes:
-        raise ValueError("id2label must give each class a name of its own")
-    return {"id2label": {id: names[id] for id in ids}} if num_classes else {}
-
-
-def _load_network(model: str, unet_class: Any, dtype: torch.dtype) -> ModelMixin:
+def _load_network(model: str, unet_folder: str | None, unet_class: Any, dtype: torch.dtype) -> ModelMixin:
     """Returns a model's network. Raises `UserInputError` if it lacks weights, has others, or they are not finite."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)  # diffusers would log the problems that raise an error below
     try:
-        unet, found = unet_class.from_pretrained(model, subfolder="unet", torch_dtype=dtype, output_loading_info=True)
+        unet, found = unet_class.from_pretrained(
+            model, subfolder=unet_folder, torch_dtype=dtype, output_loading_info=True
+        )
     finally:
         logging.set_verbosity(verbosity)
     if missing := sorted(found["missing_keys"]):
@@ -242,6 +251,11 @@ def _load_network(model: str, unet_class: Any, dtype: torch.dtype) -> ModelMixin
         raise UserInputError(
             f"{model} has weights that its network has no place for: {', '.join(unexpected[:3])}; save it again"
         )
+    return _check_finite(model, unet)
+
+
+def _check_finite(model: str, unet: Any) -> Any:
+    """Returns a network. Raises `UserInputError` if its weights are not finite."""
     for name, weight in unet.state_dict().items():
         if not weight.isfinite().all():
             raise UserInputError(

@@ -3,15 +3,17 @@
 import argparse
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 
+from schedulers import ClosedFormDDPMScheduler
 from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.data.config import BUILT_IN_DATASET
 from sprite_diffusion.sampling.conditions import choose_conditions
 from sprite_diffusion.sampling.figures import (
-    FORWARD_COLUMNS,
+    NOISE_LEVELS,
     Figure,
     compare_samplers,
     find_snapshots,
@@ -20,6 +22,8 @@ from sprite_diffusion.sampling.figures import (
     show_collapse,
     show_forward_process,
     show_learning,
+    show_predictions,
+    show_steps,
 )
 from sprite_diffusion.sampling.generation import Request, Trajectory, sample_images
 from sprite_diffusion.sampling.pictures import (
@@ -30,9 +34,10 @@ from sprite_diffusion.sampling.pictures import (
     save_json,
     save_png,
 )
-from sprite_diffusion.sampling.pipeline_loading import Pipeline
+from sprite_diffusion.sampling.pipeline_loading import Pipeline, make_process
 from sprite_diffusion.sampling.samplers import make_sampler, parse_samplers
 
+NUM_CLEAN_IMAGES = 4  # that noise is added to
 NUM_SAMPLES = 16  # for each class, where there are any
 MAX_FRAMES = 60
 
@@ -65,7 +70,7 @@ def write_samples(args: argparse.Namespace, pipeline: Pipeline) -> None:
 
 
 def make_figure(args: argparse.Namespace, pipeline: Pipeline) -> Figure:
-    """Makes the figure that a flag asks for.
+    """Makes the figure of a model that a flag asks for.
 
     Raises `UserInputError` for what the model can't do, before anything is sampled.
     """
@@ -73,10 +78,8 @@ def make_figure(args: argparse.Namespace, pipeline: Pipeline) -> Figure:
     def check_grid(rows: int, columns: int) -> None:
         check_size(_picture_path(args), rows, columns, pipeline.sample_shape, args.scale, frames=1)
 
-    if args.view == "forward":
-        num_images = args.num_images or 4
-        check_grid(num_images, FORWARD_COLUMNS + 1)
-        return show_forward_process(pipeline, load_clean_images(args.forward, num_images, pipeline), args.seed)
+    if args.view in ("forward", "predict"):
+        return _make_noise_figure(args, pipeline)
     request = make_request(args, pipeline)
     if args.view == "compare":
         samplers = parse_samplers(pipeline, args.compare)
@@ -92,9 +95,41 @@ def make_figure(args: argparse.Namespace, pipeline: Pipeline) -> Figure:
     if args.view == "no_noise":
         check_grid(2, len(request.seeds))
         return show_collapse(pipeline, sampler, request)
+    if args.view == "steps_shown":
+        check_grid(2 + sampler.num_inference_steps // args.steps_shown, 2 * len(request.seeds))
+        return show_steps(pipeline, sampler, request, args.steps_shown)
     snapshots = find_snapshots(args.snapshots)
     check_grid(len(snapshots), len(request.seeds))
     return show_learning(pipeline, snapshots, sampler, request)
+
+
+def make_forward_figure(args: argparse.Namespace) -> Figure:
+    """Makes the figure of `--forward` on a process that no model is needed for: the one that the flags name."""
+    resolution = args.resolution or ("16" if args.forward == BUILT_IN_DATASET else "64")
+    process = make_process(ClosedFormDDPMScheduler, {}, args.process)
+    images = load_clean_images("--forward", args.forward, args.num_images or NUM_CLEAN_IMAGES, resolution, "auto")
+    check_size(_picture_path(args), len(images), NOISE_LEVELS + 1, images.shape[1:], args.scale, frames=1)
+    return show_forward_process(process, images, args.seed)
+
+
+def _make_noise_figure(args: argparse.Namespace, pipeline: Pipeline) -> Figure:
+    """Makes the figure of `--forward` or `--predict`, whose columns are levels of noise, on a model's process."""
+    forward = args.view == "forward"
+    snapshots = [] if args.snapshots is None else find_snapshots(args.snapshots)
+    num_images = args.num_images or (NUM_CLEAN_IMAGES if forward else 1)
+    rows = 1 if forward else 1 + (len(snapshots) or 2)
+    check_size(_picture_path(args), rows * num_images, NOISE_LEVELS + 1, pipeline.sample_shape, args.scale, frames=1)
+    class_id = None
+    if not forward and args.classes:
+        [condition] = choose_conditions(pipeline, args.classes, None)
+        class_id = int(condition.weights.argmax())  # type: ignore  # a model with classes has weights of them
+    channels, height, width = pipeline.sample_shape
+    mode: Literal["L", "RGB"] = "L" if channels == 1 else "RGB"
+    source = args.forward if forward else args.predict
+    images = load_clean_images(f"--{args.view}", source, num_images, f"{width}x{height}", mode)
+    if forward:
+        return show_forward_process(pipeline.scheduler, images, args.seed)
+    return show_predictions(pipeline, snapshots, images, class_id, args.seed)
 
 
 def make_request(args: argparse.Namespace, pipeline: Pipeline) -> Request:
@@ -105,8 +140,10 @@ def make_request(args: argparse.Namespace, pipeline: Pipeline) -> Request:
     has_classes = pipeline.num_classes > 0
     if args.guidance_scale is not None and not has_classes:
         raise UserInputError(f"--guidance_scale: {args.model or args.snapshots} is unconditional, it has no classes")
-    conditions = choose_conditions(pipeline, args.classes, args.mixes)
+    conditions = choose_conditions(pipeline, args.classes, args.mixes, args.no_class)
     default = NUM_SAMPLES if args.view == "samples" else 2 if has_classes else 8
+    if args.view == "steps_shown":
+        default = 1 if has_classes else 4
     repeated = [condition for condition in conditions for _ in range(args.num_images or default)]
     return Request(
         seeds=[args.seed + i for i in range(len(repeated))],
@@ -145,4 +182,5 @@ def _picture_path(args: argparse.Namespace) -> Path:
 
 
 def _record_of_model(args: argparse.Namespace) -> dict[str, str]:
-    return {"model": args.model or str(args.snapshots), "dtype": args.dtype}
+    model = args.model or args.snapshots
+    return {} if model is None else {"model": str(model), "dtype": args.dtype}

@@ -1,5 +1,6 @@
 """The experiment trackers of a run, through accelerate."""
 
+import os
 import re
 import secrets
 import sys
@@ -10,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from tqdm.auto import tqdm
 
-from sprite_diffusion.common.errors import first_line, mask_secrets, printable
+from sprite_diffusion.common.errors import first_line, mask_secrets, mask_value, printable
 from sprite_diffusion.common.flags import TRACKERS
 from sprite_diffusion.common.run_files import PIPELINE_FILES
 from sprite_diffusion.sharing.markdown import escape
@@ -29,16 +31,32 @@ class Trackers:
 
     Each tracker keeps its records for `logging_dir`, and continues the same run if it is opened for that folder again.
     A tracker that fails costs a warning and is left out from then on: training matters more.
+
+    Args:
+        logger: The value of `--logger`.
+        logging_dir: The folder of the records.
+        config: What the trackers are to know of the run, by name.
+        project: The project of W&B and trackio; None for that of the variable WANDB_PROJECT, or else `PROJECT`.
+        job_type: What W&B is to call the kind of the run, such as "train".
+        resumed_from: The step of the checkpoint that the run goes on from.
     """
 
     def __init__(
-        self, logger: str, logging_dir: Path, config: dict[str, Any], resumed_from: int | None = None
+        self,
+        logger: str,
+        logging_dir: Path,
+        config: dict[str, Any],
+        project: str | None = None,
+        job_type: str | None = None,
+        resumed_from: int | None = None,
     ) -> None:
+        project = project or os.environ.get("WANDB_PROJECT") or PROJECT
+        PartialState()  # accelerate's trackers ask it whether they are on the main process
         names = [name for name in TRACKERS if find_spec(name)] if logger == "all" else [logger]
         self._trackers: list[GeneralTracker] = []
         for name in names if logger != "none" else []:
             with self._warned(name):
-                self._trackers.append(_start(name, logging_dir, config, resumed_from))
+                self._trackers.append(_start(name, logging_dir, config, project, job_type, resumed_from))
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Logs numbers of an optimizer step, by name."""
@@ -55,6 +73,16 @@ class Trackers:
                 tracker.log({f"{name}/caption": escape(caption)}, step=step)  # TensorBoard's texts are Markdown
             else:
                 _log(tracker, {name: _library(tracker).Image(image.convert("RGB"), caption=caption)}, step)
+
+        self._each(log)
+
+    def log_single_images(self, name: str, images: list[Image.Image], captions: list[str], step: int) -> None:
+        """Logs pictures one by one with their captions, to W&B alone: other trackers show the grid as well."""
+
+        def log(tracker: Any) -> None:
+            if tracker.name == "wandb":
+                pairs = zip(images, map(mask_secrets, captions), strict=True)
+                _log(tracker, {name: [_library(tracker).Image(image, caption=text) for image, text in pairs]}, step)
 
         self._each(log)
 
@@ -108,8 +136,10 @@ class Trackers:
             self._trackers = [tracker for tracker in self._trackers if tracker.name != name]
 
 
-def _start(name: str, logging_dir: Path, config: dict[str, Any], resumed_from: int | None) -> Any:
-    """Opens a tracker for a folder. `resumed_from` is the step of the checkpoint that the run goes on from."""
+def _start(
+    name: str, logging_dir: Path, config: dict[str, Any], project: str, job_type: str | None, resumed_from: int | None
+) -> Any:
+    """Opens a tracker for a folder; see `Trackers` for the arguments."""
     sys.argv[:] = [mask_secrets(argument) for argument in sys.argv]  # W&B records the command line
     logging_dir.mkdir(parents=True, exist_ok=True)
     run_id = _run_id(logging_dir)
@@ -120,17 +150,23 @@ def _start(name: str, logging_dir: Path, config: dict[str, Any], resumed_from: i
             "logging_dir": str(logging_dir),
             "purge_step": None if resumed_from is None else resumed_from + 1,
         },
-        "wandb": {"id": run_id, "resume": "allow", "dir": str(logging_dir), "name": run_name},
+        "wandb": {
+            "id": run_id,
+            "resume": "allow",
+            "dir": str(logging_dir),
+            "name": run_name,
+            "job_type": job_type,
+        },
         "trackio": {"name": f"{run_name}-{run_id}", "resume": "allow"},
     }
-    tracker = LOGGER_TYPE_TO_CLASS[name](PROJECT, **options[name])
+    tracker = LOGGER_TYPE_TO_CLASS[name](PROJECT if name == "tensorboard" else project, **options[name])
     if name == "wandb":
         tracker.init_kwargs["settings"] = _library(tracker).Settings(silent=True)
     tracker.start()
-    # TensorBoard takes numbers and strings only.
-    tracker.store_init_configuration(
-        {name: value if isinstance(value, int | float) else mask_secrets(str(value)) for name, value in config.items()}
-    )
+    values = {key: mask_value(value) for key, value in config.items()}
+    if name == "tensorboard":  # which takes numbers and strings only
+        values = {key: value if isinstance(value, int | float) else str(value) for key, value in values.items()}
+    tracker.store_init_configuration(values)
     if name == "wandb":
         # A resumed run logs earlier steps than W&B's newest, which W&B would drop. Hence the step is a value among
         # others there, and the plots take it as their axis.

@@ -22,6 +22,10 @@ def build_noise_scheduler(config: TrainingConfig) -> ClosedFormDDPMScheduler | L
         beta_end=config.beta_end,
         beta_schedule=config.ddpm_beta_schedule,
         prediction_type=config.prediction_type,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+        clip_sample=config.clip_sample,
+        variance_type=config.variance_type,
+        timestep_spacing=config.timestep_spacing,
     )
 
 

@@ -66,10 +66,10 @@ class Steps:
         # accelerate's own count of the images that are left is lost where `skip_first_batches` skips some.
         self._num_images = len(data.dataset) if isinstance(data.dataset, Sized) else None
         if self._num_images is None:  # a stream, for which the configuration has made sure of `max_train_steps`
-            self.total = config.max_train_steps or 0
+            self.total = self.per_epoch = config.max_train_steps or 0
         else:
-            steps_per_epoch = math.ceil(len(self._dataloader) / config.gradient_accumulation_steps)
-            self.total = min(config.num_epochs * steps_per_epoch, config.max_train_steps or sys.maxsize)
+            self.per_epoch = math.ceil(len(self._dataloader) / config.gradient_accumulation_steps)
+            self.total = min(config.num_epochs * self.per_epoch, config.max_train_steps or sys.maxsize)
 
     def after(self, state: TrainState) -> Iterator[Step]:
         """Yields the steps that follow `state`, without end."""

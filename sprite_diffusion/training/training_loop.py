@@ -58,7 +58,7 @@ def training_loop(
     prepare_attention(model, accelerator)
     model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
     steps = Steps(data, config, accelerator)
-    lr_scheduler = make_lr_scheduler(optimizer, config, steps.total)
+    lr_scheduler = make_lr_scheduler(optimizer, config, steps)
     train_model = compile_model(model, config, accelerator, steps.total)
     weights = Weights(accelerator, model, config, make_pipeline)
     bad_steps = BadSteps(accelerator, optimizer, weights.model, config.max_skipped_steps)
@@ -71,6 +71,7 @@ def training_loop(
     next_steps = steps.after(state)
     total_batch_size = config.total_batch_size(accelerator.num_processes)
     grad_norm: Any = None
+    lr = 0.0
 
     def stops_here(checkpoint_is_due: bool) -> bool:
         """Saves a checkpoint if one is due or a signal asks for it. Returns whether a signal asks the run to stop."""
@@ -86,7 +87,7 @@ def training_loop(
             #    may not have come to what follows the checkpoint.
             due = find_due(state, config, steps.total)
             if due.log and grad_norm is not None:
-                metrics = meter.read(state, grad_norm, lr_scheduler.get_last_lr()[0]) | weights.metrics()
+                metrics = meter.read(state, grad_norm, lr) | weights.metrics()
                 outputs.log(metrics | bad_steps.read(state, checkpoints.describe_newest()), state)
             if stops_here(due.checkpoint):
                 break
@@ -115,6 +116,7 @@ def training_loop(
             bad_steps.mark(grad_norm)
             optimizer.step()
             optimizer.zero_grad()
+            lr = lr_scheduler.get_last_lr()[0]  # of this step, not of the next
             lr_scheduler.step()
             weights.average()
             meter.add_step()
@@ -154,17 +156,21 @@ def make_optimizer(model: torch.nn.Module, config: TrainingConfig) -> torch.opti
     )
 
 
-def make_lr_scheduler(optimizer: Any, config: TrainingConfig, total_steps: int) -> Any:
+def make_lr_scheduler(optimizer: Any, config: TrainingConfig, steps: Steps) -> Any:
     """Returns the learning-rate schedule, counted in optimizer steps.
 
     It is not prepared by accelerate, which would step it once for every process.
     """
-    return get_scheduler(
+    scheduler = get_scheduler(
         config.lr_scheduler,
         optimizer.optimizer,
         num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=total_steps,
+        num_training_steps=steps.total,
     )
+    if config.lr_scheduler_interval == "epoch":  # each step of an epoch has the rate of the first one
+        rates = scheduler.lr_lambdas
+        scheduler.lr_lambdas = [lambda step, rate=rate: rate(step - step % steps.per_epoch) for rate in rates]
+    return scheduler
 
 
 def draw_randomness(

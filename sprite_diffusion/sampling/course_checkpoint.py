@@ -1,7 +1,4 @@
-"""Makes a pipeline folder of a checkpoint of the sprite course "How Diffusion Models Work".
-
-python -m sprite_diffusion.sampling.convert_course_checkpoint context_model_trained.pth runs/course
-"""
+"""Reads the checkpoints of the sprite course "How Diffusion Models Work": .pth files of its `ContextUnet`."""
 
 from pathlib import Path
 
@@ -9,12 +6,10 @@ import numpy as np
 import torch
 
 from models import ContextUNet2DModel
-from pipelines import ConditionalDDPMPipeline
 from schedulers import ClosedFormDDPMScheduler
-from sprite_diffusion.common.errors import UserInputError, exits_on_user_error, first_line, printable
-from sprite_diffusion.common.flags import ArgumentParser
-from sprite_diffusion.data.sprites import CLASS_NAMES
+from sprite_diffusion.common.errors import UserInputError, first_line
 
+COURSE_POOL_SIZE = 4  # of the course's `AvgPool2d(4)`, which for sides above 16 does not see all positions
 # The course's `ContextUnet`, module by module. Its blocks wrap their layers in a `model`.
 COURSE_NAMES = {
     "init_conv.": "conv_in.",
@@ -54,7 +49,9 @@ def convert_weights(course: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def build_model(weights: dict[str, torch.Tensor]) -> ContextUNet2DModel:
     """Returns the network of a converted state dict, whose sizes are read from the shapes."""
     num_features, in_channels = weights["conv_in.conv1.0.weight"].shape[:2]
-    height, width = (4 * side for side in weights["unpool.0.weight"].shape[2:])
+    bottom_sides = tuple(weights["unpool.0.weight"].shape[2:])
+    height, width = (4 * side for side in bottom_sides)
+    is_of_the_course = all(side // COURSE_POOL_SIZE == 1 for side in bottom_sides)
     model = ContextUNet2DModel(
         sample_size=height if height == width else (height, width),
         in_channels=in_channels,
@@ -63,9 +60,21 @@ def build_model(weights: dict[str, torch.Tensor]) -> ContextUNet2DModel:
         context_dim=weights["context_embeddings.0.0.weight"].shape[1],
         norm_type="batch",
         num_train_timesteps=500,
+        pool_size=COURSE_POOL_SIZE if is_of_the_course else None,
     )
     model.load_state_dict(weights)
     return model.eval()
+
+
+def knows_classes(model: ContextUNet2DModel) -> bool:
+    """Returns whether a network of the course was trained with context.
+
+    The course's code gives a network without context zeros in its place. Then the first layer of each embedding gets
+    no gradient, and keeps the random weights of a new layer, none of which exceeds 1 / sqrt(context_dim).
+    """
+    bound = model.config["context_dim"] ** -0.5
+    first_layers = [model.get_parameter(f"context_embeddings.{i}.0.weight") for i in range(2)]
+    return max(weight.abs().max().item() for weight in first_layers) > bound * (1 + 1e-6)  # a float32 rounds by 6e-8
 
 
 def course_scheduler() -> ClosedFormDDPMScheduler:
@@ -81,24 +90,23 @@ def course_scheduler() -> ClosedFormDDPMScheduler:
         trained_betas=np.append(first_beta, betas[2:]),
         variance_type="fixed_large",
         clip_sample=False,
+        timestep_spacing="trailing",  # the course's DDIM begins at t = 500, from noise alone
     )
 
 
-def convert(checkpoint: Path, output_dir: Path) -> None:
-    """Writes the pipeline folder of a course checkpoint.
+def read_course_checkpoint(path: Path) -> ContextUNet2DModel:
+    """Returns the network of a file, on which no code in the file runs.
 
-    Raises `UserInputError` if the checkpoint is not one, or the folder is not new or empty.
+    Raises `UserInputError` if the file is no state dict of the course's `ContextUnet`.
     """
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise UserInputError(f"{output_dir} is there already: name a folder that is new or empty")
     try:
-        course = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        course = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserInputError(f"{checkpoint}: no such file") from None
+        raise UserInputError(f"{path}: no such file") from None
     except Exception as error:  # unpickling a broken file can raise anything
-        raise UserInputError(f"{checkpoint} is not a state dict of weights ({first_line(error)})") from None
+        raise UserInputError(f"{path} is not a state dict of weights ({first_line(error)})") from None
     try:
-        model = build_model(convert_weights(course))
+        return build_model(convert_weights(course))
     except (
         UserInputError,
         LookupError,
@@ -108,24 +116,4 @@ def convert(checkpoint: Path, output_dir: Path) -> None:
         ArithmeticError,
         RuntimeError,
     ) as error:
-        raise UserInputError(
-            f"{checkpoint} is not a checkpoint of the course's ContextUnet: {first_line(error)}"
-        ) from None
-    num_classes = model.config["context_dim"]
-    id2label = dict(enumerate(CLASS_NAMES)) if num_classes == len(CLASS_NAMES) else None
-    pipeline = ConditionalDDPMPipeline(unet=model, scheduler=course_scheduler(), id2label=id2label)
-    pipeline.save_pretrained(str(output_dir))
-
-
-@exits_on_user_error
-def main() -> None:
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="Such as context_model_trained.pth: a state dict.")
-    parser.add_argument("output_dir", type=Path, help="Folder to write; new or empty.")
-    args = parser.parse_args()
-    convert(args.checkpoint, args.output_dir)
-    print(f"wrote {printable(str(args.output_dir))}")
-
-
-if __name__ == "__main__":
-    main()
+        raise UserInputError(f"{path} is not a checkpoint of the course's ContextUnet: {first_line(error)}") from None
