@@ -489,6 +489,8 @@ def test_forward_process_without_a_model(sample, tmp_path):
     scheduler = ClosedFormDDPMScheduler(num_train_timesteps=500, beta_schedule="squaredcos_cap_v2")
     assert record["timesteps"][-1] == 499
     np.testing.assert_allclose(record["signal_shares"], scheduler.alphas_cumprod[record["timesteps"]], rtol=1e-12)
+    sample("", "--forward sprites --noise_scheduler_class LinearCorruptionScheduler --ddpm_num_steps 10")
+    assert json.loads(Path("forward.json").read_text())["signal_shares"] == pytest.approx(np.arange(9, -1, -1) / 10)
     sample("", "--forward sprites --num_images 1 --scale 4 --output sprites.png")  # at its own size, 16
     canvas = pixels("sprites.png")
     column = canvas.shape[1] // 11

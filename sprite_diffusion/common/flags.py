@@ -22,6 +22,7 @@ MAX_COUNT = 2**31 - 1  # of steps, epochs or images: more than anyone counts, an
 MAX_FILE_SIZE = 2**18  # bytes of a YAML file of flags; the presets have about a thousand
 TRACKERS = ("tensorboard", "wandb", "trackio")
 MAX_TIMESTEPS = 10**6  # each has a row in the scheduler's tables
+ProcessClass = Literal["ClosedFormDDPMScheduler", "LinearCorruptionScheduler"]
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"]
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
 VarianceType = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"]

@@ -14,6 +14,7 @@ from sprite_diffusion.common.flags import (
     MAX_TIMESTEPS,
     BetaSchedule,
     PredictionType,
+    ProcessClass,
     TimestepSpacing,
     VarianceType,
     as_flags,
@@ -84,9 +85,7 @@ class TrainingConfig(DataConfig):
     enable_xformers_memory_efficient_attention: bool = flag(False, "Use xFormers' attention.")
 
     # Noise process
-    noise_scheduler_class: Literal["ClosedFormDDPMScheduler", "LinearCorruptionScheduler"] = flag(
-        "ClosedFormDDPMScheduler", "The forward process."
-    )
+    noise_scheduler_class: ProcessClass = flag("ClosedFormDDPMScheduler", "The forward process.")
     prediction_type: PredictionType = flag(
         "epsilon", "What the network predicts: the noise, the clean image, or the velocity."
     )

@@ -14,6 +14,7 @@ from sprite_diffusion.common.flags import (
     ArgumentParser,
     BetaSchedule,
     PredictionType,
+    ProcessClass,
     Range,
     TimestepSpacing,
     VarianceType,
@@ -167,6 +168,7 @@ def add_process_flags(parser: argparse.ArgumentParser) -> None:
     changed.add_argument("--timestep_spacing", choices=get_args(TimestepSpacing), help="Of fewer steps than T.")
     changed.add_argument("--rescale_betas_zero_snr", help="Whether the process ends in pure noise.", **switch)
     process = parser.add_argument_group("the process of a network that comes without one")
+    process.add_argument("--noise_scheduler_class", choices=get_args(ProcessClass), help="Default: DDPM's.")
     process.add_argument("--ddpm_num_steps", type=int, help="T; default: 1000.")
     process.add_argument("--ddpm_beta_schedule", choices=get_args(BetaSchedule), help="Default: linear.")
     process.add_argument("--prediction_type", choices=get_args(PredictionType), help="Default: epsilon.")
@@ -178,7 +180,7 @@ def read_process_flags(args: argparse.Namespace) -> dict[str, Any]:
     Raises `UserInputError` for a T out of range.
     """
     Range(at_least=1, at_most=MAX_TIMESTEPS).check("ddpm_num_steps", args.ddpm_num_steps)
-    values = {name: getattr(args, name) for name in SAMPLING_OPTIONS | PROCESS_OPTIONS}
+    values = {name: getattr(args, name) for name in ("noise_scheduler_class", *SAMPLING_OPTIONS, *PROCESS_OPTIONS)}
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -115,7 +115,7 @@ def load_pipeline(
     kind = find_model_kind(path)
     if path.suffix in COURSE_ENDINGS and not path.exists():
         raise UserInputError(f"{model}: no such file")
-    trained = [f"--{name}" for name in process if name in PROCESS_OPTIONS]
+    trained = [f"--{name}" for name in process if name not in SAMPLING_OPTIONS]
     if trained and kind not in ("network", None):
         raise UserInputError(f"{trained[0]}: {model} says itself how it was trained, leave the flag out")
     if kind is None and path.is_dir():
@@ -169,7 +169,7 @@ def _open_network(folder: str, dtype: torch.dtype, process: Mapping[str, Any]) -
     with naming(PROCESS_FILE):
         has_process = Path(folder, PROCESS_FILE).is_file()
         config = read_config(folder, None, ClosedFormDDPMScheduler) if has_process else {}
-        scheduler = make_process(ClosedFormDDPMScheduler, config, process)
+        scheduler = make_process(None, config, process)
     config = unet_class.load_config(folder)
     has_classes = config.get("num_class_embeds") or config.get("context_dim")
     pipeline_class = ConditionalDDPMPipeline if has_classes else UnconditionalDDPMPipeline
@@ -191,11 +191,15 @@ def _open_course_checkpoint(path: Path, dtype: torch.dtype, process: Mapping[str
     return ConditionalDDPMPipeline(unet=unet, scheduler=scheduler, id2label=names)
 
 
-def make_process(scheduler_class: Any, config: Mapping[str, Any], process: Mapping[str, Any]) -> SchedulerMixin:
+def make_process(scheduler_class: Any | None, config: Mapping[str, Any], process: Mapping[str, Any]) -> SchedulerMixin:
     """Returns the process of a configuration with the changes of `process`.
 
-    Raises `UserInputError` if a change is none of the scheduler's options, or does not fit the others.
+    Without a class, the process is that of `--noise_scheduler_class` in `process`, or DDPM's. Raises `UserInputError`
+    if a change is none of the scheduler's options, or does not fit the others.
     """
+    process = dict(process)
+    name = process.pop("noise_scheduler_class", "ClosedFormDDPMScheduler")
+    scheduler_class = scheduler_class or OWN_CLASSES[name]
     changes = {(SAMPLING_OPTIONS | PROCESS_OPTIONS)[flag]: value for flag, value in process.items()}
     options = inspect.signature(scheduler_class).parameters
     for flag in process:

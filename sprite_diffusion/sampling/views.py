@@ -8,7 +8,6 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
-from schedulers import ClosedFormDDPMScheduler
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.config import BUILT_IN_DATASET
 from sprite_diffusion.sampling.conditions import choose_conditions
@@ -106,7 +105,7 @@ def make_figure(args: argparse.Namespace, pipeline: Pipeline) -> Figure:
 def make_forward_figure(args: argparse.Namespace) -> Figure:
     """Makes the figure of `--forward` on a process that no model is needed for: the one that the flags name."""
     resolution = args.resolution or ("16" if args.forward == BUILT_IN_DATASET else "64")
-    process = make_process(ClosedFormDDPMScheduler, {}, args.process)
+    process = make_process(None, {}, args.process)
     images = load_clean_images("--forward", args.forward, args.num_images or NUM_CLEAN_IMAGES, resolution, "auto")
     check_size(_picture_path(args), len(images), NOISE_LEVELS + 1, images.shape[1:], args.scale, frames=1)
     return show_forward_process(process, images, args.seed)
