@@ -50,6 +50,12 @@ def folder(tmp_path_factory, run_script):
 
 # Each case has flags and the fragments that the line of error must have; {1} is a folder of the test.
 TRAIN_UNCONDITIONAL = [
+    ("--rescale_betas_zero_snr true", "--rescale_betas_zero_snr needs --prediction_type"),
+    (
+        "--train_data_dir {0}/pictures --streaming --max_train_steps 1 --lr_scheduler_interval epoch",
+        "--lr_scheduler_inte",
+    ),
+    ("--lr_scheduler_interval day", "--lr_scheduler_interval"),
     # flags
     ("--learning_rat 3", "unknown flag '--learning_rat'", "did you mean '--learning_rate'"),
     ("--xyzzy", "unknown flag '--xyzzy'", "--help"),
@@ -311,9 +317,9 @@ TRAIN_CONDITIONAL = [
     ("--dataset_name {0}/numbers.parquet --image_column image --label_column image", "'image'"),
 ]
 SAMPLE = [
-    ("{0}/missing", "{0}/missing is not a pipeline folder"),
-    ("{0}/file", "{0}/file is not a pipeline folder"),
-    ("{0}/empty", "{0}/empty is not a pipeline folder"),
+    ("{0}/missing", "{0}/missing is not a model that can be loaded"),
+    ("{0}/file", "{0}/file is not a model that can be loaded"),
+    ("{0}/empty", "{0}/empty is not a model that can be loaded"),
     ("no/such/model", "no/such/model"),
     *(
         (f"{{0}}/{name}", f"{{0}}/{name}")
@@ -335,11 +341,31 @@ SAMPLE = [
     ("{0}/weights_nan", "the weights of its network are not finite (conv_in.bias)"),
     ("{0}/weights_infinite", "the weights of its network are not finite (conv_in.bias)"),
     ("{0}/weights_more", "no place for: down_blocks.0.resnets.1.conv1.weight"),
-    ("{0}/index_gone", "{0}/index_gone is not a pipeline folder"),
+    ("{0}/index_gone", "{0}/index_gone is not a model that can be loaded"),
     (
         "{0}/unfinished",
         "{0}/unfinished holds no pipeline yet: name its newest checkpoint, {0}/unfinished/checkpoint-4",
     ),
+    ("{0}/run --prediction_type sample", "--prediction_type: {0}/run says itself how it was trained"),
+    ("{0}/run --noise_scheduler_class LinearCorruptionScheduler", "says itself how it was trained"),
+    ("{0}/run --ddpm_num_steps 0", "--ddpm_num_steps"),
+    ("{0}/run --clip_sample maybe", "--clip_sample"),
+    ("{0}/run --variance_type learned", "--variance_type"),
+    ("{0}/run --timestep_spacing x", "--timestep_spacing"),
+    ("{0}/run --rescale_betas_zero_snr true", "--rescale_betas_zero_snr"),
+    ("{0}/run --no_class", "--no_class: this is an unconditional model"),
+    ("{0}/by_class --no_class --class hero", "--no_class does not go with --class"),
+    ("{0}/run --steps_shown 0", "--steps_shown"),
+    ("{0}/run --steps_shown 1 --forward sprites", "--forward"),
+    ("{0}/run --steps_shown 1 --num_inference_steps 2 --scheduler unipc", "--steps_shown: UniPC"),
+    ("--predict sprites", "name a model"),
+    ("{0}/run --predict {0}/missing", "--predict"),
+    ("{0}/by_class --predict sprites --class hero --class food", "--predict takes one --class"),
+    ("{0}/run --resolution 8", "--resolution belongs to --forward"),
+    ("--forward sprites --resolution x", "--resolution is 'x'"),
+    ("--forward sprites --prediction_type x", "--prediction_type"),
+    ("--forward sprites --rescale_betas_zero_snr true", "--rescale_betas_zero_snr"),
+    ("--forward sprites --noise_scheduler_class LinearCorruptionScheduler --clip_sample true", "--clip_sample"),
     ("--num_images 2", "name a model"),
     ("", "name a model"),
     ("{0}/by_class --snapshots {0}/by_class", "one of them"),
@@ -562,7 +588,15 @@ HUB = [
     ("card {0}/config_deep", "{0}/config_deep is not the output folder of a run", "nested too deeply"),
     ("card {0}/config_twice", "{0}/config_twice/training_config.yaml", "the key 'seed' stands there twice"),
 ]
+REPORT = [
+    ("", "run"),
+    ("{0}/missing", "{0}/missing is not the folder of a run"),
+    ("{0}/empty", "{0}/empty is not the folder of a run"),
+    ("{0}/file", "{0}/file is not the folder of a run"),
+]
 CONVERT = [
+    ("{0}/few.pth {1}/new --shortcut_seed -1", "--shortcut_seed"),
+    ("{0}/run {1}/new --shortcut_seed 1", "--shortcut_seed 1: the model has a UNet2DModel"),
     ("", "model"),
     ("{0}/few.pth", "output_dir"),
     ("{0}/missing.pth {1}/new", "{0}/missing.pth: no such file"),
@@ -582,6 +616,7 @@ CASES = [
     *(("calculate_metrics", *case) for case in CALCULATE_METRICS),
     *(("sprite_diffusion.sharing.hub", *case) for case in HUB),
     *(("sprite_diffusion.sampling.convert", *case) for case in CONVERT),
+    *(("sprite_diffusion.sharing.report", *case) for case in REPORT),
 ]
 
 

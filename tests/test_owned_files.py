@@ -135,7 +135,7 @@ def test_a_folder_belongs_to_one_run_at_a_time(refuses, run_script, tmp_path):
 
 
 def test_two_runs_at_once_do_not_mix(tmp_path):
-    flags = f"{TINY} --num_epochs 40 --checkpointing_steps 50"
+    flags = f"{TINY} --num_epochs 400 --checkpointing_steps 50"
     first = start("train_unconditional", flags, tmp_path)
     while not (tmp_path / LOCK_OWNER_FILE).exists():
         assert first.poll() is None
@@ -143,7 +143,7 @@ def test_two_runs_at_once_do_not_mix(tmp_path):
     error = finish(second, 2).stderr
     assert f"is in use by process {first.pid} on {socket.gethostname()}" in error
     kill(first)
-    finish(start("train_unconditional", flags.replace("40", "2"), tmp_path / "free"))
+    finish(start("train_unconditional", flags.replace("400", "2"), tmp_path / "free"))
 
 
 def test_a_killed_process_leaves_nothing_unlisted(tmp_path):

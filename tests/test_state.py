@@ -31,7 +31,7 @@ ROUTINE = [
     (8, 20, {}, "log"),
     # At the end of the first epoch all that is due every N epochs, whatever N: a run is seen to learn.
     (4, 20, {}, "log samples pipeline"),
-    (4, 20, {"evaluate_every": 999, "snapshot_epochs": 999}, "log metrics samples snapshot pipeline"),
+    (4, 20, {"snapshot_epochs": 999}, "log samples snapshot pipeline"),
     # The loss is logged every N steps, wherever in an epoch they fall.
     (6, 20, {"logging_steps": 5}, ""),
     (5, 20, {"logging_steps": 5}, "log"),
@@ -58,11 +58,13 @@ ROUTINE = [
     (6, 20, {"save_model_epochs": 1}, ""),
     (12, 20, {"save_model_epochs": 3}, "log"),
     (16, 20, {"save_model_epochs": 3}, "log pipeline"),
-    # Metrics are calculated every N epochs, and not at all without the flag.
+    # Metrics are calculated after epochs N, 2 N and so on, and not at all without the flag.
+    (4, 20, {"evaluate_every": 2}, "log samples pipeline"),
+    (4, 20, {"evaluate_every": 1}, "log metrics samples pipeline"),
     (8, 20, {"evaluate_every": 1}, "log metrics"),
     (5, 20, {"evaluate_every": 1}, ""),
-    (8, 20, {"evaluate_every": 2}, "log"),
-    (12, 20, {"evaluate_every": 2}, "log metrics"),
+    (8, 20, {"evaluate_every": 2}, "log metrics"),
+    (12, 20, {"evaluate_every": 2}, "log"),
     (8, 20, {"evaluate_every": None}, "log"),
     # A snapshot is kept every N epochs, and not at all without the flag.
     (8, 20, {"snapshot_epochs": 1}, "log snapshot"),

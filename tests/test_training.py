@@ -12,6 +12,7 @@ from launching import LAUNCH, TINY, finish, start
 from PIL import Image
 
 from sprite_diffusion.sampling.pipeline_loading import load_pipeline
+from sprite_diffusion.sharing.report import read_training_log
 from sprite_diffusion.training.training_loop import draw_randomness
 
 
@@ -82,6 +83,22 @@ def test_schedule_is_counted_in_optimizer_steps(run_script, tmp_path, accumulati
     logged = dict(read_scalars(tmp_path / "logs")["lr"])
     expected = {step: 1e-3 * (step / 2 if step < 2 else (total - step) / (total - 2)) for step in range(1, total + 1)}
     assert logged == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+def test_the_rate_can_fall_once_an_epoch_as_in_the_course(run_script, tmp_path):
+    flags = "--lr_scheduler linear --lr_scheduler_interval epoch --lr_warmup_steps 0 --learning_rate 1e-3"
+    run_script("train_unconditional", f"{TINY} {flags} --num_epochs 4", tmp_path)
+    rates = [entry["lr"] for entry in read_training_log(tmp_path)]
+    assert rates == pytest.approx([1e-3 * (1 - epoch / 4) for epoch in range(4) for _ in range(4)])
+
+
+def test_how_to_sample_goes_into_the_model(run_script, tmp_path):
+    flags = "--clip_sample false --variance_type fixed_large --timestep_spacing trailing"
+    flags += " --rescale_betas_zero_snr true --prediction_type v_prediction"
+    run_script("train_unconditional", f"{TINY} {flags} --max_train_steps 1", tmp_path)
+    config = DiffusionPipeline.from_pretrained(tmp_path).scheduler.config
+    assert (config.clip_sample, config.variance_type) == (False, "fixed_large")
+    assert (config.timestep_spacing, config.rescale_betas_zero_snr) == ("trailing", True)
 
 
 def test_a_run_learns_and_is_tracked(run_script, tmp_path):

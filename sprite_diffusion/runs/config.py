@@ -156,7 +156,9 @@ class TrainingConfig(DataConfig):
     overwrite_output_dir: bool = flag(
         False, "Remove the earlier run in `output_dir` first.", changes="nothing", saved=False
     )
-    save_images_epochs: int = flag(10, "A sample grid every N epochs and at the end.", at_least=1, changes="nothing")
+    save_images_epochs: int = flag(
+        10, "A sample grid after epochs 1, 1 + N, 1 + 2 N, ... and the last.", at_least=1, changes="nothing"
+    )
     save_images_steps: int | None = flag(
         None, "A sample grid every N optimizer steps as well.", at_least=1, changes="nothing"
     )
@@ -167,16 +169,19 @@ class TrainingConfig(DataConfig):
         1.0, "Classifier-free guidance of the sample grids (train_conditional.py); 1 = none.", at_least=1
     )
     save_model_epochs: int = flag(
-        10, "Write the pipeline every N epochs and at the end.", at_least=1, changes="nothing"
+        10, "Write the pipeline after epochs 1, 1 + N, 1 + 2 N, ... and the last.", at_least=1, changes="nothing"
     )
     evaluate_every: int | None = flag(
         None,
-        "Calculate metrics every N epochs and at the end, of fewer images than calculate_metrics.py.",
+        "Calculate metrics after epochs N, 2 N, ... and the last, of fewer images than calculate_metrics.py.",
         at_least=1,
         changes="nothing",
     )
     snapshot_epochs: int | None = flag(
-        None, "Keep a pipeline under `snapshots/` every N epochs.", at_least=1, changes="nothing"
+        None,
+        "Keep a pipeline under `snapshots/` after epochs 1, 1 + N, 1 + 2 N, ... and the last.",
+        at_least=1,
+        changes="nothing",
     )
     checkpointing_steps: int = flag(
         500, "Write a checkpoint to resume from every N optimizer steps.", at_least=1, changes="nothing"

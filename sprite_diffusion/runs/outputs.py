@@ -295,7 +295,8 @@ class RunOutputs:
                     self.config.save(partial)
             summary = make_summary(self.accelerator, self.data, self.weights.model, state, self.total_steps)
             if is_end:
-                self._write_report(pipeline, summary)
+                with self.disk.instead_of_error("report"):
+                    self._write_report(pipeline, summary)
             # Last, as it says that a run is finished.
             files.write_text(self.output_dir / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
             tqdm.write(f"wrote {self.output_dir}")

@@ -66,9 +66,12 @@ def find_due(state: TrainState, config: TrainingConfig, total_steps: int) -> Due
     def every_steps(interval: int | None) -> bool:
         return interval is not None and state.global_step % interval == 0
 
-    def every_epochs(interval: int | None) -> bool:
-        # The first epoch, every N epochs from there, and the last: with N = 4 epochs 1, 5, 9 and so on.
-        return interval is not None and (end or (state.ends_epoch and state.epoch % interval == 0))
+    def every_epochs(interval: int | None, first: int = 1) -> bool:
+        """Returns whether the epoch that ends is the `first`, one of every `interval` from there on, or the last."""
+        number = state.epoch + 1
+        return interval is not None and (
+            end or (state.ends_epoch and number >= first and (number - first) % interval == 0)
+        )
 
     is_uploaded = config.push_to_hub and config.hub_strategy == "checkpoint"
     checkpoint = end or every_steps(config.checkpointing_steps)
@@ -76,7 +79,7 @@ def find_due(state: TrainState, config: TrainingConfig, total_steps: int) -> Due
         # At a checkpoint too: a run that is resumed from it begins a new mean, as one that was never stopped does.
         log=checkpoint or state.ends_epoch or every_steps(config.logging_steps),
         checkpoint=checkpoint,
-        metrics=every_epochs(config.evaluate_every),
+        metrics=every_epochs(config.evaluate_every, first=config.evaluate_every or 1),  # the first is too early
         samples=every_epochs(config.save_images_epochs) or every_steps(config.save_images_steps),
         snapshot=every_epochs(config.snapshot_epochs),
         pipeline=every_epochs(config.save_model_epochs) or (is_uploaded and every_steps(config.checkpointing_steps)),

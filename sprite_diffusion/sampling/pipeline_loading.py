@@ -136,7 +136,7 @@ def _explain_folder(folder: Path) -> None:
     if checkpoints:
         raise UserInputError(f"{folder} holds no pipeline yet: name its newest checkpoint, {checkpoints[-1]}")
     networks = [folder / name for name in ("unet_ema", "unet") if find_model_kind(folder / name) == "network"]
-    if networks:  # a checkpoint of the official script
+    if networks and not (folder / "scheduler").is_dir():  # a checkpoint of the official script
         raise UserInputError(f"{folder} holds no pipeline: name its network, {networks[0]}")
     if files := _list_course_files(folder):
         raise UserInputError(f"{folder} holds {len(files)} checkpoints of weights: name one, such as {files[0]}")
@@ -162,7 +162,7 @@ def _open_network(folder: str, dtype: torch.dtype, process: Mapping[str, Any]) -
     Raises `UserInputError`, or whatever error its files lead to.
     """
     parent = Path(folder).absolute().parent
-    if (parent / INDEX_FILE).is_file():
+    if (parent / INDEX_FILE).is_file() or (parent / "scheduler").is_dir():
         raise UserInputError(f"{folder} is a part of a pipeline, which knows its process: name {parent}")
     name = json.loads(Path(folder, NETWORK_FILE).read_text())["_class_name"]
     unet_class = _find_class(folder, name, ModelMixin)

@@ -62,12 +62,17 @@ PAGE = """<!DOCTYPE html>
 <title>{title}</title>
 <style>
 :root {{ color-scheme: light dark; }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
-img {{ image-rendering: pixelated; max-width: 100%; }}
-img.curve {{ image-rendering: auto; background: white; }}
+/* As wide as the widest picture, so that none is scaled by a fraction where there is room for it. */
+body {{ font: 16px/1.5 system-ui, sans-serif; width: fit-content; max-width: calc(100% - 2rem); margin: 2rem auto; }}
+h1, td:only-of-type {{ overflow-wrap: anywhere; }}
 figure {{ margin: 0 0 2rem; }}
+figure.wide {{ overflow-x: auto; }}
+img {{ image-rendering: pixelated; max-width: 100%; }}
+img.curve {{ image-rendering: auto; min-width: 54rem; background: white; }}
+img.pairs {{ max-width: none; }}
 input[type=range] {{ width: 100%; max-width: 40rem; }}
-td, th {{ text-align: left; padding: 0.2rem 1rem 0.2rem 0; vertical-align: top; overflow-wrap: anywhere; }}
+td, th {{ text-align: left; padding: 0.2rem 0.75rem 0.2rem 0; vertical-align: top; }}
+td:last-child {{ padding-right: 0; }}
 </style>
 </head>
 <body>
@@ -147,7 +152,8 @@ def draw_losses(entries: list[dict[str, Any]], file: Path | BinaryIO, file_forma
         file: Where to write the picture.
         file_format: "png" or "svg".
     """
-    from matplotlib.figure import Figure  # not at the top: a training's start need not wait for it
+    from matplotlib import rc_context  # not at the top: a training's start need not wait for it
+    from matplotlib.figure import Figure
 
     points = entries[:: max(1, math.ceil(len(entries) / MAX_POINTS))]
     steps = [entry["global_step"] for entry in points]
@@ -172,9 +178,10 @@ def draw_losses(entries: list[dict[str, Any]], file: Path | BinaryIO, file_forma
     for axes in (plain, logarithmic, rate):
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.3)
-    # No date and no version in the file: the same losses are the same picture.
+    # No date, version or random ids in the file: the same losses are the same picture.
     metadata: dict[str, Any] = {"Software": None} if file_format == "png" else {"Date": None, "Creator": None}
-    figure.savefig(file, format=file_format, dpi=100, metadata=metadata)
+    with rc_context({"svg.hashsalt": "losses"}):
+        figure.savefig(file, format=file_format, dpi=100, metadata=metadata)
 
 
 def make_report(run_dir: Path, pipeline: Pipeline, summary: dict[str, Any]) -> str:
@@ -191,7 +198,7 @@ def make_report(run_dir: Path, pipeline: Pipeline, summary: dict[str, Any]) -> s
         draw_losses(entries, svg, "svg")
         uri = _data_uri(svg.getvalue(), "svg+xml")
         image = f'<img class="curve" alt="loss and learning rate" src="{uri}">'
-        sections.append(f"<h2>Loss</h2>\n<figure>{image}</figure>")
+        sections.append(f'<h2>Loss</h2>\n<figure class="wide">{image}</figure>')
     if grids := sorted((run_dir / SAMPLES_DIR).glob("step-*.png")):
         chosen = grids[:: math.ceil(len(grids) / MAX_GRIDS)]
         images = [(f"step {int(path.stem.rpartition('-')[2]):,}", path.read_bytes()) for path in chosen]
@@ -201,7 +208,8 @@ def make_report(run_dir: Path, pipeline: Pipeline, summary: dict[str, Any]) -> s
         sections.append(_table_section("How good the images are", rows))
         if (run_dir / PAIRS_FILE).is_file():
             pairs = _data_uri((run_dir / PAIRS_FILE).read_bytes(), "png")
-            sections.append(f'<figure><img alt="samples beside their nearest training images" src="{pairs}"></figure>')
+            image = f'<img class="pairs" alt="samples beside their nearest training images" src="{pairs}">'
+            sections.append(f'<figure class="wide">{image}</figure>')
     title = escape(printable(mask_secrets(run_dir.resolve().name)))
     return PAGE.format(title=title, sections="\n".join(sections))
 
@@ -253,7 +261,8 @@ def _table_section(title: str, rows: Iterable[Sequence[Any]]) -> str:
     for name, *values in rows:
         cells = "".join(f"<td>{escape(_format(value))}</td>" for value in values)
         lines.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
-    return f"<h2>{escape(title)}</h2>\n<table>\n" + "\n".join(lines) + "\n</table>"
+    table = "<table>\n" + "\n".join(lines) + "\n</table>"
+    return f'<h2>{escape(title)}</h2>\n<figure class="wide">\n{table}\n</figure>'
 
 
 def _format(value: Any) -> str:
