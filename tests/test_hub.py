@@ -16,6 +16,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 import numpy as np
 import pytest
 import yaml
+from diffusers import UNet2DModel
 from hub_server import DROP, TOKEN, HubServer, Repository
 from huggingface_hub import ModelCard
 from launching import PYTHON, REPOSITORY, TINY, run_command
@@ -806,3 +807,30 @@ def test_push_command_that_fails_is_one_line(author, pipeline_folder, tmp_path):
         assert len(lines) == 1
         assert fragment in lines[0].replace("You", "you"), lines
         assert "Traceback" not in result.stderr
+
+
+def test_bare_network_of_the_hub_is_drawn_from(author, tmp_path):
+    """A tutorial's `model.push_to_hub(...)` leaves a network without its process."""
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+    )
+    unet.save_pretrained(tmp_path / "net")
+    author.log_in()
+    script = "import sys; from diffusers import UNet2DModel as M; M.from_pretrained(sys.argv[1]).push_to_hub('me/net')"
+    author.run("-c", script, str(tmp_path / "net"))
+    assert "model_index.json" not in author.server.repos["me/net"].files
+    flags = f"--ddpm_num_steps 20 --num_inference_steps 2 --num_images 1 --output {tmp_path}"
+    author.run("sample.py", "me/net", *f"{flags}/hub.png".split())
+    author.run("sample.py", str(tmp_path / "net"), *f"{flags}/local.png".split())
+    hub, local = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("hub", "local"))
+    assert (hub == local).all()
+    # Of a pipeline, whose process is known, the flag is refused there as it is here.
+    script = "import sys; from diffusers import DDPMPipeline as P, DDPMScheduler as S, UNet2DModel as M; "
+    script += "P(M.from_pretrained(sys.argv[1]), S()).push_to_hub('me/whole')"
+    author.run("-c", script, str(tmp_path / "net"))
+    result = author.run("sample.py", "me/whole", "--ddpm_num_steps", "20", "--num_images", "1", status=2)
+    assert "--ddpm_num_steps: me/whole says itself how it was trained" in result.stderr

@@ -9,6 +9,7 @@ from launching import LAUNCH, PYTHON, REPOSITORY, run_command
 from PIL import Image
 
 LESSONS = REPOSITORY / "docs" / "lessons"
+MOST_OF_A_LABEL = 40  # pixels
 PAGES = ["README", "t0", "t1", "t2", "t3", "t4"]
 
 
@@ -72,5 +73,6 @@ def test_the_commands_of_a_lesson_leave_its_pictures(pages, tmp_path):
             run_as_typed(command, tmp_path)
         for name in pictures(page):
             shown, made = Image.open(REPOSITORY / "docs" / "images" / "lessons" / name), Image.open(tmp_path / name)
-            assert shown.size == made.size
-            assert shown.convert("L").getextrema() != (255, 255)
+            assert shown.height == made.height
+            assert abs(shown.width - made.width) < MOST_OF_A_LABEL  # the seconds in a label are those of the machine
+            assert made.convert("L").getextrema()[0] < 128

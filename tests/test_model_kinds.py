@@ -163,13 +163,25 @@ def test_random_shortcut_is_that_of_the_course(convert, tmp_path):
     assert (outputs[0] - outputs[1]).square().mean().sqrt() > 0.05
 
 
-def test_ddim_starts_where_the_course_does(tmp_path):
+def test_ddim_is_that_of_the_course(tmp_path):
     """The course's DDIM of 25 steps goes from t = 500 to 480 and so on, which are 499, 479, ... here."""
     torch.save(make_course_network().state_dict(), tmp_path / "course.pth")
-    sampler = make_sampler("--scheduler", load_pipeline(str(tmp_path / "course.pth")), "ddim", 25)
-    assert isinstance(sampler.scheduler, DDIMScheduler)
-    sampler.scheduler.set_timesteps(25)
-    assert sampler.scheduler.timesteps.tolist() == list(range(499, 0, -20))
+    scheduler = make_sampler("--scheduler", load_pipeline(str(tmp_path / "course.pth")), "ddim", 25).scheduler
+    assert isinstance(scheduler, DDIMScheduler)
+    scheduler.set_timesteps(25)
+    assert scheduler.timesteps.tolist() == list(range(499, 0, -20))
+
+    x = course_x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    alpha_bars = CourseSchedule.alpha_bars.clone()
+    alpha_bars[0] = 1
+    for t in range(500, 0, -20):
+        noise = 0.7 * course_x
+        alpha_bar, previous = alpha_bars[t], alpha_bars[t - 20]
+        course_x = (previous / alpha_bar).sqrt() * (course_x - (1 - alpha_bar).sqrt() * noise)
+        course_x = course_x + (1 - previous).sqrt() * noise
+        x = scheduler.step(0.7 * x, t - 1, x).prev_sample
+    # diffusers has alpha_bar in float32: 25 steps, each of which rounds its square roots of quotients
+    torch.testing.assert_close(x, course_x, rtol=25 * 8 * 2**-24, atol=1e-7)
 
 
 def bare_network(folder, **config):

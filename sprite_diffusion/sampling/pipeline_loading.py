@@ -4,13 +4,14 @@ import inspect
 import json
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DModel
 from diffusers.utils import logging
 
 from models import BasicUNet2DModel, ContextUNet2DModel
@@ -26,6 +27,7 @@ from sprite_diffusion.sampling.model_checks import check_network, check_process,
 
 NETWORK_FILE = "config.json"  # of a network that is saved alone
 PROCESS_FILE = "scheduler_config.json"
+NO_SUCH_FILE = "does not appear to have a file named"  # diffusers' words for a repository that lacks a file
 COURSE_ENDINGS = (".pth", ".pt")
 
 
@@ -113,10 +115,12 @@ def load_pipeline(
         model = _download_artifact(model)
     path, process = Path(model), process or {}
     kind = find_model_kind(path)
+    if kind is None and not path.exists() and _is_network_on_hub(model):
+        kind = "network"
     if path.suffix in COURSE_ENDINGS and not path.exists():
         raise UserInputError(f"{model}: no such file")
     trained = [f"--{name}" for name in process if name not in SAMPLING_OPTIONS]
-    if trained and kind not in ("network", None):
+    if trained and kind != "network":
         raise UserInputError(f"{trained[0]}: {model} says itself how it was trained, leave the flag out")
     if kind is None and path.is_dir():
         _explain_folder(path)
@@ -128,6 +132,20 @@ def load_pipeline(
         raise
     except Exception as error:  # the values in the model's files can lead diffusers and torch to raise anything
         raise UserInputError(f"{model} is not a model that can be loaded: {first_line(error)}") from None
+
+
+def _is_network_on_hub(model: str) -> bool:
+    """Returns whether a repository of the Hub holds a network alone."""
+    try:
+        DiffusionPipeline.load_config(model)
+    except OSError as error:
+        if NO_SUCH_FILE not in str(error):  # no such repository, or no connection
+            return False
+        with suppress(OSError):
+            return "_class_name" in UNet2DModel.load_config(model)
+    except Exception:  # a damaged index, of which loading tells
+        return False
+    return False
 
 
 def _explain_folder(folder: Path) -> None:
@@ -164,13 +182,16 @@ def _open_network(folder: str, dtype: torch.dtype, process: Mapping[str, Any]) -
     parent = Path(folder).absolute().parent
     if (parent / INDEX_FILE).is_file() or (parent / "scheduler").is_dir():
         raise UserInputError(f"{folder} is a part of a pipeline, which knows its process: name {parent}")
-    name = json.loads(Path(folder, NETWORK_FILE).read_text())["_class_name"]
-    unet_class = _find_class(folder, name, ModelMixin)
+    config = UNet2DModel.load_config(folder)
+    unet_class = _find_class(folder, config["_class_name"], ModelMixin)
     with naming(PROCESS_FILE):
-        has_process = Path(folder, PROCESS_FILE).is_file()
-        config = read_config(folder, None, ClosedFormDDPMScheduler) if has_process else {}
-        scheduler = make_process(None, config, process)
-    config = unet_class.load_config(folder)
+        try:
+            process_config = read_config(folder, None, ClosedFormDDPMScheduler)
+        except OSError:  # there is none, here or on the Hub
+            if Path(folder, PROCESS_FILE).exists():
+                raise
+            process_config = {}
+        scheduler = make_process(None, process_config, process)
     has_classes = config.get("num_class_embeds") or config.get("context_dim")
     pipeline_class = ConditionalDDPMPipeline if has_classes else UnconditionalDDPMPipeline
     return _assemble(folder, None, dtype, pipeline_class, unet_class, scheduler, {})
