@@ -84,6 +84,10 @@ def make_course_network(
         for embedding in (course.contextembed1, course.contextembed2):
             embedding.model[0].weight.data.normal_()
     for layer in course.modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+            # He's initialisation in place of torch's: else each layer shrinks what it is given, and next to nothing of
+            # the bottom of the network reaches its output.
+            layer.weight.data.mul_(6**0.5)
         if isinstance(layer, nn.BatchNorm2d):
             layer.running_mean.normal_()
             layer.running_var.uniform_(0.5, 2)

@@ -203,7 +203,8 @@ def _open_course_checkpoint(path: Path, dtype: torch.dtype, process: Mapping[str
     Raises `UserInputError`, or whatever error the file leads to.
     """
     file = path if path.is_file() else _list_course_files(path)[0]
-    unet = _check_finite(str(file), read_course_checkpoint(file)).to(dtype)
+    unet = _check_finite(str(file), read_course_checkpoint(file))
+    torch.nn.Module.to(unet, dtype)  # diffusers' own `to` warns of float32 even where nothing changes
     with naming("the process"):
         scheduler = make_process(ClosedFormDDPMScheduler, course_scheduler().config, process)
     if not knows_classes(unet):
