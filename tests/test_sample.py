@@ -513,7 +513,7 @@ def test_predictions_of_a_network_that_knows_the_image():
 
 
 def test_predictions_are_written_by_class_and_by_snapshot(sample, folders):
-    sample("conditional", "--predict sprites --class hero --num_images 2 --output one.png")
+    sample("conditional", "--predict sprites --class hero --output one.png")
     record = json.loads(Path("one.json").read_text())
     assert (record["class"], list(record["mean_squared_errors"])) == (0, ["predicted"])
     sample("conditional", "--predict sprites --output none.png")
