@@ -323,6 +323,15 @@ def test_grids_are_those_of_their_steps(run, browser, visit):
         assert np.array_equal(decode(image), to_array((run / "samples" / f"step-{step:06d}.png").read_bytes())), step
 
 
+def test_grids_come_by_number_without_what_others_put_beside_them(run, run_script, tmp_path):
+    copied = Path(shutil.copytree(run, tmp_path / "run"))
+    for name in ("step-000003 copy.png", "step-1000000.png"):
+        shutil.copy(run / "samples" / "step-000003.png", copied / "samples" / name)
+    run_script(SCRIPT, str(copied))
+    steps = re.findall(r'alt="step ([\d,]+)"', (copied / "report.html").read_text())
+    assert steps == [*map(str, GRID_STEPS), "1,000,000"]
+
+
 def test_trajectory_goes_from_noise_to_samples(run, browser, visit):
     """The upper row begins with the noise of the seeds 0 to 7, and the lower one ends with what they give."""
     pipeline = load_pipeline(str(run))

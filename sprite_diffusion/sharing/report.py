@@ -199,9 +199,9 @@ def make_report(run_dir: Path, pipeline: Pipeline, summary: dict[str, Any]) -> s
         uri = _data_uri(svg.getvalue(), "svg+xml")
         image = f'<img class="curve" alt="loss and learning rate" src="{uri}">'
         sections.append(f'<h2>Loss</h2>\n<figure class="wide">{image}</figure>')
-    if grids := sorted((run_dir / SAMPLES_DIR).glob("step-*.png")):
-        chosen = grids[:: math.ceil(len(grids) / MAX_GRIDS)]
-        images = [(f"step {int(path.stem.rpartition('-')[2]):,}", path.read_bytes()) for path in chosen]
+    if grids := _find_grids(run_dir / SAMPLES_DIR):
+        chosen = sorted(grids)[:: math.ceil(len(grids) / MAX_GRIDS)]
+        images = [(f"step {step:,}", grids[step].read_bytes()) for step in chosen]
         sections.append(_slider_section("Samples while it learned", "grids", images))
     sections.append(_slider_section("How it draws", "trajectory", _draw_trajectory(pipeline)))
     if rows := _metric_rows(run_dir):
@@ -212,6 +212,12 @@ def make_report(run_dir: Path, pipeline: Pipeline, summary: dict[str, Any]) -> s
             sections.append(f'<figure class="wide">{image}</figure>')
     title = escape(printable(mask_secrets(run_dir.resolve().name)))
     return PAGE.format(title=title, sections="\n".join(sections))
+
+
+def _find_grids(folder: Path) -> dict[int, Path]:
+    """Returns a run's sample grids by their steps, without what others have put beside them."""
+    files = {path: path.stem.removeprefix("step-") for path in folder.glob("step-*.png")}
+    return {int(step): path for path, step in files.items() if step.isdecimal()}
 
 
 def _summary_rows(run_dir: Path, summary: dict[str, Any]) -> list[Sequence[Any]]:
@@ -256,10 +262,11 @@ def _encode(picture: Image.Image) -> bytes:
 
 
 def _table_section(title: str, rows: Iterable[Sequence[Any]]) -> str:
-    """Returns a heading and a table whose rows begin with a name each."""
+    """Returns a heading and a table whose rows begin with a name each; one without a name has the columns' titles."""
     lines = []
     for name, *values in rows:
-        cells = "".join(f"<td>{escape(_format(value))}</td>" for value in values)
+        begin, end = ("<td>", "</td>") if name else ('<th scope="col">', "</th>")
+        cells = "".join(f"{begin}{escape(_format(value))}{end}" for value in values)
         lines.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
     table = "<table>\n" + "\n".join(lines) + "\n</table>"
     return f'<h2>{escape(title)}</h2>\n<figure class="wide">\n{table}\n</figure>'
