@@ -25,7 +25,7 @@ def test_launched_run_leaves_its_files_and_resumes(script, tmp_path):
 
     launch("")
     assert {p.name for p in output_dir.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6", "checkpoint-8"}
-    assert {p.name for p in (output_dir / "samples").iterdir()} == {"step-000008.png"}
+    assert {p.name for p in (output_dir / "samples").iterdir()} == {"step-000004.png", "step-000008.png"}
     assert (output_dir / "training_config.yaml").is_file()
     grid = Image.open(output_dir / "samples" / "step-000008.png")
     rows, columns = (2, 2) if script == "train_unconditional" else (5, 3)
@@ -81,7 +81,9 @@ def test_schedule_is_counted_in_optimizer_steps(run_script, tmp_path, accumulati
     )
     total = 16 // accumulation
     logged = dict(read_scalars(tmp_path / "logs")["lr"])
-    expected = {step: 1e-3 * (step / 2 if step < 2 else (total - step) / (total - 2)) for step in range(1, total + 1)}
+    expected = {  # each step has the rate of the steps done before it
+        done + 1: 1e-3 * (done / 2 if done < 2 else (total - done) / (total - 2)) for done in range(total)
+    }
     assert logged == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
@@ -113,10 +115,11 @@ def test_a_run_learns_and_is_tracked(run_script, tmp_path):
     assert losses[0] > 0.5
     assert sum(losses[-3:]) / 3 < 0.5 * losses[0]
     assert scalars.keys() >= {"loss", "lr", "epoch", "grad_norm", "images_per_second", "ema_decay"}
-    assert {p.name for p in (tmp_path / "samples").iterdir()} == {"step-000080.png", "step-000160.png"}
+    # After epochs 1, 21 and 40.
+    assert {p.name for p in (tmp_path / "samples").iterdir()} == {f"step-{step:06d}.png" for step in (4, 84, 160)}
     logged = read_events(tmp_path / "logs").Images("samples")
-    assert [image.step for image in logged] == [80, 160]
-    tracked = Image.open(io.BytesIO(logged[1].encoded_image_string))
+    assert [image.step for image in logged] == [4, 84, 160]
+    tracked = Image.open(io.BytesIO(logged[-1].encoded_image_string))
     assert tracked.tobytes() == Image.open(tmp_path / "samples" / "step-000160.png").tobytes()
 
 
@@ -133,7 +136,7 @@ def test_checkpoints_are_pipelines_of_the_averaged_weights(run_script, tmp_path)
 def test_snapshots_are_pipelines(run_script, tmp_path):
     run_script("train_unconditional", f"{TINY} --num_epochs 3 --snapshot_epochs 2", tmp_path)
     folders = sorted((tmp_path / "snapshots").iterdir())
-    assert [f.name for f in folders] == ["epoch-0002", "epoch-0003"]
+    assert [f.name for f in folders] == ["epoch-0001", "epoch-0003"]
     DiffusionPipeline.from_pretrained(folders[0])
     assert_same_weights(weights(folders[1]), weights(tmp_path))
 
