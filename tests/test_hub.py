@@ -16,12 +16,12 @@ from urllib.request import ProxyHandler, Request, build_opener
 import numpy as np
 import pytest
 import yaml
-from diffusers import UNet2DModel
 from hub_server import DROP, TOKEN, HubServer, Repository
 from huggingface_hub import ModelCard
 from launching import PYTHON, REPOSITORY, TINY, run_command
 from markdown_it import MarkdownIt
 from PIL import Image
+from tiny_network import make_tiny_network
 
 from sprite_diffusion.common.errors import UserInputError, printable
 from sprite_diffusion.sharing.card import BEGIN, END, make_card
@@ -811,14 +811,7 @@ def test_push_command_that_fails_is_one_line(author, pipeline_folder, tmp_path):
 
 def test_bare_network_of_the_hub_is_drawn_from(author, tmp_path):
     """A tutorial's `model.push_to_hub(...)` leaves a network without its process."""
-    unet = UNet2DModel(
-        sample_size=8,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        norm_num_groups=4,
-    )
-    unet.save_pretrained(tmp_path / "net")
+    make_tiny_network().save_pretrained(tmp_path / "net")
     author.log_in()
     script = "import sys; from diffusers import UNet2DModel as M; M.from_pretrained(sys.argv[1]).push_to_hub('me/net')"
     author.run("-c", script, str(tmp_path / "net"))

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from diffusers import UNet2DModel
 from inspecting import read_events
 from launching import PYTHON, REPOSITORY, TINY, finish, run_command, start
 from PIL import Image
+from tiny_network import make_tiny_network
 from wandb.proto import wandb_internal_pb2 as pb
 
 from sprite_diffusion.data.sprites import CLASS_NAMES
@@ -140,15 +139,7 @@ def test_learning_rate_is_that_of_the_step(run):
 
 @pytest.mark.parametrize("tracker", ["wandb", "trackio", "tensorboard"])
 def test_comparison_of_a_model_without_a_run_goes_to_each_tracker_by_itself(tracker, tmp_path):
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        norm_num_groups=4,
-    )
-    unet.save_pretrained(tmp_path / "net")
+    make_tiny_network().save_pretrained(tmp_path / "net")
     environment = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio"), "WANDB_PROJECT": "course"}
     flags = f"{tmp_path / 'net'} --compare ddpm:3,ddim:2 --num_images 2 --ddpm_num_steps 5 --logger {tracker}"
     command = [*PYTHON, str(REPOSITORY / "sample.py"), *flags.split(), "--tracker_job_type", "inference"]

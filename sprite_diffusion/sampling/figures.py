@@ -81,10 +81,15 @@ def show_learning(pipeline: Pipeline, snapshots: list[Path], sampler: Sampler, r
     record = {**sampler.record, **request.record, "snapshots": [str(folder) for folder in snapshots]}
     figure = Figure([], [], _class_names(request), record)
     for folder in snapshots:
-        pipeline.unet = load_pipeline(str(folder), pipeline.unet.dtype).unet.to(pipeline.device)
+        _take_network(pipeline, folder)
         figure.rows.append(sample_images(pipeline, sampler, request))
         figure.row_labels.append(_name_snapshot(folder))
     return figure
+
+
+def _take_network(pipeline: Pipeline, snapshot: Path) -> None:
+    """Puts the network of a snapshot into a pipeline, in the pipeline's number format and on its device."""
+    pipeline.unet = load_pipeline(str(snapshot), pipeline.unet.dtype).unet.to(pipeline.device)
 
 
 def _name_snapshot(folder: Path) -> str:
@@ -167,7 +172,7 @@ def show_predictions(
 
     rows_by_name = {"noisy": torch.stack(noisy)}
     for folder in snapshots:
-        pipeline.unet = load_pipeline(str(folder), pipeline.unet.dtype).unet.to(pipeline.device)
+        _take_network(pipeline, folder)
         rows_by_name[_name_snapshot(folder)] = predict()
     if not snapshots:
         rows_by_name["predicted"] = predict()

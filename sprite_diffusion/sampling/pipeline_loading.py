@@ -115,37 +115,40 @@ def load_pipeline(
         model = _download_artifact(model)
     path, process = Path(model), process or {}
     kind = find_model_kind(path)
-    if kind is None and not path.exists() and _is_network_on_hub(model):
-        kind = "network"
     if path.suffix in COURSE_ENDINGS and not path.exists():
         raise UserInputError(f"{model}: no such file")
-    trained = [f"--{name}" for name in process if name not in SAMPLING_OPTIONS]
-    if trained and kind != "network":
-        raise UserInputError(f"{trained[0]}: {model} says itself how it was trained, leave the flag out")
     if kind is None and path.is_dir():
         _explain_folder(path)
     try:
         if kind == "course checkpoint":
             return _open_course_checkpoint(path, dtype, process)
-        return _open_network(model, dtype, process) if kind == "network" else _open_pipeline(model, dtype, process)
+        if kind == "network":
+            return _open_network(model, dtype, process)
+        try:
+            return _open_pipeline(model, dtype, process)
+        except Exception as error:
+            if not _is_network_on_hub(model, error):
+                raise
+        return _open_network(model, dtype, process)
     except UserInputError:
         raise
     except Exception as error:  # the values in the model's files can lead diffusers and torch to raise anything
         raise UserInputError(f"{model} is not a model that can be loaded: {first_line(error)}") from None
 
 
-def _is_network_on_hub(model: str) -> bool:
-    """Returns whether a repository of the Hub holds a network alone."""
-    try:
-        DiffusionPipeline.load_config(model)
-    except OSError as error:
-        if NO_SUCH_FILE not in str(error):  # no such repository, or no connection
-            return False
+def _is_network_on_hub(model: str, error: Exception) -> bool:
+    """Returns whether a pipeline could not be loaded, by this error, since a repository holds a network alone."""
+    if NO_SUCH_FILE in str(error) and not Path(model).exists():
         with suppress(OSError):
             return "_class_name" in UNet2DModel.load_config(model)
-    except Exception:  # a damaged index, of which loading tells
-        return False
     return False
+
+
+def _check_process_is_asked_for(model: str, process: Mapping[str, Any]) -> None:
+    """Raises `UserInputError` if `process` says how a model was trained that says so itself."""
+    for name in process:
+        if name not in SAMPLING_OPTIONS:
+            raise UserInputError(f"--{name}: {model} says itself how it was trained, leave the flag out")
 
 
 def _explain_folder(folder: Path) -> None:
@@ -168,6 +171,7 @@ def _open_pipeline(model: str, dtype: torch.dtype, process: Mapping[str, Any]) -
         if pipeline_class not in (UnconditionalDDPMPipeline, ConditionalDDPMPipeline):
             raise UserInputError(f"{model} holds a {pipeline_class.__name__}: not a pipeline of this project")
         unet_class = _find_class(model, index["unet"], ModelMixin)
+        _check_process_is_asked_for(model, process)
         scheduler_class = _find_class(model, index["scheduler"], SchedulerMixin)
     with naming(f"scheduler/{PROCESS_FILE}"):
         scheduler = make_process(scheduler_class, read_config(model, "scheduler", scheduler_class), process)
@@ -202,6 +206,7 @@ def _open_course_checkpoint(path: Path, dtype: torch.dtype, process: Mapping[str
 
     Raises `UserInputError`, or whatever error the file leads to.
     """
+    _check_process_is_asked_for(str(path), process)
     file = path if path.is_file() else _list_course_files(path)[0]
     unet = _check_finite(str(file), read_course_checkpoint(file))
     torch.nn.Module.to(unet, dtype)  # diffusers' own `to` warns of float32 even where nothing changes
