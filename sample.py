@@ -28,7 +28,7 @@ def main() -> None:
     model = str(find_snapshots(args.snapshots)[-1]) if args.model is None else args.model
     pipeline = load_pipeline(model, getattr(torch, args.dtype), args.process)
     pipeline = pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-    speed_up(pipeline, args.compile)
+    speed_up(pipeline, args.compile, args.num_threads)
     if args.view == "samples":
         write_samples(args, pipeline)
         return

@@ -36,7 +36,7 @@ def make_pipeline(name: str) -> Any:
     else:
         unet = unet.bfloat16() if "bf16" in name else unet
         pipeline = UnconditionalDDPMPipeline(unet, ClosedFormDDPMScheduler(**schedule))
-        speed_up(pipeline, compiles="compiled" in name)
+        speed_up(pipeline, compiles="compiled" in name, num_threads=None)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_epochs", type=int, default=NUM_EPOCHS)
     args, data_flags = parser.parse_known_args()
-    prepare_cpu()
+    prepare_cpu(num_threads=None)
     data = load_image_data(parse_data_flags([*data_flags, "--resolution=16"], None), with_labels=True)
     pipeline = train(data, args.faults, args.seed, args.num_epochs)
     pipeline.save_pretrained(str(args.output_dir))

@@ -40,6 +40,19 @@ def test_flags_win_over_the_file_and_that_over_defaults(tmp_path):
     assert config.train_batch_size == TrainingConfig().train_batch_size
 
 
+def test_a_length_on_the_command_line_takes_the_place_of_a_files_steps(tmp_path):
+    path = write(tmp_path, "max_train_steps: 500\nsave_images_steps: 100\n")
+    counted_in_steps = parse(f"--config {path}")
+    assert (counted_in_steps.num_epochs, counted_in_steps.max_train_steps) == (None, 500)
+    assert (counted_in_steps.save_images_epochs, counted_in_steps.save_model_epochs) == (None, None)
+    for config in (parse(f"--config {path} --num_epochs 3"), load_preset(str(path), num_epochs=3)):
+        assert (config.num_epochs, config.max_train_steps) == (3, None)
+        assert (config.save_images_epochs, config.save_model_epochs, config.save_images_steps) == (10, 10, 100)
+    both = parse(f"--config {path} --num_epochs 3 --max_train_steps 7")
+    assert (both.num_epochs, both.max_train_steps) == (3, 7)
+    assert TrainingConfig(train_data_dir="pictures").num_epochs == 100  # the official script's
+
+
 def test_saved_config_is_the_config(tmp_path):
     path = tmp_path / "saved.yaml"
     config = parse("--learning_rate 3e-5 --class_names a b --max_train_steps 9 --local_rank -1 --snr_gamma 5")

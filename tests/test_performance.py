@@ -14,6 +14,7 @@ from launching import PYTHON, REPOSITORY, TINY, run_command
 from PIL import Image
 from torch.overrides import TorchFunctionMode
 
+from sprite_diffusion.common.machine import prepare_cpu
 from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.sampling.pipeline_loading import load_pipeline
 from sprite_diffusion.sharing.trackers import Trackers
@@ -92,13 +93,40 @@ def faults():
         del tensors
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 before = faults()
-prepare_cpu()
+prepare_cpu(num_threads=None)
 faults()
 print(before, faults())
 """
     before, after = map(int, run_command([*PYTHON, "-c", code]).stdout.split())
     assert before > 10_000  # of up to 20 * 8 * 2048; else there is nothing to gain here
     assert after < 1000
+
+
+@pytest.mark.parametrize(
+    ("flag", "environment", "threads"),
+    [
+        (None, {}, [4]),
+        (None, {"LOCAL_WORLD_SIZE": "2"}, [2]),
+        (None, {"LOCAL_WORLD_SIZE": "9"}, [1]),
+        (None, {"OMP_NUM_THREADS": "1"}, []),  # torch has read it
+        (None, {"OMP_NUM_THREADS": "3"}, []),
+        # `accelerate launch` says 1 if nobody has said anything.
+        (None, {"OMP_NUM_THREADS": "1", "ACCELERATE_DYNAMO_BACKEND": "NO"}, [4]),
+        (None, {"OMP_NUM_THREADS": "3", "ACCELERATE_DYNAMO_BACKEND": "NO"}, []),
+        (1, {"OMP_NUM_THREADS": "3", "ACCELERATE_DYNAMO_BACKEND": "NO"}, [1]),
+        (3, {"LOCAL_WORLD_SIZE": "2"}, [3]),
+    ],
+)
+def test_threads_are_those_that_the_user_gave_or_all(flag, environment, threads, monkeypatch):
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", "ACCELERATE_DYNAMO_BACKEND"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(4), raising=False)
+    set_to = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    prepare_cpu(flag)
+    assert set_to == threads
 
 
 def test_auto_compiles_on_a_gpu_and_for_long_runs_only():

@@ -10,6 +10,7 @@ from sprite_diffusion.runs.state import Due, TrainState, find_due
 STEPS_PER_EPOCH = 4
 # Intervals that no run here is long enough for, in place of defaults that could hide what a row is about.
 RARE = {"logging_steps": 999, "checkpointing_steps": 999, "save_images_epochs": 999, "save_model_epochs": 999}
+COUNTED_IN_STEPS = {"max_train_steps": 20, "save_images_epochs": None, "save_model_epochs": None}
 AT_THE_END = "log checkpoint samples pipeline end"
 HUB = {"push_to_hub": True, "checkpointing_steps": 3}
 
@@ -72,6 +73,10 @@ ROUTINE = [
     (12, 20, {"snapshot_epochs": 3}, "log"),
     (16, 20, {"snapshot_epochs": 3}, "log snapshot"),
     (12, 20, {"snapshot_epochs": None}, "log"),
+    # A run that is counted in steps has no intervals of epochs unless it is given some.
+    (4, 20, COUNTED_IN_STEPS, "log"),
+    (5, 20, {**COUNTED_IN_STEPS, "save_images_steps": 5}, "samples"),
+    (4, 20, {**COUNTED_IN_STEPS, "save_images_epochs": 5}, "log samples"),
     # Several at once.
     (
         12,
@@ -93,6 +98,7 @@ UPLOADS = [
 ENDS = [
     # The end of a run leaves all that is asked for at all, whatever the intervals.
     (20, 20, {}, AT_THE_END),
+    (20, 20, COUNTED_IN_STEPS, AT_THE_END),
     (20, 20, {"evaluate_every": 999}, f"metrics {AT_THE_END}"),
     (20, 20, {"snapshot_epochs": 999}, f"snapshot {AT_THE_END}"),
     (20, 20, {"save_images_steps": 999}, AT_THE_END),

@@ -21,6 +21,7 @@ MAX_SEED = 2**32 - 1  # NumPy's
 MAX_COUNT = 2**31 - 1  # of steps, epochs or images: more than anyone counts, and safe in every integer type
 MAX_FILE_SIZE = 2**18  # bytes of a YAML file of flags; the presets have about a thousand
 TRACKERS = ("tensorboard", "wandb", "trackio")
+MAX_THREADS = 1024
 MAX_TIMESTEPS = 10**6  # each has a row in the scheduler's tables
 ProcessClass = Literal["ClosedFormDDPMScheduler", "LinearCorruptionScheduler"]
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"]
@@ -58,6 +59,8 @@ class Range:
 
 
 SEED_RANGE = Range(at_least=0, at_most=MAX_SEED)
+THREADS_RANGE = Range(at_least=1, at_most=MAX_THREADS)
+THREADS_HELP = "Threads of each process on a CPU; default: OMP_NUM_THREADS, or else all cores."
 FROM_ONE = Range(at_least=1)
 
 

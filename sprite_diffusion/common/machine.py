@@ -140,12 +140,20 @@ def choose_compilation(compilation: str) -> str:
     return "on"
 
 
-def prepare_cpu() -> None:
-    """Lets torch use all cores, and keeps the memory that was freed for the next step."""
-    if torch.get_num_threads() == 1:
-        # `accelerate launch` sets OMP_NUM_THREADS=1 unless told otherwise: a quarter of a small machine.
+def prepare_cpu(num_threads: int | None) -> None:
+    """Sets torch's number of threads, and keeps the memory that was freed for the next step.
+
+    `num_threads` is the value of `--num_threads`. If it is None, OMP_NUM_THREADS counts, or else all cores are shared
+    among the processes.
+    """
+    # `accelerate launch` sets OMP_NUM_THREADS to 1 where it is not set: half or less of any machine.
+    is_launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if num_threads is None and given in (("", "1") if is_launched else ("",)):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        num_threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
     if sys.platform == "linux":
         # Every activation is allocated anew. By default glibc gives large ones back to the system at once, and each
         # step pays again for their pages: keep up to 2 GiB of what was freed.

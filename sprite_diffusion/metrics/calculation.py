@@ -79,7 +79,7 @@ def is_image_folder(model: str) -> bool:
 def open_pipeline(args: argparse.Namespace, device: torch.device) -> Pipeline:
     """Loads the pipeline to be measured. Raises `UserInputError` if it can't be loaded, or guided as the flags say."""
     pipeline = load_pipeline(args.model, getattr(torch, args.dtype), args.process).to(device)
-    speed_up(pipeline, args.compile)
+    speed_up(pipeline, args.compile, args.num_threads)
     if args.guidance_scale != 1 and pipeline.num_classes == 0:
         raise UserInputError(f"--guidance_scale: {args.model} is unconditional, it has no classes")
     return pipeline

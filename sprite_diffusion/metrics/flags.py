@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from sprite_diffusion.common.files import check_output_folder
-from sprite_diffusion.common.flags import SEED_RANGE, ArgumentParser, Range
+from sprite_diffusion.common.flags import SEED_RANGE, THREADS_RANGE, ArgumentParser, Range
 from sprite_diffusion.sampling.flags import (
     GUIDANCE_RANGE,
     MODEL_HELP,
@@ -25,6 +25,7 @@ RANGES = {
     "batch_size": UP_TO_A_MILLION,
     "seed": SEED_RANGE,
     "guidance_scale": GUIDANCE_RANGE,
+    "num_threads": THREADS_RANGE,
 }
 CLIP_MODEL = "openai/clip-vit-large-patch14-336"  # that of CMMD
 

@@ -11,7 +11,9 @@ from sprite_diffusion.common.errors import UserInputError, keep_secret, mask_val
 from sprite_diffusion.common.flags import (
     MAX_COUNT,
     MAX_SEED,
+    MAX_THREADS,
     MAX_TIMESTEPS,
+    THREADS_HELP,
     BetaSchedule,
     PredictionType,
     ProcessClass,
@@ -35,6 +37,10 @@ MAX_CHANNELS = 2**16
 MAX_LAYERS = 1000
 MAX_IMAGES = 2**20  # of an optimizer step, whose noise is drawn at once
 MAX_GRID = 2**16  # images of a sample grid
+
+# The official script's.
+NUM_EPOCHS = 100
+OUTPUT_EPOCHS = 10  # between two sample grids, and two times that the pipeline is written
 
 
 @dataclass
@@ -106,9 +112,13 @@ class TrainingConfig(DataConfig):
 
     # Optimisation
     train_batch_size: int = flag(16, "Images per process and micro-batch.", at_least=1, at_most=MAX_IMAGES)
-    num_epochs: int = flag(100, "Passes over the data.", at_least=1)
+    num_epochs: int | None = flag(
+        None,
+        "Passes over the data; 100 unless this or `max_train_steps` is given. The shorter of both counts.",
+        at_least=1,
+    )
     max_train_steps: int | None = flag(
-        None, "Optimizer steps; ends the run before `num_epochs` if smaller.", at_least=1
+        None, "Optimizer steps. `--num_epochs` on the command line takes the place of a file's.", at_least=1
     )
     gradient_accumulation_steps: int = flag(1, "Micro-batches per optimizer step.", at_least=1, at_most=MAX_IMAGES)
     learning_rate: float = flag(1e-4, "Learning rate after the warm-up.", above=0)
@@ -134,6 +144,7 @@ class TrainingConfig(DataConfig):
     compile: Literal["auto", "on", "off"] = flag(
         "auto", "torch.compile; 'auto': on a GPU, for runs that are long enough to earn it back."
     )
+    num_threads: int | None = flag(None, THREADS_HELP, at_least=1, at_most=MAX_THREADS, changes="nothing")
     use_ema: bool = flag(False, "Sample from and save the moving average of the weights.")
     ema_inv_gamma: float = flag(1.0, "EMA warm-up: decay = 1 - (1 + step / inv_gamma) ** -power.", above=0)
     ema_power: float = flag(0.75, "EMA warm-up, see `ema_inv_gamma`.", at_least=0)
@@ -156,8 +167,11 @@ class TrainingConfig(DataConfig):
     overwrite_output_dir: bool = flag(
         False, "Remove the earlier run in `output_dir` first.", changes="nothing", saved=False
     )
-    save_images_epochs: int = flag(
-        10, "A sample grid after epochs 1, 1 + N, 1 + 2 N, ... and the last.", at_least=1, changes="nothing"
+    save_images_epochs: int | None = flag(
+        None,
+        "A sample grid after epochs 1, 1 + N, 1 + 2 N, ... besides that at the end; 10 in a run of `num_epochs`.",
+        at_least=1,
+        changes="nothing",
     )
     save_images_steps: int | None = flag(
         None, "A sample grid every N optimizer steps as well.", at_least=1, changes="nothing"
@@ -168,8 +182,11 @@ class TrainingConfig(DataConfig):
     guidance_scale: float = flag(
         1.0, "Classifier-free guidance of the sample grids (train_conditional.py); 1 = none.", at_least=1
     )
-    save_model_epochs: int = flag(
-        10, "Write the pipeline after epochs 1, 1 + N, 1 + 2 N, ... and the last.", at_least=1, changes="nothing"
+    save_model_epochs: int | None = flag(
+        None,
+        "Write the pipeline after epochs 1, 1 + N, 1 + 2 N, ... besides the end; 10 in a run of `num_epochs`.",
+        at_least=1,
+        changes="nothing",
     )
     evaluate_every: int | None = flag(
         None,
@@ -232,6 +249,7 @@ class TrainingConfig(DataConfig):
         if self.hub_token is not None:
             keep_secret(str(self.hub_token))  # before anything that could print it
         super().__post_init__()
+        self._set_length()
         if self.hub_token is not None or self.push_to_hub:
             check_token(self.hub_token)
         check_logging_dir(self.logging_dir)
@@ -262,6 +280,14 @@ class TrainingConfig(DataConfig):
             raise UserInputError("--evaluate_every does not go with --streaming: metrics need all images at hand")
         if self.keep_best_checkpoint and self.evaluate_every is None:
             raise UserInputError("--keep_best_checkpoint needs --evaluate_every: only then is there a best one")
+
+    def _set_length(self) -> None:
+        """Gives a run without a length the official script's, and a run of epochs its intervals."""
+        if self.num_epochs is None and self.max_train_steps is None:
+            self.num_epochs = NUM_EPOCHS
+        if self.num_epochs is not None:
+            self.save_images_epochs = self.save_images_epochs or OUTPUT_EPOCHS
+            self.save_model_epochs = self.save_model_epochs or OUTPUT_EPOCHS
 
     def total_batch_size(self, num_processes: int) -> int:
         """Returns the number of images of an optimizer step."""
@@ -312,6 +338,8 @@ def parse_config(argv: list[str], default_preset: str) -> TrainingConfig:
         BUILT_IN_DATASET,
     ):
         dropped += ("--max_train_samples=",)  # a preset's limit is for its own data
+    if flags.num_epochs is not None:
+        dropped += ("--max_train_steps=",)
     yaml_argv = [argument for argument in yaml_argv if not argument.startswith(dropped)]
     return TrainingConfig(**vars(parser.parse_args(yaml_argv + argv)))
 
@@ -327,8 +355,10 @@ def load_preset(name: str, **changes: Any) -> TrainingConfig:
         UserInputError: If there is no such file, or a value in it or in `changes` is wrong.
     """
     path, parser = find_preset(name), make_parser(TrainingConfig)
-    values = parser.parse_args(_read_as_flags(path, parser))
-    return TrainingConfig(**{**vars(values), **changes})
+    values = vars(parser.parse_args(_read_as_flags(path, parser)))
+    if changes.get("num_epochs") is not None:
+        values["max_train_steps"] = None
+    return TrainingConfig(**{**values, **changes})
 
 
 def _read_as_flags(path: Path, parser: ArgumentParser) -> list[str]:

@@ -2,8 +2,10 @@
 
 import json
 import math
+import time
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from sprite_diffusion.metrics.evaluation import (
     make_evaluation_sampler,
     sampling_facts,
 )
-from sprite_diffusion.metrics.extractors import make_extractor
+from sprite_diffusion.metrics.extractors import Extractor, make_extractor
 from sprite_diffusion.metrics.flags import CLIP_MODEL
 from sprite_diffusion.metrics.real_images import RealImages
 from sprite_diffusion.metrics.report import append_history, is_lowest, write_report
@@ -54,6 +56,7 @@ from sprite_diffusion.sharing.report import draw_losses, make_report, read_train
 from sprite_diffusion.sharing.trackers import Trackers
 
 IMAGES_PER_EVALUATION = 500
+SECONDS_BEFORE_ESTIMATE = 10.0  # the first steps are slow
 SHORTEST_PRINTED_EPOCH = 1.0  # seconds: of shorter ones there are too many to read
 
 
@@ -133,9 +136,8 @@ class RunOutputs:
         self._claim_logs()
         if config.evaluate_every is not None:  # here, so that an error in the data shows before the training
             self.real = RealImages(self.data)
-            with self.accelerator.local_main_process_first():
-                self.extractor = make_extractor("classifier", CLIP_MODEL, self.real, self.accelerator.device)
         self.accelerator.wait_for_everyone()
+        self._begun: float | None = time.perf_counter()
 
     def _write_skipped_images(self) -> None:
         path = self.output_dir / SKIPPED_IMAGES_FILE
@@ -159,10 +161,22 @@ class RunOutputs:
         with self.disk.instead_of_error("training log"):
             line = json.dumps(self.log_entries[-1]) + "\n"
             self.folder.files.append_text(self.output_dir / TRAINING_LOG_FILE, line)
+        self._estimate_time(metrics["images_per_second"], state)
         if state.ends_epoch:
             epoch = summarize_epochs(self.log_entries)[-1]
             if epoch.seconds >= SHORTEST_PRINTED_EPOCH:
                 tqdm.write(str(epoch))
+
+    def _estimate_time(self, images_per_second: float, state: TrainState) -> None:
+        """Says once, as soon as the speed is known, how long the run will take."""
+        if self._begun is None or time.perf_counter() - self._begun < SECONDS_BEFORE_ESTIMATE:
+            return
+        self._begun = None
+        steps_left = self.total_steps - state.global_step
+        seconds = steps_left * self.config.total_batch_size(self.accelerator.num_processes) / images_per_second
+        if steps_left:
+            left = tqdm.format_interval(seconds)
+            tqdm.write(f"time left  {left} at {images_per_second:.0f} images/s, and the samples")
 
     def _claim_logs(self) -> None:
         """Lists the trackers' files as the run's: their libraries choose the names."""
@@ -219,10 +233,11 @@ class RunOutputs:
         # One of several processes must not leave the others waiting for its images.
         is_only_process = self.accelerator.num_processes == 1
         with self.signals.interruptible() if is_only_process else nullcontext():
+            extractor = self._extractor
             images = generate(
                 pipeline, sampler, real, num_images, config.train_batch_size, config.guidance_scale, config.seed
             )
-            result = evaluate(real, self.extractor, images, num_images, judge_classes=pipeline.num_classes > 0)
+            result = evaluate(real, extractor, images, num_images, judge_classes=pipeline.num_classes > 0)
         if result is None:
             return False
         report, closest_pairs = result
@@ -240,6 +255,12 @@ class RunOutputs:
                 tqdm.write(f"wrote {path}")
         self.trackers.log(report.scalars(), state.global_step)
         return is_best
+
+    @cached_property
+    def _extractor(self) -> Extractor:
+        """The classifier of the data. Made for the first evaluation: its training is not to keep the run waiting."""
+        with self.accelerator.local_main_process_first():
+            return make_extractor("classifier", CLIP_MODEL, self.real, self.accelerator.device)
 
     def _write_samples(self, pipeline: Pipeline, global_step: int, epochs_done: int) -> None:
         """Writes a sample grid, from the same noise each time, as a PNG and to the trackers."""

@@ -80,8 +80,10 @@ def find_due(state: TrainState, config: TrainingConfig, total_steps: int) -> Due
         log=checkpoint or state.ends_epoch or every_steps(config.logging_steps),
         checkpoint=checkpoint,
         metrics=every_epochs(config.evaluate_every, first=config.evaluate_every or 1),  # the first is too early
-        samples=every_epochs(config.save_images_epochs) or every_steps(config.save_images_steps),
+        samples=end or every_epochs(config.save_images_epochs) or every_steps(config.save_images_steps),
         snapshot=every_epochs(config.snapshot_epochs),
-        pipeline=every_epochs(config.save_model_epochs) or (is_uploaded and every_steps(config.checkpointing_steps)),
+        pipeline=(
+            end or every_epochs(config.save_model_epochs) or (is_uploaded and every_steps(config.checkpointing_steps))
+        ),
         end=end,
     )

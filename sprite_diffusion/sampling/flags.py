@@ -11,6 +11,8 @@ from sprite_diffusion.common.flags import (
     MAX_SEED,
     MAX_TIMESTEPS,
     SEED_RANGE,
+    THREADS_HELP,
+    THREADS_RANGE,
     ArgumentParser,
     BetaSchedule,
     PredictionType,
@@ -70,6 +72,7 @@ RANGES = {
     "guidance_scale": GUIDANCE_RANGE,
     "batch_size": UP_TO_A_MILLION,
     "steps_shown": UP_TO_A_MILLION,
+    "num_threads": THREADS_RANGE,
 }
 
 
@@ -152,11 +155,12 @@ def _add_view_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_speed_flags(parser: argparse._ActionsContainer) -> None:
-    """Adds `--dtype`, for `load_pipeline`, and `--compile`, for `speed_up`."""
+    """Adds `--dtype`, for `load_pipeline`, and `--compile` and `--num_threads`, for `speed_up`."""
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="Of the network; bfloat16 is faster."
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile the network: pays for many steps.")
+    parser.add_argument("--num_threads", type=int, metavar="N", help=THREADS_HELP)
 
 
 def add_process_flags(parser: argparse.ArgumentParser) -> None:

@@ -295,11 +295,14 @@ def _check_finite(model: str, unet: Any) -> Any:
     return unet
 
 
-def speed_up(pipeline: Pipeline, compiles: bool) -> None:
-    """Sets the machine up for the pipeline's device and, if `compiles`, compiles the network."""
+def speed_up(pipeline: Pipeline, compiles: bool, num_threads: int | None) -> None:
+    """Sets the machine up for the pipeline's device and, if `compiles`, compiles the network.
+
+    `num_threads` is the value of `--num_threads`.
+    """
     on_cuda = pipeline.device.type == "cuda"
     if not on_cuda:
-        prepare_cpu()
+        prepare_cpu(num_threads)
     if compiles:
         # diffusers asks for torch's version while it upsamples, and the answer can't change.
         warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`-wrapped function")

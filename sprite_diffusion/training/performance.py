@@ -38,7 +38,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         ),
     )
     if accelerator.device.type == "cpu":
-        prepare_cpu()
+        prepare_cpu(config.num_threads)
     else:
         torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it by default
     return accelerator

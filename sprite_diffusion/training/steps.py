@@ -69,7 +69,8 @@ class Steps:
             self.total = self.per_epoch = config.max_train_steps or 0
         else:
             self.per_epoch = math.ceil(len(self._dataloader) / config.gradient_accumulation_steps)
-            self.total = min(config.num_epochs * self.per_epoch, config.max_train_steps or sys.maxsize)
+            steps_of_epochs = sys.maxsize if config.num_epochs is None else config.num_epochs * self.per_epoch
+            self.total = min(steps_of_epochs, config.max_train_steps or sys.maxsize)
 
     def after(self, state: TrainState) -> Iterator[Step]:
         """Yields the steps that follow `state`, without end."""
