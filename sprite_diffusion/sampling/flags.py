@@ -40,6 +40,8 @@ SAMPLERS = {
     "kdpm2": "KDPM2DiscreteScheduler",
     "kdpm2_ancestral": "KDPM2AncestralDiscreteScheduler",
 }
+# Every class of diffusers knows these schedules by name; another one has to be given as betas.
+SCHEDULES_OF_DIFFUSERS = ("linear", "scaled_linear", "squaredcos_cap_v2")
 FIGURES = ("predict", "compare", "steps_shown", "forward", "no_noise", "interpolate", "snapshots")
 # The --scheduler that a figure can be asked for with; None where the figure's own flag names the samplers.
 SCHEDULERS_OF_FIGURES = {"compare": None, "no_noise": "ddpm", "interpolate": "ddim", "predict": None}

@@ -12,12 +12,10 @@ from diffusers import SchedulerMixin
 
 from schedulers import ClosedFormDDPMScheduler
 from sprite_diffusion.common.errors import UserInputError, first_line
-from sprite_diffusion.sampling.flags import SAMPLERS, check_sampler, split_comparison
+from sprite_diffusion.sampling.flags import SAMPLERS, SCHEDULES_OF_DIFFUSERS, check_sampler, split_comparison
 from sprite_diffusion.sampling.pipeline_loading import OWN_CLASSES, Pipeline
 
 FEW_STEPS = 50  # taken by the samplers that need few where no number is given
-# Every class of diffusers knows these schedules by name; another one has to be given as betas.
-SCHEDULES_OF_DIFFUSERS = ("linear", "scaled_linear", "squaredcos_cap_v2")
 # These classes divide a process of T steps by one more than they take, and fail for all T.
 SAMPLERS_OF_T_MINUS_1 = ("dpmsolver++", "unipc", "deis")
 # These classes raise an error for predicted clean images, or average velocities of different timesteps.

@@ -23,11 +23,13 @@ from sprite_diffusion.common.run_files import (
 )
 from sprite_diffusion.data.config import BUILT_IN_DATASET
 from sprite_diffusion.metrics.report import NEAR_COPIES, NOT_OF_FEATURES, TITLES, Report
+from sprite_diffusion.sampling.flags import SCHEDULES_OF_DIFFUSERS
 from sprite_diffusion.sharing.markdown import escape, quote, table_row
 
 # The text between these two lines is the run's, the rest of a card is people's.
 BEGIN, END = "<!-- from the run: begin -->", "<!-- from the run: end -->"
 PIPELINE_TAG = "unconditional-image-generation"  # the nearest that the Hub has for images by class too
+SNIPPET_STEPS = 50
 UNKNOWN_LICENSE = "unknown"
 RUN_METADATA = ("datasets", "model-index", "widget")  # is replaced, whatever earlier cards say
 
@@ -254,24 +256,31 @@ def _describe(run: RunRecord, repo_id: str) -> str:
 def _snippet(run: RunRecord, repo_id: str) -> str:
     """Returns a program that samples from the model, with a note on how it is loaded."""
     trust = ", trust_remote_code=True" if run.needs_remote_code else ""
+    # DDIM needs few steps; diffusers has it for its own schedules alone.
+    has_ddim = (
+        run.noise_scheduler_class == "ClosedFormDDPMScheduler" and run.ddpm_beta_schedule in SCHEDULES_OF_DIFFUSERS
+    )
+    steps = f"num_inference_steps={min(SNIPPET_STEPS, run.ddpm_num_steps)}"
     lines = [
-        "from diffusers import DiffusionPipeline",
+        f"from diffusers import {'DDIMScheduler, ' if has_ddim else ''}DiffusionPipeline",
         "",
         f"pipeline = DiffusionPipeline.from_pretrained({quote(repo_id)}{trust})",
     ]
+    if has_ddim:
+        lines.append("pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)")
     note = ""
     if run.class_names:
         first, last = quote(run.class_names[0]), quote(run.class_names[-1])
         lines += [
-            f'pipeline(class_labels=[{first}, {last}], guidance_scale=2.0).images[0].save("image.png")',
-            f'pipeline(context={{{first}: 1, {last}: 0.6}}).images[0].save("mix.png")  # a mix of classes',
+            f'pipeline(class_labels=[{first}, {last}], guidance_scale=2.0, {steps}).images[0].save("image.png")',
+            f'pipeline(context={{{first}: 1, {last}: 0.6}}, {steps}).images[0].save("mix.png")  # a mix of classes',
         ]
         note = (
             "\n\nThe pipeline, the scheduler and, where it is not diffusers', the network come with this repository "
             "as code, hence `trust_remote_code`. `guidance_scale` above 1 makes images more typical of their class."
         )
     else:
-        lines.append('pipeline(batch_size=4, num_inference_steps=250).images[0].save("image.png")')
+        lines.append(f'pipeline(batch_size=4, {steps}).images[0].save("image.png")')
         if not run.needs_remote_code:
             note = (
                 '\n\nWith `custom_pipeline="pipeline", trust_remote_code=True` the same repository gives the pipeline '
