@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 
 import torch
-from torchmetrics.image.kid import poly_mmd
 
 NEIGHBOURS_OF_PRECISION = 3  # k of Kynkäänniemi et al. 2019
 NEIGHBOURS_OF_DENSITY = 5  # k of Naeem et al. 2020
@@ -40,6 +39,8 @@ def kernel_distance(real: torch.Tensor, generated: torch.Tensor) -> float:
     It is 0 on average for sets of the same distribution, and may be negative. Large sets are cut into blocks, whose
     mean is unbiased as well, so that memory does not grow with the square of the number of images.
     """
+    from torchmetrics.image.kid import poly_mmd  # here, as it takes a second, which a training need not wait for
+
     num_blocks = -(-min(len(real), len(generated)) // BLOCK_SIZE)
     blocks = zip(real.double().tensor_split(num_blocks), generated.double().tensor_split(num_blocks), strict=True)
     return float(torch.stack([poly_mmd(a, b) for a, b in blocks]).mean())
