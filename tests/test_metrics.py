@@ -724,6 +724,17 @@ class TestEvaluateEvery:
         )
         assert all(torch.equal(one[name], other[name]) for name in one)
 
+    def test_the_first_step_does_not_wait_for_the_classifier(self, run_script, tmp_path, monkeypatch):
+        steps_before = []
+
+        def make(*args):
+            steps_before.append(len((tmp_path / "run" / "training_log.jsonl").read_text().splitlines()))
+            return make_extractor(*args)
+
+        monkeypatch.setattr(outputs, "make_extractor", make)
+        run_script("train_unconditional", self.FLAGS, tmp_path / "run")
+        assert steps_before == [16]  # made once, for the first evaluation
+
     def test_a_resumed_run_measures_again_what_it_trains_again(self, run_script, tmp_path):
         run_script("train_unconditional", self.FLAGS, tmp_path / "run")
         history = (tmp_path / "run" / "metrics.jsonl").read_text()
