@@ -42,13 +42,13 @@ def test_an_installed_package_has_its_presets_and_drawings(installed, tmp_path):
         "import sprite_diffusion, sys\n"
         "from sprite_diffusion.runs.config import load_preset\n"
         "from sprite_diffusion.data.sprites import draw_sprites\n"
-        "print(sprite_diffusion.__file__, load_preset('sprites_conditional.yaml').num_epochs, len(draw_sprites(5)[0]))"
+        "print(sprite_diffusion.__file__, load_preset('sprites_conditional.yaml').max_train_steps, len(draw_sprites(5)[0]))"
     )
     result = run_command([*PYTHON, "-c", code], environment={"PYTHONPATH": str(installed)}, cwd=tmp_path)
-    file, num_epochs, num_sprites = result.stdout.split()
+    file, max_train_steps, num_sprites = result.stdout.split()
     assert Path(file).is_relative_to(installed)
     preset = (REPOSITORY / "configs" / "sprites_conditional.yaml").read_text()
-    assert int(num_epochs) == int(re.search(r"num_epochs: (\d+)", preset)[1])
+    assert int(max_train_steps) == int(re.search(r"max_train_steps: (\d+)", preset)[1])
     assert num_sprites == "5"
 
 
