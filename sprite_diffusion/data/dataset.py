@@ -26,6 +26,7 @@ from sprite_diffusion.data.decoding import (
     choose_mode,
     crop_and_flip,
     name_image,
+    premultiply,
     prepare_or_skip,
     to_model_range,
 )
@@ -239,11 +240,7 @@ def load_tensor(
         if len(values) != len(images):
             raise UserInputError(f"{len(values)} class labels for {len(images)} images: give one for each")
         ids, class_names = to_class_ids(values, None, config, "class_labels")
-    pixels = images.cpu().numpy()
-    if pixels.shape[1] == 4:
-        colours, alpha = pixels[:, :3].astype(np.uint16), pixels[:, 3:]
-        pixels = np.concatenate([((colours * alpha + 127) // 255).astype(np.uint8), alpha], axis=1)
-    dataset = StoredImages(ImageStore.from_array(pixels), ids, config.image_size)
+    dataset = StoredImages(ImageStore.from_array(premultiply(images.cpu()).numpy()), ids, config.image_size)
     return ImageData(dataset, class_names, [], "images in memory")
 
 

@@ -288,6 +288,14 @@ def crop_and_flip(pixels: np.ndarray, offsets: np.ndarray, flip: bool, image_siz
     return pixels[:, :, ::-1] if flip else pixels
 
 
+def premultiply(pixels: torch.Tensor) -> torch.Tensor:
+    """Returns uint8 images (N, C, H, W) with the colours of four channels multiplied by alpha, as Pillow does it."""
+    if pixels.shape[1] != 4:
+        return pixels
+    colours, alpha = pixels[:, :3].int(), pixels[:, 3:]
+    return torch.cat([((colours * alpha + 127) // 255).to(torch.uint8), alpha], dim=1)
+
+
 def to_model_range(pixels: torch.Tensor) -> torch.Tensor:
     """Maps all levels of uint8 or uint16 to float32 in [-1, 1]; floating-point pixels are returned as they are."""
     if pixels.is_floating_point():

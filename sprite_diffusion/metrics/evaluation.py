@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from pipelines import to_straight_alpha
 from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.data.decoding import premultiply
 from sprite_diffusion.metrics.distances import (
     Distance,
     cmmd,
@@ -157,9 +158,7 @@ def generate(
             guidance_scale=guidance_scale,
         )
         images = sample_images(pipeline, sampler, request, show_progress=False)
-        if images.shape[1] == 4:  # as the real images are
-            images = torch.cat([images[:, :3] * images[:, 3:], images[:, 3:]], dim=1)
-        yield torch.tensor(rows), to_pixels(images, scale=1)
+        yield torch.tensor(rows), premultiply(to_pixels(images, scale=1))  # as a file of them would be read
         bar.update(len(rows))
     bar.close()
 
