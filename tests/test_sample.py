@@ -425,7 +425,7 @@ def test_errors_of_transparent_predictions_are_opaque():
     _, predicted, error, _, _, error_of_other = figure.rows
     tolerance = {"rtol": 0, "atol": 8 * 2**-24 / 0.006 / 0.7}  # as above, divided by alpha
     for row, expected in ((predicted, [1, 1, 1, 0.7]), (error, [0, 0, 0, 1]), (error_of_other, [0.4, 0.4, 0.4, 1])):
-        torch.testing.assert_close(row, torch.tensor(expected).view(4, 1, 1).expand_as(row), **tolerance)
+        torch.testing.assert_close(row, torch.tensor(expected).float().view(4, 1, 1).expand_as(row), **tolerance)
 
 
 def test_frames_of_samplers_whose_noise_grows_are_shown_in_range(sample):
