@@ -87,7 +87,7 @@ def draw_variances() -> None:
 
 def draw_forward_process() -> None:
     timesteps = [0, 50, 100, 200, 300, 500, 700, 999]
-    image = torch.from_numpy(draw_sprite(0).image).permute(2, 0, 1).float() / 127.5 - 1  # uint8 -> [-1, 1]
+    image = torch.from_numpy(draw_sprite(0).image[..., :3]).permute(2, 0, 1).float() / 127.5 - 1  # uint8 -> [-1, 1]
     noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
     figure, grid = plt.subplots(2, len(timesteps), figsize=(8, 2.4))
     for row, (label, schedule) in zip(grid, {"linear": "linear", "cosine": "squaredcos_cap_v2"}.items(), strict=True):

@@ -103,7 +103,9 @@ class _DDPMPipeline(DiffusionPipeline):
                 The starting noise x_T, standard normal; drawn with `generator` if not given.
             output_type (`str`, defaults to `"pil"`):
                 `"pil"` for `PIL.Image`s, `"np"` for an array `(batch_size, height, width, channels)` in [0, 1],
-                `"pt"` for a tensor `(batch_size, channels, height, width)` in [0, 1].
+                `"pt"` for a tensor `(batch_size, channels, height, width)` in [0, 1]. Images of four channels are
+                RGBA with straight alpha, as image files are, although the network and the callback see the colours
+                multiplied by alpha.
             return_dict (`bool`, defaults to `True`):
                 Whether to return an [`~diffusers.ImagePipelineOutput`] or a tuple.
             callback_on_step_end (`Callable`, *optional*):
@@ -147,7 +149,8 @@ class _DDPMPipeline(DiffusionPipeline):
                 latents = callback_on_step_end(self, i, t, passed).pop("latents", latents)
 
         # 4. [-1, 1] -> images
-        images = VaeImageProcessor().postprocess(latents, output_type=output_type)
+        images = to_straight_alpha((latents / 2 + 0.5).clamp(0, 1))
+        images = VaeImageProcessor(do_normalize=False).postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -204,6 +207,8 @@ class UnconditionalDDPMPipeline(_DDPMPipeline):
         config of `ClosedFormDDPMScheduler` is that of `DDPMScheduler`. It holds this pipeline and that scheduler as
         code too: `from_pretrained(..., custom_pipeline="pipeline", trust_remote_code=True)` takes them. With another
         network the code is in the index, and loading takes `trust_remote_code=True`.
+
+        The stock pipeline leaves the colours of RGBA images multiplied by alpha: they are the same where alpha is 255.
 
         Args:
             save_directory (`str`): The folder, made if missing.
@@ -365,6 +370,18 @@ class ConditionalDDPMPipeline(_DDPMPipeline):
             yield
         finally:
             hook.remove()
+
+
+def to_straight_alpha(images: torch.Tensor) -> torch.Tensor:
+    """Returns images (..., C, H, W) in [0, 1]: the colours of RGBA, which are multiplied by alpha, divided by it.
+
+    Where alpha is 0 as one of 256 levels, the image is black. Those of other than four channels stay as they are.
+    """
+    if images.shape[-3] != 4:
+        return images
+    alpha = images[..., 3:, :, :]
+    colours = torch.where((255 * alpha).round() > 0, images[..., :3, :, :] / alpha, 0).clamp(max=1)
+    return torch.cat([colours, alpha], dim=-3)
 
 
 def _scale_initial_noise(scheduler: Any, noise: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 from filelock import FileLock
 from PIL import Image, ImageCms, ImageDraw
 
+from pipelines import to_straight_alpha
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data import decoding
 from sprite_diffusion.data.config import DataConfig
@@ -237,6 +238,104 @@ def test_exif_orientation_is_applied(load, pictures):
     np.testing.assert_array_equal(levels[0], np.rot90(grey, k=-1))
 
 
+# Transparency that is kept: the colours are multiplied by it
+
+
+def premultiplied(rgba):
+    """Returns the levels (..., 4, H, W) that the network sees of straight ones."""
+    colours, alpha = np.asarray(rgba)[..., :3, :, :], np.asarray(rgba)[..., 3:, :, :]
+    return np.concatenate([compose(colours, alpha, 0), alpha], axis=-3)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"])
+def test_mode_with_transparency(mode, load, pictures):
+    image, levels = make_mode(mode)
+    white = 65535 if mode in ("I;16", "I", "F") else 255
+    image.save(pictures / ("image.tiff" if mode in ("CMYK", "I", "F") else "image.png"))
+    if mode in ("LA", "RGBA"):
+        *colours, alpha = np.asarray(image).transpose(2, 0, 1)
+        levels = [compose(colour, alpha, background=0) for colour in colours]
+    else:
+        alpha = np.full((8, 8), white)
+    expected = [*np.broadcast_to(levels, (3, 8, 8)), alpha]
+    data = load(train_data_dir=str(pictures), resolution="8", image_mode="RGBA")
+    assert data.num_channels == 4
+    np.testing.assert_array_equal(read_one(data, white), expected)
+
+
+def test_colour_that_stands_for_transparency(load, pictures):
+    """A PNG file may name one grey, colour or entry of its palette."""
+    grey, rgb = np.array([[9, 5], [5, 7]], np.uint8), np.array([[[9, 8, 7], [1, 2, 3]]] * 2, np.uint8)
+    palette = Image.fromarray(np.array([[0, 1], [2, 1]], np.uint8))
+    palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    none = [0, 0, 0, 0]
+    for image, transparency, expected in [
+        (Image.fromarray(grey), 5, [[[9, 9, 9, 255], none], [none, [7, 7, 7, 255]]]),
+        (Image.fromarray(rgb), (1, 2, 3), [[[9, 8, 7, 255], none]] * 2),
+        (palette, 1, [[[10, 20, 30, 255], none], [[70, 80, 90, 255], none]]),
+        (Image.fromarray(grey.astype(np.uint16)), 5, [[[9, 9, 9, 65535], none], [none, [7, 7, 7, 65535]]]),
+    ]:
+        image.save(pictures / "a.png", transparency=transparency)
+        data = load(train_data_dir=str(pictures), resolution="2", image_mode="RGBA")
+        levels = read_one(data, 65535 if image.mode == "I;16" else 255)
+        assert levels.transpose(1, 2, 0).tolist() == expected, image.mode
+        # It is not lost where the colours are converted.
+        image.save(pictures / "a.png", transparency=transparency, icc_profile=exchange_red_and_green(SRGB_PROFILE))
+        data = load(train_data_dir=str(pictures), resolution="2", image_mode="RGBA")
+        alpha = read_one(data, 65535 if image.mode == "I;16" else 255)[3]
+        np.testing.assert_array_equal(alpha, np.array(expected)[..., 3], image.mode)
+
+
+def test_hidden_colours_leave_no_halo(load, pictures):
+    """A green square, beside whose edge magenta is hidden, is made a third as large."""
+    rgba = np.full((12, 12, 4), (255, 0, 255, 0), np.uint8)
+    rgba[4:8, 4:8] = 0, 150, 30, 255
+    Image.fromarray(rgba).save(pictures / "a.png")
+    data = load(train_data_dir=str(pictures), resolution="4", image_mode="RGBA", interpolation="box")
+    levels = read_one(data)
+    # Of the 3 rows and columns that make one pixel, 2 are the square's: 4 pixels of 9, the colours times 4/9.
+    assert levels[:, 1:3, 1:3].tolist() == [np.full((2, 2), level).tolist() for level in (0, 67, 13, 113)]
+    edge = np.ones((4, 4), bool)
+    edge[1:3, 1:3] = False
+    assert not levels[:, edge].any()
+    straight = 255 * to_straight_alpha(torch.from_numpy(levels / 255))[:, 1:3, 1:3]
+    # Half a level of rounding, enlarged by 255 / 113.
+    np.testing.assert_allclose(straight[:3].amax((1, 2)), [0, 150, 30], atol=0.5 * 255 / 113 + 0.5)
+
+
+@pytest.mark.parametrize("interpolation", ["lanczos", "bicubic", "bilinear", "box", "nearest"])
+def test_resized_colours_do_not_exceed_their_alpha(interpolation, load, pictures):
+    Image.fromarray(random_pixels(12, 12, 4)).save(pictures / "a.png")
+    flags = {"resolution": "32", "image_mode": "RGBA", "interpolation": interpolation}
+    levels = read_one(load(train_data_dir=str(pictures), **flags))
+    assert (levels[:3] <= levels[3]).all()
+    assert levels[:3].any()
+
+
+def test_padding_is_transparent(load, pictures):
+    rgba = random_pixels(4, 8, 4)
+    Image.fromarray(rgba).save(pictures / "a.png")
+    flags = {"resolution": "8", "resize_mode": "pad", "image_mode": "RGBA"}
+    levels = read_one(load(train_data_dir=str(pictures), **flags))
+    np.testing.assert_array_equal(levels[:, 2:6], premultiplied(rgba.transpose(2, 0, 1)))
+    assert not levels[:, [0, 1, 6, 7]].any()
+
+
+def test_colours_come_back_from_their_products_with_alpha(load, pictures):
+    rgba = random_pixels(32, 32, 4)
+    rgba[:8, :, 3], rgba[8:16, :, 3] = 255, 0
+    Image.fromarray(rgba).save(pictures / "a.png")
+    levels = read_one(load(train_data_dir=str(pictures), resolution="32", image_mode="RGBA"))
+    straight = (255 * to_straight_alpha(torch.from_numpy(levels / 255))).round().numpy().transpose(1, 2, 0)
+    np.testing.assert_array_equal(straight[:8], rgba[:8])
+    assert not straight[8:16].any()
+    alpha = rgba[16:, :, 3:]
+    np.testing.assert_array_equal(straight[16:, :, 3:], alpha)
+    # Two roundings of half a level, the first of a level of alpha.
+    error = np.abs(straight[16:, :, :3] - rgba[16:, :, :3])[alpha[..., 0] > 0]
+    assert (error <= 0.5 * 255 / alpha[alpha > 0][:, None] + 0.5).all()
+
+
 # Shape
 
 
@@ -395,6 +494,31 @@ def test_built_in_sprites(load):
     np.testing.assert_array_equal(data.dataset.class_labels, class_labels)
     assert data.id2label == dict(enumerate(CLASS_NAMES))
     assert (data.num_images, data.num_channels, data.skipped_images) == (20, 3, [])
+
+
+def test_built_in_sprites_with_transparency(load):
+    data = load(with_labels=True, resolution="16", max_train_samples=20, image_mode="RGBA")
+    images, _, _ = draw_sprites(20, transparent=True)
+    expected = images * (images[..., 3:] == 255)  # black where nothing is drawn
+    np.testing.assert_array_equal(to_levels(read_all(data)), expected.transpose(0, 3, 1, 2))
+
+
+def test_arrays_with_straight_alpha(load, tmp_path):
+    images = random_pixels(5, 8, 8, 4)
+    np.save(tmp_path / "images.npy", images)
+    expected = premultiplied(images.transpose(0, 3, 1, 2))
+    data = load(dataset_name=str(tmp_path / "images.npy"), resolution="8", image_mode="RGBA")
+    np.testing.assert_array_equal(to_levels(read_all(data)), expected)
+    tensor = torch.from_numpy(images).permute(0, 3, 1, 2)
+    in_memory = load_tensor(tensor, DataConfig(resolution="8"))
+    assert in_memory.num_channels == 4
+    np.testing.assert_array_equal(to_levels(read_all(in_memory)), expected)
+    np.save(tmp_path / "images.npy", images[..., :3])  # which need no copy in their own mode
+    data = load(dataset_name=str(tmp_path / "images.npy"), resolution="8", image_mode="RGBA")
+    opaque = np.full((5, 1, 8, 8), 255)
+    np.testing.assert_array_equal(
+        to_levels(read_all(data)), np.concatenate([images[..., :3].transpose(0, 3, 1, 2), opaque], 1)
+    )
 
 
 def test_labels_only_where_asked_for(load):
@@ -604,7 +728,8 @@ TENSOR_ERRORS = {
     "float": (BYTES.float(), None, ["torch.float32", "(3, 3, 8, 8)", "uint8"]),
     "bfloat16": (BYTES.bfloat16(), None, ["torch.bfloat16", "uint8"]),
     "three axes": (BYTES[:, :, 0], None, ["(3, 3, 8)", "(N, C, H, W)"]),
-    "channels last": (BYTES.movedim(1, 3), None, ["(3, 8, 8, 3)", "1 or 3 channels"]),
+    "channels last": (BYTES.movedim(1, 3), None, ["(3, 8, 8, 3)", "1, 3 or 4 channels"]),
+    "two channels": (BYTES[:, :2], None, ["(3, 2, 8, 8)", "1, 3 or 4 channels"]),
     "no images": (BYTES[:0], None, ["(0, 3, 8, 8)"]),
     "too low": (BYTES[:, :, :7], None, ["--resolution 8", "8x7"]),
     "too narrow": (BYTES[:, :, :, :7], None, ["--resolution 8", "7x8"]),
@@ -912,6 +1037,20 @@ def test_stream_gives_the_same_images(load, coloured_tree):
     assert stream.num_images is None
     assert as_multiset(stream) == as_multiset(in_memory)
     assert len(as_multiset(load(with_labels=True, streaming=True, max_train_samples=5, **flags))) == 5
+
+
+def test_stream_with_transparency(load, pictures):
+    """Images of any mode may come in any order: they all have four channels."""
+    save_tree(pictures, [f"{k:02}.png" for k in range(20)])
+    rgba = random_pixels(8, 8, 4)
+    Image.fromarray(rgba).save(pictures / "99.png")
+    data = load(train_data_dir=str(pictures), resolution="8", streaming=True, image_mode="RGBA")
+    images = [to_levels(item["images"]) for item in data.dataset]
+    assert (data.num_channels, len(images)) == (4, 21)
+    assert sorted(image[:, 0, 0].tolist() for image in images if (image[3] == 255).all()) == [
+        [k, k, k, 255] for k in range(20)
+    ]
+    assert any(np.array_equal(image, premultiplied(rgba.transpose(2, 0, 1))) for image in images)
 
 
 def test_stream_depends_on_seed_and_epoch(load, coloured_tree):

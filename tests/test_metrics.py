@@ -106,6 +106,19 @@ class TestRealImages:
         assert len(set(keys)) == len(keys)
         assert sprites().key == keys[0]
 
+    def test_what_transparent_pixels_hide_makes_no_difference(self, tmp_path):
+        images = np.random.default_rng(0).integers(256, size=(20, 8, 8, 4), dtype=np.uint8)
+        images[..., 3] = np.random.default_rng(1).choice([0, 128, 255], images.shape[:3])
+        keys = []
+        for hidden in (0, 99):
+            images[images[..., 3] == 0] = hidden, 0, hidden, 0
+            np.save(tmp_path / "images.npy", images)
+            flags = {"dataset_name": str(tmp_path / "images.npy"), "with_labels": False, "resolution": "8"}
+            real = sprites(**flags, image_mode="RGBA")
+            keys.append(real.key)
+        assert keys[0] == keys[1]
+        assert (real[np.arange(20)][:, :3] <= real[np.arange(20)][:, 3:]).all()
+
     @pytest.mark.parametrize("searched_at_once", [4096, 17])
     def test_nearest(self, monkeypatch, searched_at_once):
         monkeypatch.setattr(real_images, "SEARCHED_AT_ONCE", searched_at_once)
@@ -437,6 +450,9 @@ class TestExtractors:
         report, _ = measure(real, images, extractor=extractor)
         assert report.figures["cmmd"].value == pytest.approx(0, abs=1e-6)
         assert list(report.figures)[:2] == ["frechet_distance", "cmmd"]  # and not FID
+        transparent = sprites(60, with_labels=False, image_mode="RGBA")[real.reference]
+        assert transparent.shape[1] == 4
+        assert torch.equal(extractor.extract(transparent), extractor.extract(images))  # is laid on white
 
     def test_a_clip_model_that_is_not_there(self, tmp_path):
         with pytest.raises(UserInputError, match="--clip_model"):
@@ -588,6 +604,22 @@ class TestCalculateMetrics:
         assert "warning: images of" not in capsys.readouterr().out
         run_script("calculate_metrics", f"{tmp_path / 'scale-2'} {data} --resolution 16", tmp_path / "out")
         assert "warning: images of 32x32" in capsys.readouterr().out
+
+    def test_a_run_with_transparency_and_a_folder_of_its_files(self, run_script, tmp_path):
+        data = "--dataset_name sprites --max_train_samples 60 --image_mode RGBA"
+        run_script("train_unconditional", f"{TINY} {data} --num_epochs 1 --save_images_epochs 1", tmp_path / "run")
+        run_script("calculate_metrics", f"{tmp_path / 'run'} {self.FLAGS}")
+        flags = f"--num_images 20 --scheduler ddim --num_inference_steps 2 --scale 1 --output {tmp_path / 'files'}"
+        run_script("sample", f"{tmp_path / 'run'} {flags}")
+        assert Image.open(tmp_path / "files" / "00000.png").mode == "RGBA"
+        run_script("calculate_metrics", f"{tmp_path / 'files'} {data}", tmp_path / "out")
+        assert read_metrics(tmp_path / "out")["figures"] == read_metrics(tmp_path / "run")["figures"]
+        pairs = Image.open(tmp_path / "out" / "closest_pairs.png")
+        # The board is on the picture, under the transparent corners of the training images at least.
+        assert (pairs.mode, (204, 204, 204) in {colour for _, colour in pairs.getcolors(2**20)}) == ("RGB", True)
+        card = (tmp_path / "run" / "README.md").read_text()
+        assert "of 16x16 RGBA images" in card
+        assert "Its images have straight alpha" in card
 
     def test_grey_images_that_are_not_square(self, run_script, tmp_path):
         images = np.random.default_rng(0).integers(256, size=(40, 8, 12, 1), dtype=np.uint8)

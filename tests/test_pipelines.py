@@ -18,7 +18,7 @@ from diffusers import (
 from launching import PYTHON, run_command
 
 from models import BasicUNet2DModel, ContextUNet2DModel
-from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline
+from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline, to_straight_alpha
 from schedulers import ClosedFormDDPMScheduler, LinearCorruptionScheduler
 
 ID2LABEL = {0: "hero", 1: "food", 2: "spell"}
@@ -141,6 +141,34 @@ def test_one_channel_and_non_square():
     picture = pipeline(1, 3, torch.Generator().manual_seed(0)).images[0]
     assert picture.size == (8, 12)
     assert picture.mode == "L"
+
+
+def test_straight_alpha_is_the_quotient():
+    # Colour times alpha, and alpha; a colour above its alpha is white, and below half a level there is none.
+    pixels = torch.tensor([[0.1, 0.2], [0.3, 0.2], [0.2, 0.1], [0.0019, 0.0019], [0.002, 0.002], [0, 0], [1, 1]])
+    images = pixels[:, [0, 0, 0, 1], None, None]
+    expected = torch.tensor([0.5, 1, 1, 0, 1, 0, 1])
+    straight = to_straight_alpha(images)
+    torch.testing.assert_close(straight[:, 0, 0, 0], expected)
+    assert torch.equal(straight[:, 3], images[:, 3])
+    assert torch.equal(to_straight_alpha(images[:, :3]), images[:, :3])
+
+
+def test_images_of_four_channels_have_straight_alpha():
+    pipeline = quiet(UnconditionalDDPMPipeline(tiny_unet(in_channels=4, out_channels=4), ClosedFormDDPMScheduler()))
+    levels = torch.tensor([51, 204, 0, 204])  # colours times alpha, and alpha
+
+    def give(pipeline, i, t, tensors):
+        return {"latents": (levels / 127.5 - 1).view(1, 4, 1, 1).expand(2, 4, 8, 8)}
+
+    def run(**kwargs):
+        return pipeline(2, 2, callback_on_step_end=give, **kwargs).images
+
+    picture = run()[1]
+    assert (picture.mode, picture.size) == ("RGBA", (8, 8))
+    assert (np.asarray(picture) == [64, 255, 0, 204]).all()  # 51 / 204 of 255 is 63.75
+    np.testing.assert_allclose(run(output_type="np")[0, 0, 0], [0.25, 1, 0, 0.8], atol=1e-6)
+    np.testing.assert_allclose(run(output_type="pt")[0, :, 0, 0], [0.25, 1, 0, 0.8], atol=1e-6)
 
 
 def test_classes_and_shape_are_the_networks(unconditional, conditional):

@@ -114,7 +114,7 @@ def images(draw):
     resolution=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     resize_mode=st.sampled_from(["crop", "pad"]),
     interpolation=st.sampled_from(["lanczos", "bicubic", "bilinear", "box", "nearest"]),
-    image_mode=st.sampled_from(["auto", "L", "RGB"]),
+    image_mode=st.sampled_from(["auto", "L", "RGB", "RGBA"]),
     center_crop=st.booleans(),
     background=st.sampled_from(["white", "black", "#ff8000"]),
 )
@@ -129,11 +129,13 @@ def test_prepared_image_has_the_promised_shape_and_type(image, resolution, **fla
     channels, rows, columns = pixels.shape
     assert pixels.dtype == (np.uint16 if image.mode in ("I", "F", "I;16") else np.uint8)
     if flags["image_mode"] != "auto":
-        assert channels == {"L": 1, "RGB": 3}[flags["image_mode"]]
+        assert channels == {"L": 1, "RGB": 3, "RGBA": 4}[flags["image_mode"]]
     elif flags["background"] == "#ff8000" or image.mode in ("P", "RGB", "RGBA", "CMYK"):
         assert channels == 3
     else:
         assert channels in (1, 3)
+    if channels == 4:
+        assert (pixels[:3] <= pixels[3]).all()
     if flags["resize_mode"] == "pad" or flags["center_crop"]:
         assert (rows, columns) == (height, width)
     else:

@@ -89,10 +89,12 @@ def known_image_pipeline(prediction_type: str, **process) -> UnconditionalDDPMPi
     return UnconditionalDDPMPipeline(model, scheduler)
 
 
-def unet(seed: int, num_classes: int | None = None) -> UNet2DModel:
+def unet(seed: int, num_classes: int | None = None, num_channels: int = 3) -> UNet2DModel:
     torch.manual_seed(seed)
     model = UNet2DModel(
         sample_size=8,
+        in_channels=num_channels,
+        out_channels=num_channels,
         block_out_channels=(8,),
         down_block_types=("DownBlock2D",),
         up_block_types=("UpBlock2D",),
@@ -118,6 +120,7 @@ def conditional_pipeline(seed: int = 0) -> ConditionalDDPMPipeline:
 def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     UnconditionalDDPMPipeline(unet(0), random_process()).save_pretrained(folder / "unconditional")
+    UnconditionalDDPMPipeline(unet(0, num_channels=4), random_process()).save_pretrained(folder / "transparent")
     conditional_pipeline().save_pretrained(folder / "conditional")
     for epoch in (4, 8):
         conditional_pipeline(epoch).save_pretrained(folder / "run" / "snapshots" / f"epoch-{epoch:04d}")
@@ -382,6 +385,47 @@ def test_animation_ends_with_the_samples(sample):
     predictions.seek(5)
     # DDIM's last step returns its prediction; a GIF has 256 colours, fewer than this grid.
     assert np.abs(np.asarray(predictions.convert("RGB")).astype(int) - grid).mean() < 16
+
+
+def test_transparent_samples_are_files_with_alpha_and_lie_on_a_checkerboard(sample, tmp_path):
+    flags = "--num_images 4 --num_inference_steps 2 --scheduler ddim --scale 2"
+    sample("transparent", f"{flags} --output out")
+    sample("transparent", f"{flags} --output grid.png --animate frames.webp")
+    file = Image.open("out/00003.png")
+    assert (file.mode, file.size) == ("RGBA", (16, 16))
+    rgba = np.asarray(file).astype(int)
+    colours, alpha = rgba[..., :3], rgba[..., 3:]
+    assert len(np.unique(alpha)) > 10
+    odd = np.add.outer(np.arange(16) // 8, np.arange(16) // 8) % 2
+    board = np.where(odd, 204, 255)[..., None]  # squares of 8 pixels, white and light grey
+    expected = (colours * alpha + board * (255 - alpha) + 127) // 255
+    assert Image.open("grid.png").mode == "RGB"
+    grid = pixels("grid.png")
+    assert grid.shape == (38, 38, 3)  # images of 16 pixels, 2 apart
+    np.testing.assert_array_equal(grid[20:36, 20:36], expected)
+    frames = Image.open("frames.webp")
+    frames.seek(frames.n_frames - 1)
+    np.testing.assert_array_equal(np.asarray(frames.convert("RGB")), grid)
+    # A labelled grid has the same ground, and data gets the model's channels.
+    picture = np.zeros((8, 8, 4), np.uint8)
+    picture[:4] = 200, 0, 100, 255
+    Image.fromarray(picture).save("picture.png")
+    sample("transparent", f"--forward {tmp_path / 'picture.png'} --scale 2")
+    canvas = pixels("forward.png")
+    pitch = canvas.shape[1] // 11
+    clean = canvas[2:18, canvas.shape[1] - 11 * pitch + (pitch - 16) // 2 :][:, :16]
+    np.testing.assert_array_equal(clean[:8], np.full((8, 16, 3), (200, 0, 100)))
+    np.testing.assert_array_equal(clean[8:], np.broadcast_to(board[8:], (8, 16, 3)))
+
+
+def test_errors_of_transparent_predictions_are_opaque():
+    images = torch.full((2, 4, 8, 8), 0.4)
+    images[1, 3] = -0.4  # of this one the network is wrong about alpha alone
+    figure = show_predictions(known_image_pipeline("epsilon"), [], images, None, seed=0)
+    _, predicted, error, _, _, error_of_other = figure.rows
+    tolerance = {"rtol": 0, "atol": 8 * 2**-24 / 0.006 / 0.7}  # as above, divided by alpha
+    for row, expected in ((predicted, [1, 1, 1, 0.7]), (error, [0, 0, 0, 1]), (error_of_other, [0.4, 0.4, 0.4, 1])):
+        torch.testing.assert_close(row, torch.tensor(expected).float().view(4, 1, 1).expand_as(row), **tolerance)
 
 
 def test_frames_of_samplers_whose_noise_grows_are_shown_in_range(sample):

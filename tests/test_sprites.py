@@ -62,11 +62,29 @@ def test_wrong_drawings_are_named_with_their_file(tmp_path, drawing, is_wrong):
         ]
 
 
+def test_transparent_sprites_are_those_on_white_and_end_at_their_outline():
+    images, class_labels, captions = draw_sprites(200, transparent=True)
+    on_white = draw_sprites(200)
+    np.testing.assert_array_equal(images[..., :3], on_white[0])
+    np.testing.assert_array_equal(class_labels, on_white[1])
+    assert captions == on_white[2]
+    assert set(np.unique(images[..., 3])) == {0, 255}
+    assert (images[images[..., 3] == 0][:, :3] == 255).all()
+    num_white = 0
+    for image in images:
+        outside = np.pad(image[..., 3] == 0, 1)
+        beside = outside[:-2, 1:-1] | outside[2:, 1:-1] | outside[1:-1, :-2] | outside[1:-1, 2:]
+        # Whatever is drawn has ink around it, so that only ink lies beside what is transparent.
+        assert len(np.unique(image[beside & (image[..., 3] == 255)], axis=0)) == 1
+        num_white += ((image == 255).all(-1)).sum()
+    assert num_white > 200  # eyes, teeth and the like are not taken for background
+
+
 def test_a_sprite_depends_on_seed_and_index_only():
     images, class_labels, captions = draw_sprites(50, seed=3)
     for index in reversed(range(50)):
         sprite = draw_sprite(index, seed=3)
-        np.testing.assert_array_equal(sprite.image, images[index])
+        np.testing.assert_array_equal(sprite.image[..., :3], images[index])
         assert (sprite.class_label, sprite.caption) == (class_labels[index], captions[index])
     other = draw_sprites(50, seed=4)[0]
     assert not any(np.array_equal(image, other_image) for image, other_image in zip(images, other, strict=True))

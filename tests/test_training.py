@@ -3,12 +3,13 @@
 import io
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from diffusers import DiffusionPipeline, UNet2DModel
 from inspecting import assert_same_weights, read_events, read_scalars, weights
-from launching import LAUNCH, TINY, finish, start
+from launching import LAUNCH, PYTHON, TINY, finish, run_command, start
 from PIL import Image
 
 from sprite_diffusion.sampling.pipeline_loading import load_pipeline
@@ -55,6 +56,41 @@ def test_resumed_run_equals_the_uninterrupted_one(run_script, tmp_path, flags):
     assert_same_weights(weights(whole / final, "model.safetensors"), weights(resumed / final, "model.safetensors"))
     grid = "samples/" + sorted(p.name for p in (whole / "samples").iterdir())[-1]
     assert (whole / grid).read_bytes() == (resumed / grid).read_bytes()
+
+
+DIFFUSERS_ALONE = """
+import sys
+for name in ("models", "pipelines", "schedulers", "sprite_diffusion"):  # an installed copy must not help
+    sys.modules[name] = None
+import torch
+from diffusers import DiffusionPipeline
+folder, trust, out = sys.argv[1:]
+pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=trust == "trust")
+picture = pipeline(generator=torch.Generator().manual_seed(4), num_inference_steps=5).images[0]
+picture.save(out)
+print(type(pipeline).__name__, picture.mode)
+"""
+
+
+@pytest.mark.parametrize("script", ["train_unconditional", "train_conditional"])
+def test_transparent_models_draw_transparent_images_anywhere(run_script, tmp_path, script):
+    run_script(script, f"{TINY} --image_mode RGBA --num_epochs 1", tmp_path / "run")
+    assert Image.open(tmp_path / "run" / "samples" / "step-000004.png").mode == "RGB"  # on a checkerboard
+    pipeline = load_pipeline(str(tmp_path / "run"))
+    (ours,) = pipeline(generator=torch.Generator().manual_seed(4), num_inference_steps=5).images
+    assert (ours.mode, ours.size) == ("RGBA", (16, 16))
+    is_stock = script == "train_unconditional"
+    arguments = [str(tmp_path / "run"), "no trust" if is_stock else "trust", str(tmp_path / "image.png")]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    printed = run_command([*PYTHON, "-I", "-c", DIFFUSERS_ALONE, *arguments], cwd=tmp_path, environment=threads).stdout
+    assert printed.split() == ["DDPMPipeline" if is_stock else "ConditionalDDPMPipeline", "RGBA"]
+    theirs = np.asarray(Image.open(tmp_path / "image.png")).astype(int)
+    expected = np.asarray(ours).astype(int)
+    if is_stock:  # whose colours are multiplied by alpha, and may exceed it
+        expected[..., :3] = (expected[..., :3] * expected[..., 3:] + 127) // 255
+        theirs[..., :3] = np.minimum(theirs[..., :3], theirs[..., 3:])
+    # The stock scheduler's float32 tables cost it up to 1e-4 of its coefficients, and each rounding half a level.
+    np.testing.assert_allclose(theirs, expected, atol=2 if is_stock else 0)
 
 
 def test_saved_config_repeats_the_run(run_script, tmp_path):

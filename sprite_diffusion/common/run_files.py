@@ -19,6 +19,7 @@ REPORT_FILE = "report.html"
 SKIPPED_IMAGES_FILE = "skipped_images.jsonl"
 SUMMARY_FILE = "training_summary.json"
 TRAINING_LOG_FILE = "training_log.jsonl"  # a line for each time that the loss was logged
+NETWORK_CONFIG_FILE = "unet/config.json"
 WEIGHTS_FILE = "unet/diffusion_pytorch_model.safetensors"
 SAMPLES_DIR = "samples"
 SNAPSHOTS_DIR = "snapshots"

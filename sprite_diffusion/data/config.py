@@ -9,6 +9,8 @@ from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.common.flags import as_flags, check_values, flag, make_parser, read_yaml, suggest
 
 BUILT_IN_DATASET = "sprites"
+ImageMode = Literal["auto", "L", "RGB", "RGBA"]
+IMAGE_MODES: dict[int, ImageMode] = {1: "L", 3: "RGB", 4: "RGBA"}  # by the channels of an image
 MAX_SIDE = 2**14  # pixels; a network's activations of larger images would not fit into any memory
 
 
@@ -48,10 +50,16 @@ class DataConfig:
     interpolation: Literal["lanczos", "bicubic", "bilinear", "box", "nearest"] = flag(
         "lanczos", "Resize filter; 'nearest' for pixel art.", changes="pixels"
     )
-    image_mode: Literal["auto", "L", "RGB"] = flag(
-        "auto", "Channels to train on: grey, colour, or what the data has.", changes="pixels"
+    image_mode: ImageMode = flag(
+        "auto",
+        "Channels to train on: grey, colour, colour with transparency, or 'auto': grey or colour, as the data has.",
+        changes="pixels",
     )
-    background: str = flag("white", "Colour under transparent pixels and around padded images.", changes="pixels")
+    background: str = flag(
+        "white",
+        "Colour under transparent pixels and around padded images; of no use to 'RGBA', where both stay transparent.",
+        changes="pixels",
+    )
     on_bad_image: Literal["error", "skip"] = flag(
         "error", "What to do about an image that can't be decoded.", changes="pixels"
     )

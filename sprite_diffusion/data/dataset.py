@@ -20,12 +20,13 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from sprite_diffusion.common.errors import UserInputError
-from sprite_diffusion.data.config import BUILT_IN_DATASET, DataConfig
+from sprite_diffusion.data.config import BUILT_IN_DATASET, IMAGE_MODES, DataConfig
 from sprite_diffusion.data.decoding import (
     SkippedImage,
     choose_mode,
     crop_and_flip,
     name_image,
+    premultiply,
     prepare_or_skip,
     to_model_range,
 )
@@ -54,7 +55,7 @@ class ImageData:
 
     @property
     def num_channels(self) -> int:
-        """Returns 1 for grey images, 3 for colour."""
+        """Returns 1 for grey images, 3 for colour, 4 for colours times alpha, and alpha."""
         return self.dataset.num_channels
 
     @property
@@ -214,20 +215,21 @@ def load_image_data(config: DataConfig, with_labels: bool | None, streaming: boo
 def load_tensor(
     images: torch.Tensor, config: DataConfig, class_labels: torch.Tensor | np.ndarray | list[Any] | None = None
 ) -> ImageData:
-    """Returns images that are in memory already, to train on: neither resized nor converted.
+    """Returns images that are in memory already, to train on: neither resized nor converted to other channels.
 
     Args:
-        images: uint8 (N, C, H, W) of 1 or 3 channels. Images larger than `config.resolution` are cropped at random
-            places, others in every epoch.
+        images: uint8 (N, C, H, W) of 1, 3 or 4 channels. The fourth is straight alpha, as image files have it: the
+            colours are multiplied by it here, for a network that gives images with transparency. Images larger than
+            `config.resolution` are cropped at random places, others in every epoch.
         config: `resolution`, and `class_names` if the classes have names; its other flags of images are not used.
         class_labels: Ids 0..K-1 or names (N,); None for images without classes.
 
     Raises:
         UserInputError: If the images are of another kind, or the labels do not fit them.
     """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in IMAGE_MODES or len(images) == 0:
         raise UserInputError(
-            f"images are {images.dtype} {tuple(images.shape)}: they must be uint8 (N, C, H, W) with 1 or 3 channels"
+            f"images are {images.dtype} {tuple(images.shape)}: they must be uint8 (N, C, H, W) with 1, 3 or 4 channels"
         )
     (height, width), (rows, columns) = config.image_size, images.shape[2:]
     if rows < height or columns < width:
@@ -238,7 +240,7 @@ def load_tensor(
         if len(values) != len(images):
             raise UserInputError(f"{len(values)} class labels for {len(images)} images: give one for each")
         ids, class_names = to_class_ids(values, None, config, "class_labels")
-    dataset = StoredImages(ImageStore.from_array(images.cpu().numpy()), ids, config.image_size)
+    dataset = StoredImages(ImageStore.from_array(premultiply(images.cpu()).numpy()), ids, config.image_size)
     return ImageData(dataset, class_names, [], "images in memory")
 
 
@@ -307,8 +309,8 @@ def _decode_all(source: Source, config: DataConfig, with_labels: bool | None) ->
 
 def _is_ready(array: np.ndarray, config: DataConfig) -> bool:
     """Returns whether images (N, H, W, C) uint8 would be decoded to what they are, so that they need no copy."""
-    mode = {1: "L", 3: "RGB"}.get(array.shape[3])
-    return array.shape[1:3] == config.image_size and mode == choose_mode("L" if array.shape[3] == 1 else "RGB", config)
+    mode = IMAGE_MODES[array.shape[3]]
+    return array.shape[1:3] == config.image_size and mode != "RGBA" and mode == choose_mode(mode, config)
 
 
 def _cache_key(source: Source, config: DataConfig) -> str:

@@ -39,7 +39,7 @@ class BadImageError(Exception):
 def load_image_file(path: str, config: DataConfig) -> torch.Tensor:
     """Returns the image of a file, treated as those of a dataset are: (C, H, W) float32 in [-1, 1].
 
-    H and W are as in `prepare_image`. Raises `UserInputError` if the file can't be decoded.
+    C, H and W are as in `prepare_image`. Raises `UserInputError` if the file can't be decoded.
     """
     try:
         return to_model_range(torch.from_numpy(prepare_image(open_image(path, config), path, config)))
@@ -137,10 +137,12 @@ def _pixel_limit(max_pixels: int) -> Iterator[None]:
 
 
 def prepare_image(image: Image.Image, name: str, config: DataConfig) -> np.ndarray:
-    """Returns an image's pixels (C, H, W), with its transparency composed, resized as `config` says.
+    """Returns an image's pixels (C, H, W), resized as `config` says.
 
-    The pixels are uint8 or, if the image has more than 8 bits, uint16. H and W are `config.image_size`, except that
-    H or W is larger if training is to crop the image at a random place.
+    Transparency is composed with the background or, in mode 'RGBA', kept: the channels are then the colours times
+    alpha, and alpha, so that what lies hidden under transparent pixels is neither mixed into their neighbours nor
+    learned. The pixels are uint8 or, if the image has more than 8 bits, uint16. H and W are `config.image_size`,
+    except that H or W is larger if training is to crop the image at a random place.
 
     Args:
         image: An image of any mode.
@@ -161,19 +163,21 @@ def prepare_image(image: Image.Image, name: str, config: DataConfig) -> np.ndarr
     mode = choose_mode(image.mode, config)
     image = _to_srgb(image)
     # Before the resize, which would mix the hidden colour of transparent pixels into the edges.
-    image = _flatten(image, mode, config.background)
+    layers = _premultiply(image) if mode == "RGBA" else [_flatten(image, mode, config.background)]
     scale = (max if config.resize_mode == "crop" else min)(width / image.width, height / image.height)
     size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     if math.prod(size) > _max_pixels(config):
         raise BadImageError(f"is {image.width}x{image.height}, too thin to be resized to {size[0]}x{size[1]}")
-    pixels = np.asarray(image.resize(size, Image.Resampling[config.interpolation.upper()]))
-    if pixels.dtype == np.float32:
-        pixels = pixels.clip(0, 65535).round().astype(np.uint16)  # a resize may overshoot the range
-    pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)  # (C, H, W)
+    pixels = np.concatenate([_resize(layer, size, config.interpolation) for layer in layers])
     if mode == "RGB":
         pixels = np.broadcast_to(pixels, (3, *pixels.shape[1:]))
+    elif mode == "RGBA":
+        if len(pixels) == 2:
+            pixels = pixels[[0, 0, 0, 1]]  # grey and its alpha
+        pixels = np.minimum(pixels, pixels[3])  # a resize that overshoots leaves colours above their alpha
     if config.resize_mode == "pad":
-        return _pad(pixels, (height, width), ImageColor.getcolor(config.background, mode))
+        colour = (0, 0, 0, 0) if mode == "RGBA" else ImageColor.getcolor(config.background, mode)
+        return _pad(pixels, (height, width), colour)
     if config.center_crop:
         top, left = np.subtract(pixels.shape[1:], (height, width)) // 2
         pixels = pixels[:, top : top + height, left : left + width]
@@ -181,7 +185,7 @@ def prepare_image(image: Image.Image, name: str, config: DataConfig) -> np.ndarr
 
 
 def choose_mode(image_mode: str, config: DataConfig) -> str:
-    """Returns 'L' or 'RGB', the mode to train on, for an image of one of Pillow's modes."""
+    """Returns 'L', 'RGB' or 'RGBA', the mode to train on, for an image of one of Pillow's modes."""
     if config.image_mode != "auto":
         return config.image_mode
     red, green, blue = ImageColor.getrgb(config.background)[:3]
@@ -201,9 +205,9 @@ def _to_srgb(image: Image.Image) -> Image.Image:
         profile = ImageCms.ImageCmsProfile(BytesIO(profile_bytes))
         if "srgb" in ImageCms.getProfileDescription(profile).lower():
             return image
-        if image.mode == "P":
-            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
         grey = image.mode in GREY_MODES
+        if image.mode == "P" or "transparency" in image.info:  # which the conversion would lose
+            image = image.convert(("LA" if grey else "RGBA") if image.has_transparency_data else "RGB")
         alpha = image.getchannel("A") if image.mode in ("RGBA", "LA") else None
         opaque = image.convert({"RGBA": "RGB", "LA": "L"}.get(image.mode, image.mode))
         converted = ImageCms.profileToProfile(opaque, profile, SRGB, outputMode="RGB")
@@ -216,18 +220,9 @@ def _to_srgb(image: Image.Image) -> Image.Image:
 
 
 def _flatten(image: Image.Image, mode: str, background: str) -> Image.Image:
-    """Lays an image of any mode on the background. Returns it in `mode` or, if it has more than 8 bits, in 'F'.
-
-    The levels of 'F' are 0 to 65535. It is the only mode of more than 8 bits that Pillow resizes well.
-    """
+    """Lays an image of any mode on the background. Returns it in `mode` or, if it has more than 8 bits, in 'F'."""
     if image.mode in DEEP_MODES:
-        white = 1 if image.mode == "F" else 65535
-        values = np.asarray(image, dtype=np.float32)  # (H, W)
-        if not (values.min() >= 0 and values.max() <= white):
-            raise BadImageError(
-                f"has values of {values.min():g} to {values.max():g}, mode {image.mode} should hold 0 to {white}"
-            )
-        return Image.fromarray(values * (65535 / white))
+        return Image.fromarray(_read_deep(image))
     try:
         if image.has_transparency_data:
             canvas = Image.new("RGBA", image.size, ImageColor.getrgb(background)[:3])
@@ -235,6 +230,45 @@ def _flatten(image: Image.Image, mode: str, background: str) -> Image.Image:
         return image.convert(mode)
     except ValueError as error:  # Pillow converts some modes, such as LAB, to few others
         raise BadImageError(f"can't be used ({first_line(error)})") from None
+
+
+def _premultiply(image: Image.Image) -> list[Image.Image]:
+    """Multiplies the colours of an image of any mode by its alpha.
+
+    Returns the image as 'RGBa', which is Pillow's name for this, or two images in 'F' if it has more than 8 bits: grey
+    and alpha.
+    """
+    if image.mode in DEEP_MODES:
+        values = _read_deep(image)
+        alpha = np.full_like(values, 65535)
+        alpha[values == image.info.get("transparency", -1)] = 0  # the level that a PNG file names as transparent
+        return [Image.fromarray(np.minimum(values, alpha)), Image.fromarray(alpha)]
+    try:
+        return [image.convert("RGBA").convert("RGBa")]
+    except ValueError as error:  # Pillow converts some modes, such as La, to few others
+        raise BadImageError(f"can't be used ({first_line(error)})") from None
+
+
+def _read_deep(image: Image.Image) -> np.ndarray:
+    """Returns the levels (H, W), 0 to 65535, of a grey image of more than 8 bits, as float32.
+
+    Of them Pillow makes an image in 'F', the only mode of more than 8 bits that it resizes well.
+    """
+    white = 1 if image.mode == "F" else 65535
+    values = np.asarray(image, dtype=np.float32)
+    if not (values.min() >= 0 and values.max() <= white):
+        raise BadImageError(
+            f"has values of {values.min():g} to {values.max():g}, mode {image.mode} should hold 0 to {white}"
+        )
+    return values * (65535 / white)
+
+
+def _resize(image: Image.Image, size: tuple[int, int], interpolation: str) -> np.ndarray:
+    """Returns the pixels (C, H, W) of an image that is resized to (width, height): uint8 or, of mode 'F', uint16."""
+    pixels = np.asarray(image.resize(size, Image.Resampling[interpolation.upper()]))
+    if pixels.dtype == np.float32:
+        pixels = pixels.clip(0, 65535).round().astype(np.uint16)  # a resize may overshoot the range
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
 def _pad(pixels: np.ndarray, image_size: tuple[int, int], colour: int | tuple[int, ...]) -> np.ndarray:
@@ -252,6 +286,14 @@ def crop_and_flip(pixels: np.ndarray, offsets: np.ndarray, flip: bool, image_siz
     top, left = offsets
     pixels = pixels[:, top : top + image_size[0], left : left + image_size[1]]
     return pixels[:, :, ::-1] if flip else pixels
+
+
+def premultiply(pixels: torch.Tensor) -> torch.Tensor:
+    """Returns uint8 images (N, C, H, W) with the colours of four channels multiplied by alpha, as Pillow does it."""
+    if pixels.shape[1] != 4:
+        return pixels
+    colours, alpha = pixels[:, :3].int(), pixels[:, 3:]
+    return torch.cat([((colours * alpha + 127) // 255).to(torch.uint8), alpha], dim=1)
 
 
 def to_model_range(pixels: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from sprite_diffusion.common.errors import UserInputError, first_line
-from sprite_diffusion.data.config import BUILT_IN_DATASET, DataConfig
+from sprite_diffusion.data.config import BUILT_IN_DATASET, IMAGE_MODES, DataConfig
 from sprite_diffusion.data.decoding import SkippedImage, name_image
 from sprite_diffusion.data.image_folder import LocalFiles, find_local_files, list_image_folder
 from sprite_diffusion.data.labels import choose_class_names, spread_over_classes, to_class_ids
@@ -67,7 +67,8 @@ def draw_built_in(config: DataConfig, with_labels: bool | None) -> Source:
     """Draws the built-in sprites. `with_labels` is as in `load_image_data`."""
     if (config.max_train_samples or 0) > MAX_BUILT_IN_SIZE:
         raise UserInputError(f"--max_train_samples {config.max_train_samples}: draw {MAX_BUILT_IN_SIZE:,} at most")
-    images, class_labels, _ = draw_sprites(config.max_train_samples or BUILT_IN_SIZE)
+    num_images = config.max_train_samples or BUILT_IN_SIZE
+    images, class_labels, _ = draw_sprites(num_images, transparent=config.image_mode == "RGBA")
     return Source(
         f"{BUILT_IN_DATASET} (built in)",
         ("sprites", hashlib.sha256(images.tobytes()).hexdigest()),
@@ -90,7 +91,7 @@ def open_arrays(config: DataConfig, with_labels: bool | None) -> Source:
     path = config.dataset_name
     assert path is not None
     images = _load_array(path, "dataset_name")  # (N, H, W, C)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3, 4) or images.size == 0:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in IMAGE_MODES or images.size == 0:
         raise UserInputError(
             f"--dataset_name {path} holds {images.dtype} {images.shape}: "
             "it must be uint8 (N, H, W, C) with 1, 3 or 4 channels"

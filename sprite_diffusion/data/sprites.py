@@ -68,7 +68,7 @@ class Layer(NamedTuple):
 class Sprite:
     """A picture with its class and its caption."""
 
-    image: np.ndarray  # (16, 16, 3) uint8, on white
+    image: np.ndarray  # (16, 16, 4) uint8: its colours are those of the sprite on white, its alpha is 0 or 255
     class_label: int  # index into CLASS_NAMES
     caption: str
 
@@ -124,16 +124,17 @@ def _read_parts(file_name: str) -> dict[str, list[Drawing]]:
 
 def _compose(layers: Sequence[Layer], ink: Colour, mirrored: bool) -> tuple[np.ndarray, list[str]]:
     """Paints the layers from back to front and outlines the silhouette. Returns the image and the visible phrases."""
-    image = np.full((SIZE, SIZE, 3), 255, dtype=np.uint8)
+    image = np.full((SIZE, SIZE, 4), (255, 255, 255, 0), dtype=np.uint8)
     owner = np.full((SIZE, SIZE), -1)  # the layer seen at each pixel
     for number, (codes, top, left, ramps, _) in enumerate(layers):
         palette = np.concatenate([[ink, ink, *LETTERS.values()], *ramps])
         rows, columns = np.nonzero(codes)
-        image[rows + top, columns + left] = palette[codes[rows, columns]]
+        image[rows + top, columns + left, :3] = palette[codes[rows, columns]]
         owner[rows + top, columns + left] = number
     drawn = np.pad(owner >= 0, 1)
     beside = drawn[:-2, 1:-1] | drawn[2:, 1:-1] | drawn[1:-1, :-2] | drawn[1:-1, 2:]
-    image[beside & (owner < 0)] = ink
+    image[beside & (owner < 0), :3] = ink
+    image[beside | (owner >= 0), 3] = 255
     visible = np.bincount(owner[owner >= 0], minlength=len(layers))
     phrases = [layer.phrase for layer, pixels in zip(layers, visible, strict=True) if pixels >= MIN_VISIBLE]
     return image[:, ::-1].copy() if mirrored else image, [phrase for phrase in phrases if phrase]
@@ -221,12 +222,17 @@ def draw_sprite(index: int, seed: int = 0, class_label: int | None = None) -> Sp
     return Sprite(image, class_label, re.sub(r"\ba (?=[aeiou])", "an ", caption))
 
 
-def draw_sprites(num_images: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def draw_sprites(
+    num_images: int, seed: int = 0, transparent: bool = False
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Draws the first `num_images` sprites of a set.
 
-    Returns images (N, 16, 16, 3) uint8 on white, class labels (N,) int64, indices into `CLASS_NAMES`, and captions.
+    Returns images (N, 16, 16, 3) uint8 on white or, if they are to be transparent around the sprite, (N, 16, 16, 4);
+    class labels (N,) int64, indices into `CLASS_NAMES`; and captions.
     """
     sprites = [draw_sprite(index, seed) for index in range(num_images)]
-    images = np.array([sprite.image for sprite in sprites], dtype=np.uint8).reshape(-1, SIZE, SIZE, 3)
+    images = np.array([sprite.image for sprite in sprites], dtype=np.uint8).reshape(-1, SIZE, SIZE, 4)
+    if not transparent:
+        images = np.ascontiguousarray(images[..., :3])
     class_labels = np.array([sprite.class_label for sprite in sprites], dtype=np.int64)
     return images, class_labels, [sprite.caption for sprite in sprites]

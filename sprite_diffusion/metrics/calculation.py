@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -11,7 +11,7 @@ from PIL import Image
 from sprite_diffusion.common.errors import UserInputError, first_line
 from sprite_diffusion.common.machine import join_processes
 from sprite_diffusion.common.run_files import CONFIG_FILE, INDEX_FILE
-from sprite_diffusion.data.config import DataConfig
+from sprite_diffusion.data.config import IMAGE_MODES, DataConfig
 from sprite_diffusion.data.dataset import load_image_data
 from sprite_diffusion.metrics.evaluation import (
     choose_num_images,
@@ -40,7 +40,7 @@ def calculate(
     resolution = choose_resolution(pipeline, args.model, config, data_flags)
     config = replace(config, resolution=resolution)
     if pipeline is not None:
-        config = replace(config, image_mode=mode_of(pipeline.sample_shape[0]))
+        config = replace(config, image_mode=IMAGE_MODES[pipeline.sample_shape[0]])
     real = RealImages(load_image_data(config, with_labels=None))
     num_images = choose_num_images(real, args.num_images)
     facts = {
@@ -111,13 +111,8 @@ def choose_resolution(pipeline: Pipeline | None, model: str, config: DataConfig,
     return config.resolution
 
 
-def mode_of(num_channels: int) -> Literal["L", "RGB"]:
-    """Returns the `--image_mode` of images with so many channels."""
-    return "L" if num_channels == 1 else "RGB"
-
-
 def read_image_folder(folder: str, resolution: str, num_channels: int) -> RealImages:
     """Reads the images of a folder, in the order of their names, cropped in the centre."""
-    mode = mode_of(num_channels)
+    mode = IMAGE_MODES[num_channels]
     config = DataConfig(train_data_dir=folder, resolution=resolution, image_mode=mode, center_crop=True)
     return RealImages(load_image_data(config, with_labels=False))

@@ -188,7 +188,9 @@ def _augment(images: torch.Tensor) -> torch.Tensor:
     scales = torch.empty(len(images)).uniform_(0.6, 1)
     mirrored = 1 - 2 * torch.randint(2, (len(images),))
     gain = torch.empty(len(images), 1, 1, 1).uniform_(0.7, 1).to(images.device)
-    return _transform(images, scales * mirrored, max_shift=0.2, scales_y=scales) * gain
+    views = _transform(images, scales * mirrored, max_shift=0.2, scales_y=scales)
+    views[:, :3] *= gain  # alpha, the fourth channel, is no brightness
+    return views
 
 
 def _transform(

@@ -11,7 +11,9 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
+from pipelines import to_straight_alpha
 from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.data.decoding import premultiply
 from sprite_diffusion.metrics.distances import (
     Distance,
     cmmd,
@@ -156,7 +158,7 @@ def generate(
             guidance_scale=guidance_scale,
         )
         images = sample_images(pipeline, sampler, request, show_progress=False)
-        yield torch.tensor(rows), to_pixels(images, scale=1)
+        yield torch.tensor(rows), premultiply(to_pixels(images, scale=1))  # as a file of them would be read
         bar.update(len(rows))
     bar.close()
 
@@ -283,7 +285,8 @@ def _measure_mean(values: torch.Tensor, floor: torch.Tensor) -> Measurement:
 def _draw_pairs(real: RealImages, pairs: list[Pair]) -> Image.Image:
     """Draws the closest pairs: a sample above, and the training image that is nearest to it below."""
     closest = _closest(pairs)
-    samples = torch.stack([pair.sample for pair in closest]) / 255
-    nearest = real[np.array([pair.training_index for pair in closest])] / 255
+    samples = torch.stack([pair.sample for pair in closest])
+    nearest = real[np.array([pair.training_index for pair in closest])]
+    rows = [to_straight_alpha(images / 255) for images in (samples, nearest)]
     distances = [f"{pair.distance:.3f}" for pair in closest]
-    return labelled_grid([samples, nearest], ["sample", "nearest\ntraining image"], distances)
+    return labelled_grid(rows, ["sample", "nearest\ntraining image"], distances)

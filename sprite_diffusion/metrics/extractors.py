@@ -124,4 +124,7 @@ def _load_clip(name: str, device: torch.device) -> Function:
 
 
 def _to_rgb(images: torch.Tensor) -> torch.Tensor:
+    """Returns grey images three times, and lays those with transparency on white."""
+    if images.shape[1] == 4:
+        return images[:, :3] + (255 - images[:, 3:])  # the colours are multiplied by alpha already
     return images.expand(-1, 3, -1, -1)

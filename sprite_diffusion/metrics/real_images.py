@@ -16,6 +16,9 @@ SEARCHED_AT_ONCE = 4096  # images that are in memory at a time
 class RealImages:
     """The images of a dataset as uint8 (B, C, H, W), in order, cropped in the centre, never flipped.
 
+    As in training, the colours of images with transparency are multiplied by alpha, the fourth channel: what nobody
+    sees makes no difference to a metric.
+
     A random half is the reference, which generated images are compared with and a classifier is trained on. The other
     half is held out: measured against the reference, it shows what a perfect model would get.
 

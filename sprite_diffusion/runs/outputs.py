@@ -48,7 +48,7 @@ from sprite_diffusion.runs.summary import make_summary, print_summary
 from sprite_diffusion.runs.weights import Weights
 from sprite_diffusion.sampling.conditions import Condition
 from sprite_diffusion.sampling.generation import Request, sample_images
-from sprite_diffusion.sampling.pictures import make_picture
+from sprite_diffusion.sampling.pictures import make_picture, make_single_picture
 from sprite_diffusion.sampling.pipeline_loading import Pipeline
 from sprite_diffusion.sampling.samplers import make_sampler
 from sprite_diffusion.sharing.hub import HubUploader, create_repository
@@ -279,7 +279,7 @@ class RunOutputs:
                 picture.save(partial, format="PNG")
             caption = f"epoch {epochs_done}, step {global_step}; {grid.caption}"
             self.trackers.log_image("samples", picture, caption, global_step)
-            singles = [make_picture(image[None], columns=1) for image in images]
+            singles = [make_single_picture(image) for image in images]
             captions = [
                 condition.name or f"seed {seed}" for condition, seed in zip(grid.conditions, seeds, strict=True)
             ]

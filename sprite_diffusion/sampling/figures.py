@@ -6,21 +6,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms.functional import to_pil_image
 
 from schedulers import ClosedFormDDPMScheduler, LinearCorruptionScheduler
 from sprite_diffusion.common.errors import UserInputError
-from sprite_diffusion.data.config import DataConfig
+from sprite_diffusion.data.config import DataConfig, ImageMode
 from sprite_diffusion.data.dataset import load_image_data
 from sprite_diffusion.data.decoding import load_image_file, to_model_range
 from sprite_diffusion.sampling.conditions import Condition
 from sprite_diffusion.sampling.generation import Request, StepStills, sample_images, sample_noise, to_unit_range
-from sprite_diffusion.sampling.pictures import choose_scale, labelled_grid, to_pixels
+from sprite_diffusion.sampling.pictures import labelled_grid, make_single_picture
 from sprite_diffusion.sampling.pipeline_loading import Pipeline, load_pipeline
 from sprite_diffusion.sampling.samplers import NoiselessDDPMScheduler, Sampler
 
@@ -29,7 +28,7 @@ NOISE_LEVELS = 10  # of the columns that go from an image to noise
 
 @dataclass
 class Figure:
-    """Rows of images (N, C, H, W) in [0, 1] with labels, and a record of how they were made."""
+    """Rows of images (N, C, H, W) in [0, 1] with labels, and a record of how they were made. Alpha is straight."""
 
     rows: list[torch.Tensor]
     row_labels: list[str]
@@ -69,8 +68,7 @@ def compare_samplers(pipeline: Pipeline, samplers: list[Sampler], request: Reque
 
 def comparison_table(figure: Figure) -> tuple[list[str], list[list[Any]]]:
     """Returns the columns and rows of a comparison, for trackers: a row per image."""
-    scale = choose_scale(figure.rows[0])
-    pictures = [[to_pil_image(image) for image in to_pixels(row, scale)] for row in figure.rows]
+    pictures = [[make_single_picture(image) for image in row] for row in figure.rows]
     names = figure.column_labels or [""] * len(pictures[0])
     samplers = [f"{sampler['scheduler']}:{sampler['num_inference_steps']}" for sampler in figure.record["samplers"]]
     return ["input_noise", *samplers, "class"], [list(cells) for cells in zip(*pictures, names, strict=True)]
@@ -176,7 +174,10 @@ def show_predictions(
         rows_by_name[_name_snapshot(folder)] = predict()
     if not snapshots:
         rows_by_name["predicted"] = predict()
-        rows_by_name["error"] = (rows_by_name["predicted"] - clean_images).abs() - 1  # 0 is black, 2 is white
+        error = (rows_by_name["predicted"] - clean_images).abs() - 1  # 0 is black, 2 is white
+        if error.shape[2] == 4:  # (levels, N, C, H, W): an error of alpha alone is grey, and none is see-through
+            error = torch.cat([error[:, :, :3].maximum(error[:, :, 3:]), torch.ones_like(error[:, :, 3:])], dim=2)
+        rows_by_name["error"] = error
     errors = {
         name: (images - clean_images).square().mean(dim=(1, 2, 3, 4)).tolist()
         for name, images in rows_by_name.items()
@@ -207,9 +208,7 @@ def _label_noise_levels(timesteps: list[int], shares: list[float]) -> list[str]:
     return [f"t = {t}\n{100 * share:.3g}% signal" for t, share in zip(timesteps, shares, strict=True)]
 
 
-def load_clean_images(
-    flag: str, source: str, num_images: int, resolution: str, image_mode: Literal["auto", "L", "RGB"]
-) -> torch.Tensor:
+def load_clean_images(flag: str, source: str, num_images: int, resolution: str, image_mode: ImageMode) -> torch.Tensor:
     """Returns the first images of a file, folder or dataset, (N, C, H, W) in [-1, 1].
 
     Args:

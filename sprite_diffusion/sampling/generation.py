@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from pipelines import to_straight_alpha
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.sampling.conditions import Condition
 from sprite_diffusion.sampling.pipeline_loading import Pipeline
@@ -144,7 +145,7 @@ def sample_images(
         show_progress: Whether to show a bar.
 
     Returns:
-        The images (N, C, H, W) in [0, 1] on the CPU, float32.
+        The images (N, C, H, W) in [0, 1] on the CPU, float32; those of four channels have straight alpha.
 
     Raises:
         UserInputError: If an image is not finite.
@@ -226,5 +227,5 @@ def frame_indices(num_steps: int, max_frames: int) -> list[int]:
 
 
 def to_unit_range(images: torch.Tensor) -> torch.Tensor:
-    """Returns images in [-1, 1], or noise, as [0, 1] on the CPU, clipped."""
-    return (images / 2 + 0.5).clamp(0, 1).float().cpu()
+    """Returns images in [-1, 1], or noise, as [0, 1] on the CPU, clipped, and with straight alpha if any."""
+    return to_straight_alpha((images / 2 + 0.5).clamp(0, 1).float().cpu())

@@ -9,6 +9,7 @@ import torch
 from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline
 from sprite_diffusion.common.errors import UserInputError, first_line
 from sprite_diffusion.common.flags import MAX_TIMESTEPS
+from sprite_diffusion.data.config import IMAGE_MODES
 
 # Limits of the numbers in a configuration: far above those of any model, and low enough to build the model's shapes.
 MAX_NUMBER_OF_LAYERS = 64
@@ -76,8 +77,8 @@ def check_network(pipeline: WeightlessPipeline) -> None:
     if isinstance(pipeline, ConditionalDDPMPipeline) and not ("context_dim" in config or config["num_class_embeds"]):
         raise ValueError("its network takes no classes, its pipeline is conditional")
     channels, height, width = pipeline.sample_shape
-    if channels not in (1, 3):
-        raise ValueError(f"its images have {channels} channels: grey images have 1, colour images have 3")
+    if channels not in IMAGE_MODES:
+        raise ValueError(f"its images have {channels} channels: grey has 1, colour 3, colour with transparency 4")
     by_labels = pipeline.num_classes > 0 and "context_dim" not in config
     kwargs = {"class_labels": torch.zeros(1, dtype=torch.long, device="meta")} if by_labels else {}
     with torch.no_grad():

@@ -18,12 +18,14 @@ GAP = 4  # pixels between images, and around text
 FRAME_MS = 80
 HOLD_MS = 2500  # of the last frame
 MIN_SIDE = 64  # pixels: smaller sprites are enlarged to be looked at
+CHECK_SIDE = 8  # pixels, of a square of the board that transparent images lie on
+CHECK_LEVELS = (255, 204)  # white and light grey
 MAX_PIXELS = 2**27  # of a picture, in memory 400 MB
 MAX_SIDES = {".webp": 16383, ".gif": 65535}  # in pixels: the formats have no room for more
 
 
 def choose_scale(images: torch.Tensor) -> int:
-    """Returns the whole number by which images (N, C, H, W) are enlarged to be looked at."""
+    """Returns the whole number by which images (..., H, W) are enlarged to be looked at."""
     return max(1, MIN_SIDE // max(images.shape[-2:]))
 
 
@@ -49,21 +51,40 @@ def check_size(path: Path, rows: int, columns: int, shape: Sequence[int], scale:
 
 
 def to_pixels(images: torch.Tensor, scale: int) -> torch.Tensor:
-    """Returns images (N, C, H, W) in [0, 1] as uint8 (N, C, scale * H, scale * W), each pixel a square."""
+    """Returns images (..., H, W) in [0, 1] as uint8 (..., scale * H, scale * W), each pixel a square."""
     levels = (images.float().cpu() * 255).round().to(torch.uint8)
     return levels.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
 
 
 def make_picture(images: torch.Tensor, columns: int, scale: int | None = None) -> Image.Image:
-    """Draws images (N, C, H, W) in [0, 1], `columns` in a row, enlarged by `scale` or else by `choose_scale`."""
+    """Draws images (N, C, H, W) in [0, 1], `columns` in a row, enlarged by `scale` or else by `choose_scale`.
+
+    Those with transparency lie on a checkerboard.
+    """
     scale = scale or choose_scale(images)
-    return to_pil_image(make_grid(to_pixels(images, scale), nrow=columns, padding=scale, pad_value=255))
+    pixels = _lay_on_checkerboard(to_pixels(images, scale))
+    return to_pil_image(make_grid(pixels, nrow=columns, padding=scale, pad_value=255))
+
+
+def make_single_picture(image: torch.Tensor, scale: int | None = None) -> Image.Image:
+    """Returns an image (C, H, W) in [0, 1], with its transparency, enlarged as by `make_picture`."""
+    return to_pil_image(to_pixels(image, scale or choose_scale(image)))
+
+
+def _lay_on_checkerboard(pixels: torch.Tensor) -> torch.Tensor:
+    """Returns uint8 images (N, C, H, W) without transparency: those of four channels lie on a checkerboard."""
+    if pixels.shape[1] != 4:
+        return pixels
+    rows, columns = (torch.arange(side) // CHECK_SIDE for side in pixels.shape[2:])
+    board = torch.tensor(CHECK_LEVELS)[(rows[:, None] + columns) % 2]  # (H, W)
+    colours, alpha = pixels[:, :3].int(), pixels[:, 3:].int()
+    return ((colours * alpha + board * (255 - alpha)) / 255).round().to(torch.uint8)
 
 
 def labelled_grid(
     rows: list[torch.Tensor], row_labels: list[str], column_labels: list[str], scale: int | None = None
 ) -> Image.Image:
-    """Draws rows of images with a label before each row.
+    """Draws rows of images with a label before each row; those with transparency lie on a checkerboard.
 
     Args:
         rows: The images of each row, (N, C, H, W) in [0, 1].
@@ -92,7 +113,7 @@ def labelled_grid(
     top = 0
     for images, label, row_height in zip(rows, row_labels, row_heights, strict=True):
         draw.multiline_text((GAP, top + row_height / 2), label, fill="black", font=font, anchor="lm")
-        for column, pixels in enumerate(to_pixels(images, scale)):
+        for column, pixels in enumerate(_lay_on_checkerboard(to_pixels(images, scale))):
             left = margin + column * column_width + (column_width - width) // 2
             canvas.paste(to_pil_image(pixels), (left, top + (row_height - height) // 2))
         top += row_height

@@ -3,13 +3,13 @@
 import argparse
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
 
 from sprite_diffusion.common.errors import UserInputError
-from sprite_diffusion.data.config import BUILT_IN_DATASET
+from sprite_diffusion.data.config import BUILT_IN_DATASET, IMAGE_MODES
 from sprite_diffusion.sampling.conditions import choose_conditions
 from sprite_diffusion.sampling.figures import (
     NOISE_LEVELS,
@@ -29,6 +29,7 @@ from sprite_diffusion.sampling.pictures import (
     check_size,
     labelled_grid,
     make_picture,
+    make_single_picture,
     save_animation,
     save_json,
     save_png,
@@ -123,9 +124,8 @@ def _make_noise_figure(args: argparse.Namespace, pipeline: Pipeline) -> Figure:
         [condition] = choose_conditions(pipeline, args.classes, None)
         class_id = int(condition.weights.argmax())  # type: ignore  # a model with classes has weights of them
     channels, height, width = pipeline.sample_shape
-    mode: Literal["L", "RGB"] = "L" if channels == 1 else "RGB"
     source = args.forward if forward else args.predict
-    images = load_clean_images(f"--{args.view}", source, num_images, f"{width}x{height}", mode)
+    images = load_clean_images(f"--{args.view}", source, num_images, f"{width}x{height}", IMAGE_MODES[channels])
     if forward:
         return show_forward_process(pipeline.scheduler, images, args.seed)
     return show_predictions(pipeline, snapshots, images, class_id, args.seed)
@@ -168,7 +168,7 @@ def _write_single_files(args: argparse.Namespace, images: torch.Tensor, record: 
     common = {name: value for name, value in record.items() if name != "images"}
     for i, (image, image_record) in enumerate(zip(images, record["images"], strict=True)):
         file = f"{i:05d}.png"
-        save_png(make_picture(image[None], 1, args.scale), args.output / file, {**common, **image_record})
+        save_png(make_single_picture(image, args.scale), args.output / file, {**common, **image_record})
         image_record["file"] = file
     print(f"wrote {len(images)} images into {args.output}")
     save_json(record, args.output / "samples.json")

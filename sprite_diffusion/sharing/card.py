@@ -18,6 +18,7 @@ from sprite_diffusion.common.run_files import (
     CONFIG_FILE,
     INDEX_FILE,
     METRICS_FILE,
+    NETWORK_CONFIG_FILE,
     SAMPLES_DIR,
     SUMMARY_FILE,
 )
@@ -69,6 +70,7 @@ class RunRecord:
     versions: dict[str, str]  # by package
     class_names: list[str]  # empty without classes
     needs_remote_code: bool  # whether the pipeline's class is not one of diffusers
+    is_transparent: bool  # whether the images are RGBA
     newest_grid: str | None  # path in the run's folder
     report: Report | None  # None if these weights were not measured
     sampler: str | None  # of the measured images
@@ -90,6 +92,7 @@ def read_run(run_dir: Path) -> RunRecord:
             "versions": {name: str(version) for name, version in saved["versions"].items()},
             "class_names": [_check_type("id2label", name, str) for name in index.get("id2label", {}).values()],
             "needs_remote_code": not isinstance(index["_class_name"], str),
+            "is_transparent": _read_json(run_dir / NETWORK_CONFIG_FILE)["in_channels"] == 4,
             "newest_grid": f"{SAMPLES_DIR}/{grids[-1].name}" if grids else None,
             "report": Report.from_dict(metrics) if metrics else None,
             "sampler": _check_type("sampler", metrics["sampler"], str) if metrics else None,
@@ -230,7 +233,8 @@ def _describe(run: RunRecord, repo_id: str) -> str:
     weights = "moving average (EMA) of the weights" if run.use_ema else "weights of the last step"
     sections = [
         f"# {escape(repo_id.split('/')[-1])}",
-        f"{kind} diffusion model of {escape(f'{width}x{height or width}')} images: a {escape(run.model_class)} of "
+        f"{kind} diffusion model of {escape(f'{width}x{height or width}')} {'RGBA ' if run.is_transparent else ''}"
+        f"images: a {escape(run.model_class)} of "
         f"{run.num_parameters / 1e6:.2f} M parameters, trained with {escape(run.noise_scheduler_class)} by "
         "sprite-diffusion. "
         f"It holds the {weights}.",
@@ -287,6 +291,11 @@ def _snippet(run: RunRecord, repo_id: str) -> str:
                 "and the scheduler that it was trained with, which takes other samplers, one seed per image and "
                 "starting noise."
             )
+            if run.is_transparent:
+                note += (
+                    " Its images have straight alpha; those of the snippet have colours that are multiplied by alpha, "
+                    "which makes a difference where a pixel is half transparent."
+                )
     return "```python\n" + "\n".join(lines) + "\n```" + note
 
 
