@@ -42,7 +42,8 @@ def test_an_installed_package_has_its_presets_and_drawings(installed, tmp_path):
         "import sprite_diffusion, sys\n"
         "from sprite_diffusion.runs.config import load_preset\n"
         "from sprite_diffusion.data.sprites import draw_sprites\n"
-        "print(sprite_diffusion.__file__, load_preset('sprites_conditional.yaml').max_train_steps, len(draw_sprites(5)[0]))"
+        "preset = load_preset('sprites_conditional.yaml')\n"
+        "print(sprite_diffusion.__file__, preset.max_train_steps, len(draw_sprites(5)[0]))"
     )
     result = run_command([*PYTHON, "-c", code], environment={"PYTHONPATH": str(installed)}, cwd=tmp_path)
     file, max_train_steps, num_sprites = result.stdout.split()
