@@ -254,11 +254,11 @@ def check_args(args: argparse.Namespace) -> None:
         if applies:
             raise UserInputError(message)
     check_tracker(args.logger)
+    if args.sheet is not None:
+        _check_path("--sheet", args.sheet, (".png",), "a .png file")
     _check_path("--output", args.output, ("", ".png"), "a .png file or a folder")
     if args.animate is not None:
         _check_path("--animate", args.animate, (".gif", ".webp"), "a .gif or .webp file")
-    if args.sheet is not None:
-        _check_path("--sheet", args.sheet, (".png",), "a .png file")
 
 
 def _contradictions(args: argparse.Namespace) -> dict[str, bool]:

@@ -173,7 +173,7 @@ def _parse_colours(path: Path) -> list[tuple[int, ...]]:
         lines = file.read(MAX_FILE_SIZE).decode("utf-8-sig").splitlines()
     ending = path.suffix.lower()
     heads = {".gpl": "GIMP Palette", ".pal": "JASC-PAL", ".hex": ""}
-    if not (lines and lines[0].startswith(heads[ending])):
+    if not "".join(lines[:1]).startswith(heads[ending]):
         raise ValueError(f"its first line is not '{heads[ending]}'")
     if ending == ".gpl":
         lines = [line for line in lines[1:] if not line.startswith(("#", "Name:", "Columns:"))]

@@ -15,12 +15,15 @@ FORMATS = {"L": "I8", "RGB": "RGB888", "RGBA": "RGBA8888"}
 
 
 def draw_sheet(images: torch.Tensor, columns: int, scale: int) -> Image.Image:
-    """Draws images (N, C, H, W) in [0, 1] side by side, `columns` in a row; cells that are left over are empty."""
+    """Draws images (N, C, H, W) in [0, 1] side by side, `columns` in a row; cells that are left over are empty.
+
+    Empty is transparent or, without alpha, of the first pixel's colour, so that no colour is added to a palette.
+    """
     pixels = to_pixels(images, scale)
     channels, height, width = pixels.shape[1:]
     rows = -(-len(pixels) // columns)
-    nothing = 0 if channels == 4 else 255  # transparent, or white
-    left_over = pixels.new_full((rows * columns - len(pixels), channels, height, width), nothing)
+    nothing = torch.zeros_like(pixels[0]) if channels == 4 else pixels[0, :, :1, :1].expand_as(pixels[0])
+    left_over = nothing.expand(rows * columns - len(pixels), -1, -1, -1)
     cells = torch.cat([pixels, left_over]).unflatten(0, (rows, columns))  # (R, K, C, H, W)
     return to_pil_image(cells.permute(2, 0, 3, 1, 4).reshape(channels, rows * height, columns * width))
 

@@ -62,7 +62,7 @@ def write_samples(args: argparse.Namespace, pipeline: Pipeline) -> None:
     grid = (rows, columns) if args.output.suffix else (1, 1)  # a folder gets a file for each image
     scale = args.scale if args.sheet is None else args.scale or 1
     check_size(args.output, *grid, pipeline.sample_shape, scale, frames=1)
-    finish, finish_record = _choose_finish(args, pipeline)
+    finish, finish_record = choose_finish(args, pipeline)
     images = finish(sample_images(pipeline, sampler, request, trajectory=trajectory))
     record = {**sampler.record, **finish_record, **request.record}
     if args.sheet is not None:
@@ -80,7 +80,7 @@ def write_samples(args: argparse.Namespace, pipeline: Pipeline) -> None:
         print(f"wrote {args.animate}")
 
 
-def _choose_finish(
+def choose_finish(
     args: argparse.Namespace, pipeline: Pipeline
 ) -> tuple[Callable[[torch.Tensor], torch.Tensor], dict[str, Any]]:
     """Returns what `--palette` and `--binary_alpha` do to samples (N, C, H, W) in [0, 1], and the record of it.
