@@ -12,8 +12,10 @@ from sprite_diffusion.metrics.distances import (
     frechet_distance,
     interval_of_distance,
     interval_of_mean,
+    interval_of_median,
     kernel_distance,
     manifold_values,
+    median,
 )
 
 
@@ -136,6 +138,15 @@ def test_the_interval_of_a_mean():
     # A percentile of 1,000 resamples is itself uncertain: by 0.11 of the standard deviation, times 4.
     assert low == pytest.approx(0.3 - error, abs=0.11 * 4 * error / 1.96)
     assert high == pytest.approx(0.3 + error, abs=0.11 * 4 * error / 1.96)
+
+
+def test_the_interval_of_a_median():
+    values = torch.randn(401, generator=torch.Generator().manual_seed(0))
+    low, high = interval_of_median(values)
+    error = 1.96 * 1.2533 / 401**0.5  # of the median of normal numbers, sqrt(pi / 2) times that of their mean
+    assert low < float(values.median()) < high
+    assert (high - low) / 2 == pytest.approx(error, rel=0.4)
+    assert median(torch.tensor([4.0, 1, 3, 2])) == 2.5
 
 
 def test_the_interval_of_a_distance():

@@ -24,7 +24,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 from pipelines import UnconditionalDDPMPipeline
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.dataset import load_image_data
-from sprite_diffusion.metrics import classifier, evaluation, real_images
+from sprite_diffusion.metrics import classifier, evaluation, pixel_art, real_images
 from sprite_diffusion.metrics.classifier import Classifier, is_weak, load_classifier, load_tensors, save_tensors
 from sprite_diffusion.metrics.distances import frechet_distance
 from sprite_diffusion.metrics.evaluation import (
@@ -35,6 +35,7 @@ from sprite_diffusion.metrics.evaluation import (
     make_evaluation_sampler,
 )
 from sprite_diffusion.metrics.extractors import Extractor, make_extractor, real_features
+from sprite_diffusion.metrics.pixel_art import CLEAR, PixelArt, encode
 from sprite_diffusion.metrics.real_images import RealImages
 from sprite_diffusion.metrics.report import Measurement, Report, append_history, is_lowest
 from sprite_diffusion.runs import outputs
@@ -374,6 +375,90 @@ class TestEvaluate:
         assert any((pixels[2:66, x : x + 64] == enlarged(images[12])).all() for x in range(left + 60, left + 80))
 
 
+class TestPixelArt:
+    RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+
+    def picture(self, text: str, alpha: dict[tuple[int, int], int] | None = None) -> torch.Tensor:
+        """Returns an image (C, H, W) uint8 of letters, with alpha where a letter is '.' or a value is given."""
+        colours = {"r": self.RED, "b": self.BLUE, "w": self.WHITE, "g": (0, 255, 0), ".": (1, 2, 3)}
+        rows = text.split()
+        image = torch.tensor([[colours[letter] for letter in row] for row in rows], dtype=torch.uint8).permute(2, 0, 1)
+        if alpha is None:
+            return image
+        opacity = torch.tensor([[0 if letter == "." else 255 for letter in row] for row in rows], dtype=torch.uint8)
+        for place, value in alpha.items():
+            opacity[place] = value
+        return torch.cat([image, opacity[None]])
+
+    def test_figures_of_a_picture(self):
+        """The letters are counted by hand: green is not of the palette, and one blue and one green pixel are alone."""
+        reference = encode(self.picture("wwww wrrw wrbw wwww")[None])
+        art = PixelArt(reference.unique(), background=int(reference[0, 0, 0]))
+        figures = art.measure(torch.stack([self.picture("wwww wrrw wbgw wwww"), self.picture("wwww wwww wwww wwww")]))
+        assert {name: values.tolist() for name, values in figures.items()} == {
+            "colours": [4, 1],
+            "off_palette": [1 / 16, 0],
+            "background": [12 / 16, 1],
+            "lone_pixels": [2 / 16, 0],
+        }
+
+    def test_figures_of_a_picture_with_alpha(self):
+        """What is transparent has no colour, and is the background here."""
+        art = PixelArt(encode(self.picture("..rb", {})[None]).unique(), CLEAR)
+        image = self.picture(".r.. .rrg .... ....", {(0, 1): 254, (1, 1): 1})
+        image[:3, 3, 3] = 77  # hidden
+        figures = art.measure(image[None])
+        assert {name: values.tolist() for name, values in figures.items()} == {
+            "colours": [2],
+            "off_palette": [1 / 16],
+            "partly_transparent": [2 / 16],
+            "background": [12 / 16],
+            "lone_pixels": [1 / 16],
+        }
+
+    def test_grey_is_a_colour(self):
+        image = torch.tensor([[[0, 0], [9, 0]]], dtype=torch.uint8)
+        assert PixelArt(encode(image[None]).unique(), 0).measure(image[None])["colours"].tolist() == [2]
+
+    def test_sprites_are_pixel_art_and_held_out_ones_are_the_floor(self):
+        real = sprites(100)
+        report, _ = measure(real, real[real.held_out])
+        for name in ("colours", "off_palette", "background", "lone_pixels"):
+            figure = report.figures[name]
+            assert figure.value == figure.real
+            assert figure.interval[0] <= figure.value <= figure.interval[1]
+        images = real[real.held_out].permute(0, 2, 3, 1).numpy()
+        colours = [len(np.unique(image.reshape(-1, 3), axis=0)) for image in images]
+        assert report.figures["colours"].value == np.median(colours)
+        known = {*map(tuple, real[real.reference].permute(0, 2, 3, 1).reshape(-1, 3).tolist())}
+        off = np.mean([tuple(pixel) not in known for pixel in images.reshape(-1, 3).tolist()])
+        assert report.figures["off_palette"].value == pytest.approx(off)
+        assert report.figures["background"].value == pytest.approx((images == 255).all(-1).mean())
+        assert "partly_transparent" not in report.figures
+        noisy, _ = measure(real, real[real.held_out] ^ torch.randint(0, 4, (50, 3, 16, 16), dtype=torch.uint8))
+        assert noisy.figures["colours"].value > 50
+        assert noisy.figures["lone_pixels"].value > 0.5
+
+    @pytest.mark.parametrize("read_at_once", [512, 7])
+    def test_the_palette_and_background_are_those_of_all_reference_images(self, monkeypatch, read_at_once):
+        monkeypatch.setattr(pixel_art, "READ_AT_ONCE", read_at_once)
+        real = sprites(60)
+        art = PixelArt.of_data(real, 20)
+        assert torch.equal(art.palette, encode(real[real.reference[:20]]).unique())
+        assert art.background == 0xFFFFFF
+
+    def test_images_of_many_colours_are_none(self, tmp_path):
+        images = np.random.default_rng(0).integers(256, size=(40, 8, 8, 3), dtype=np.uint8)
+        images[:, :, :4] = 0
+        images[:, 0, 4] = 0  # 31 colours and black
+        np.save(tmp_path / "images.npy", images)
+        files = {"dataset_name": str(tmp_path / "images.npy"), "with_labels": False, "resolution": "8"}
+        assert PixelArt.of_data(sprites(None, **files), 20) is not None
+        images[:, 0, 4] = (1, 2, 3)
+        np.save(tmp_path / "images.npy", images)
+        assert PixelArt.of_data(sprites(None, **files), 20) is None
+
+
 def enlarged(image: torch.Tensor) -> np.ndarray:
     return image.repeat_interleave(4, 1).repeat_interleave(4, 2).permute(1, 2, 0).numpy()
 
@@ -558,7 +643,7 @@ class TestCalculateMetrics:
         figures = metrics["figures"]
         assert list(figures) == [
             *("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage", "class_accuracy"),
-            *("nearest_distance", "near_copies"),
+            *("nearest_distance", "near_copies", "colours", "off_palette", "background", "lone_pixels"),
         ]
         for figure in [*figures.values(), *metrics["of_class"].values()]:
             assert figure["interval"][0] <= figure["value"] <= figure["interval"][1]

@@ -261,7 +261,21 @@ def test_trackers_do_not_take_the_names_of_a_runs_files(refuses, tmp_path, name)
     assert f"--logging_dir {name}: a run has other files of this name" in refuses(f"--logging_dir {name}", tmp_path)
 
 
-@pytest.mark.parametrize("summary", ["[]", "{}", "null", "7", "{", '{"global_step": null, "total_steps": 1}', "\xff"])
+@pytest.mark.parametrize(
+    "summary",
+    [
+        "[]",
+        "{}",
+        "null",
+        "7",
+        "{",
+        '{"global_step": null, "total_steps": 1}',
+        '{"global_step": Infinity, "total_steps": 1}',
+        3000 * "[",
+        "\xff",
+    ],
+    ids=range(9),
+)
 def test_a_garbled_summary_does_not_stop_a_run_from_going_on(run_script, tmp_path, summary):
     run_script("train_unconditional", f"{TINY} --num_epochs 1", tmp_path)
     (tmp_path / "training_summary.json").write_text(summary, encoding="latin-1")

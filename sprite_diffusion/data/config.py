@@ -20,7 +20,8 @@ class DataConfig:
 
     dataset_name: str | None = flag(
         None,
-        "'sprites' (built in), a dataset on the Hub, a local dataset folder, or a .parquet or .npy file.",
+        "'sprites' (built in), a dataset on the Hub, a local dataset folder, a .parquet or .npy file or, with `cell`, "
+        "a .png file.",
     )
     dataset_config_name: str | None = flag(None, "Configuration of the dataset, where it has several.")
     dataset_split: str = flag("train", "Split of the dataset.")
@@ -32,6 +33,12 @@ class DataConfig:
     label_column: str | None = flag(None, "Column of the class labels; found if not given.")
     labels_file: str | None = flag(None, ".npy file of the labels, (N,) or one-hot (N, K), of a .npy dataset.")
     class_names: list[str] | None = flag(None, "Names of the classes, in order, where the data has none.")
+    cell: str | None = flag(
+        None,
+        "Cut the images out of sprite sheets, whose cells are squares of this side or WIDTHxHEIGHT.",
+        changes="pixels",
+    )
+    sheet_labels: list[str] | None = flag(None, "Class of each row of a sheet that `cell` cuts.")
     max_train_samples: int | None = flag(
         None,
         "Use N images, spread over the classes or, without classes, over the set; of a stream the first; "
@@ -74,17 +81,24 @@ class DataConfig:
         if len(set(class_names)) < len(class_names):
             raise UserInputError(f"--class_names {' '.join(class_names)} has a name twice: each class needs its own")
         self.image_size  # noqa: B018 - raises if --resolution can't be parsed
+        if self.cell is not None:
+            parse_size("cell", self.cell)
+        elif self.sheet_labels is not None:
+            raise UserInputError("--sheet_labels belongs to --cell, which says how large the cells of a sheet are")
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Returns (height, width) in pixels. Raises `UserInputError` if `--resolution` is not a size."""
-        match = re.fullmatch(r"([0-9]{1,9})(?:x([0-9]{1,9}))?", self.resolution)
-        if match is None or not all(1 <= int(side) <= MAX_SIDE for side in match.groups(match[1])):
-            raise UserInputError(
-                f"--resolution is '{self.resolution}': give a side (32) or WIDTHxHEIGHT (24x16), 1 to {MAX_SIDE}"
-            )
-        width, height = (int(side) for side in match.groups(match[1]))
-        return height, width
+        return parse_size("resolution", self.resolution)
+
+
+def parse_size(name: str, text: str) -> tuple[int, int]:
+    """Returns the (height, width) in pixels that `--name` gives. Raises `UserInputError` if it is not a size."""
+    match = re.fullmatch(r"([0-9]{1,9})(?:x([0-9]{1,9}))?", text)
+    if match is None or not all(1 <= int(side) <= MAX_SIDE for side in match.groups(match[1])):
+        raise UserInputError(f"--{name} is '{text}': give a side (32) or WIDTHxHEIGHT (24x16), 1 to {MAX_SIDE}")
+    width, height = (int(side) for side in match.groups(match[1]))
+    return height, width
 
 
 def parse_data_flags(argv: list[str], run_config: Path | None) -> DataConfig:

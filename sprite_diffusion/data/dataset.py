@@ -32,6 +32,7 @@ from sprite_diffusion.data.decoding import (
 )
 from sprite_diffusion.data.image_store import ImageStore, decode_once
 from sprite_diffusion.data.labels import check_each_has_images, choose_class_names, to_class_id, to_class_ids
+from sprite_diffusion.data.sheets import cut_sheets
 from sprite_diffusion.data.sources import Source, Table, draw_built_in, open_arrays, open_table, read_table
 
 STREAM_HEAD_SIZE = 16  # images that decide the channel count of a stream
@@ -201,14 +202,16 @@ def load_image_data(config: DataConfig, with_labels: bool | None, streaming: boo
     is_array = name.endswith(".npy")
     if config.labels_file and not is_array:
         raise UserInputError("--labels_file belongs to a --dataset_name that is an .npy file")
-    if not is_array and name != BUILT_IN_DATASET:
+    if not is_array and name != BUILT_IN_DATASET and config.cell is None:
         table = open_table(config, with_labels, streaming)
         if streaming:
             return _open_stream(table, config)
         return _decode_all(read_table(table, config), config, with_labels)
     if streaming:
-        raise UserInputError(f"--streaming can't be used with {name}, which fits into memory: leave it out")
-    open_source = open_arrays if is_array else draw_built_in
+        raise UserInputError(
+            f"--streaming can't be used with {name or '--cell'}, which fits into memory: leave it out"
+        )
+    open_source = cut_sheets if config.cell is not None else open_arrays if is_array else draw_built_in
     return _decode_all(open_source(config, with_labels), config, with_labels)
 
 

@@ -93,12 +93,15 @@ def open_image(value: Any, config: DataConfig) -> Image.Image:
     """Decodes an image, and turns it upright as its EXIF orientation says.
 
     Args:
-        value: An (H, W, C) uint8 array of 1, 3 or 4 channels, a file name, a file's bytes or a `datasets` example.
+        value: An (H, W, C) uint8 array of 1, 3 or 4 channels, a file name, a file's bytes, a `datasets` example or an
+            image, which is returned as it is.
         config: `resolution`, which bounds how large an image may be.
 
     Raises:
         BadImageError: If `value` is nothing of these, or can't be decoded.
     """
+    if isinstance(value, Image.Image):
+        return value
     if isinstance(value, np.ndarray):
         return Image.fromarray(value[..., 0] if value.shape[2] == 1 else value)
     if isinstance(value, str | bytes):

@@ -184,7 +184,7 @@ def _open_dataset(
     """Returns the name of a dataset, the dataset, files that can't be used, and all files."""
     if config.dataset_name is None:
         assert config.train_data_dir is not None
-        folder = _find_image_folder(Path(config.train_data_dir), config.dataset_split)
+        folder = find_image_folder(Path(config.train_data_dir), config.dataset_split)
         found = list_image_folder(folder, config)
         if found.has_only_images:
             rows = found.as_rows()
@@ -265,7 +265,7 @@ def _load(
         raise UserInputError(f"{flag}{split_flag}: {reason}{first_line(error.__cause__ or error)}") from None
 
 
-def _find_image_folder(folder: Path, split: str) -> Path:
+def find_image_folder(folder: Path, split: str) -> Path:
     """Returns the subfolder of a split or, for 'train' without a subfolder, the folder itself."""
     if not folder.is_dir():
         raise UserInputError(f"--train_data_dir {folder}: no such folder")

@@ -84,12 +84,27 @@ def manifold_values(real: torch.Tensor, generated: torch.Tensor) -> dict[str, to
 
 def interval_of_mean(values: torch.Tensor) -> Interval:
     """Returns the 95% bootstrap interval of the mean of values (N,): percentiles over resampled images."""
+    return _interval(values, torch.mean)
+
+
+def interval_of_median(values: torch.Tensor) -> Interval:
+    """Returns the interval of `interval_of_mean` for the median."""
+    return _interval(values, median)
+
+
+def median(values: torch.Tensor) -> torch.Tensor:
+    """Returns the median of values (N,); between two of them, their mean, where torch's own is the lower one."""
+    return values.quantile(0.5)
+
+
+def _interval(values: torch.Tensor, statistic: Callable[[torch.Tensor], torch.Tensor]) -> Interval:
+    """Returns the 95% bootstrap interval of a statistic of values (N,): percentiles over resampled images."""
     generator = torch.Generator().manual_seed(0)
-    means = [
-        values[torch.randint(len(values), (len(values),), generator=generator)].mean()
+    resampled = [
+        statistic(values[torch.randint(len(values), (len(values),), generator=generator)])
         for _ in range(RESAMPLES_OF_MEANS)
     ]
-    low, high = torch.stack(means).double().quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    low, high = torch.stack(resampled).double().quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 
 

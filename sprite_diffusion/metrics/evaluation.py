@@ -20,10 +20,13 @@ from sprite_diffusion.metrics.distances import (
     frechet_distance,
     interval_of_distance,
     interval_of_mean,
+    interval_of_median,
     kernel_distance,
     manifold_values,
+    median,
 )
 from sprite_diffusion.metrics.extractors import Extractor, real_features
+from sprite_diffusion.metrics.pixel_art import READ_AT_ONCE, PixelArt
 from sprite_diffusion.metrics.real_images import RealImages
 from sprite_diffusion.metrics.report import NEAR_COPIES, Measurement, Report
 from sprite_diffusion.sampling.conditions import Condition, one_hot
@@ -61,6 +64,7 @@ class _Measured:
     class_ids: list[torch.Tensor] = field(default_factory=list)  # as the classifier sees the images
     nearest: list[torch.Tensor] = field(default_factory=list)  # distances to the nearest training image
     pairs: list[Pair] = field(default_factory=list)
+    pixel_art: list[dict[str, torch.Tensor]] = field(default_factory=list)  # of data that are, a value for each image
 
     def extend(self, other: "_Measured") -> None:
         """Adds the values that another process has measured."""
@@ -90,13 +94,16 @@ def evaluate(
     on the main process.
     """
     state = PartialState()
-    parts = gather_object([_measure(real, extractor, images, state.device, judge_classes)])
+    pixel_art = PixelArt.of_data(real, num_images)
+    parts = gather_object([_measure(real, extractor, pixel_art, images, state.device, judge_classes)])
     result = None
     if state.is_main_process:
         measured = _Measured()
         for part in parts:
             measured.extend(part)
         report = _make_report(real, extractor, measured, num_images, state.device, judge_classes)
+        if pixel_art is not None:
+            _report_pixel_art(report, pixel_art, measured, real[real.held_out[:num_images]])
         result = report, _draw_pairs(real, measured.pairs)
     state.wait_for_everyone()
     return result
@@ -189,11 +196,18 @@ def _match_conditions(pipeline: Pipeline, real: RealImages, num_images: int) -> 
 
 @torch.no_grad()
 def _measure(
-    real: RealImages, extractor: Extractor, images: Iterator[Batch], device: torch.device, judge_classes: bool
+    real: RealImages,
+    extractor: Extractor,
+    pixel_art: PixelArt | None,
+    images: Iterator[Batch],
+    device: torch.device,
+    judge_classes: bool,
 ) -> _Measured:
     """Extracts features from generated images, and finds the training image nearest to each."""
     measured = _Measured()
     for rows, pixels in images:
+        if pixel_art is not None:
+            measured.pixel_art.append(pixel_art.measure(pixels))
         pixels = pixels.to(device)
         measured.rows.append(rows)
         measured.features.append(extractor.extract(pixels).cpu())
@@ -264,6 +278,20 @@ def _report_classes(
         if min(rows.sum(), held_out_rows.sum()) >= MIN_IMAGES_OF_A_CLASS:
             of_class = _Features(features.reference[rows], features.held_out[held_out_rows], features.generated[rows])
             report.of_class[name] = _measure_distance(distance, of_class)
+
+
+def _report_pixel_art(report: Report, pixel_art: PixelArt, measured: _Measured, held_out: torch.Tensor) -> None:
+    """Adds to a report the figures of pixel art, beside those of the held-out images (M, C, H, W) uint8."""
+    batches = [pixel_art.measure(batch) for batch in held_out.split(READ_AT_ONCE)]
+    for name in batches[0]:
+        values = measured.in_order([batch[name] for batch in measured.pixel_art])
+        floor = torch.cat([batch[name] for batch in batches])
+        if name == "colours":
+            report.figures[name] = Measurement(
+                float(median(values)), interval_of_median(values), float(median(floor)), len(values)
+            )
+        else:
+            report.figures[name] = _measure_mean(values, floor)
 
 
 def _measure_distance(distance: Distance, features: _Features) -> Measurement:

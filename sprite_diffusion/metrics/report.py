@@ -27,8 +27,16 @@ TITLES = {
     "class_accuracy": "share in the class asked for",
     "nearest_distance": "distance to the nearest training image",
     NEAR_COPIES: "near-copies of training images",
+    "colours": "colours of an image (median)",
+    "off_palette": "pixels off the data's palette",
+    "partly_transparent": "partly transparent pixels",
+    "background": "pixels of the background's colour",
+    "lone_pixels": "lone pixels",
 }
-NOT_OF_FEATURES = ("class_accuracy", "nearest_distance", NEAR_COPIES)
+NOT_OF_FEATURES = (
+    *("class_accuracy", "nearest_distance", NEAR_COPIES),
+    *("colours", "off_palette", "partly_transparent", "background", "lone_pixels"),
+)
 HEADINGS = ("", "images", "generated", "95% interval", "held-out real")
 
 

@@ -89,7 +89,7 @@ def _is_finished(output_dir: Path) -> bool:
     try:
         summary = json.loads((output_dir / SUMMARY_FILE).read_text())
         step, total = int(summary["global_step"]), int(summary["total_steps"])
-    except (OSError, ValueError, TypeError, LookupError):
+    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
         return False
     newest = [step_of(path) for path in list_checkpoints(output_dir)[-1:]]
     return step >= total and all(other <= step for other in newest)

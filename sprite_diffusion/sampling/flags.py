@@ -66,6 +66,8 @@ MAX_SCALE = 1024
 MAX_DIGITS = 7  # a number of steps with more digits than this is a slip
 UP_TO_A_MILLION = Range(at_least=1, at_most=10**6)  # a larger number is a slip, which would fill the memory
 GUIDANCE_RANGE = Range(at_least=-1000, at_most=1000)
+PALETTE_ENDINGS = (".gpl", ".hex", ".pal", ".png")
+MIN_COLOURS, MAX_COLOURS = 2, 256  # of a palette: an indexed picture can have no more
 RANGES = {
     "num_images": UP_TO_A_MILLION,
     "seed": SEED_RANGE,
@@ -73,6 +75,7 @@ RANGES = {
     "eta": Range(at_least=0, at_most=1),
     "guidance_scale": GUIDANCE_RANGE,
     "batch_size": UP_TO_A_MILLION,
+    "columns": UP_TO_A_MILLION,
     "steps_shown": UP_TO_A_MILLION,
     "num_threads": THREADS_RANGE,
 }
@@ -103,6 +106,13 @@ def parse_args(description: str | None) -> argparse.Namespace:
     out.add_argument(
         "--scale", type=parse_scale, default="auto", help="Enlarge by this whole number; auto: to 64 pixels."
     )
+    out.add_argument("--columns", type=int, metavar="N", help="Of --sheet; default: a class per row, else a square.")
+    out.add_argument(
+        "--palette",
+        metavar="auto|N|FILE",
+        help="Snap samples to colours: those of the run's images, N of them, or a .gpl, .hex, .pal or .png.",
+    )
+    out.add_argument("--binary_alpha", action="store_true", help="Samples of pixels that are opaque or not there.")
     out.add_argument("--animate_prediction", action="store_true", help="Animate the clean images predicted.")
     out.add_argument("--tracker_project", help="Of W&B and trackio; default: that of the model's run.")
     out.add_argument("--tracker_job_type", help="Of W&B.")
@@ -115,7 +125,7 @@ def parse_args(description: str | None) -> argparse.Namespace:
     args = parser.parse_args(with_underscores(sys.argv[1:]))
     args.view = next((name for name in FIGURES if getattr(args, name) not in (None, False)), "samples")
     args.process = read_process_flags(args)
-    args.output = args.output or Path(f"{args.view}.png")
+    args.output = args.output or args.sheet or Path(f"{args.view}.png")
     check_args(args)
     return args
 
@@ -137,6 +147,7 @@ def _add_view_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("in place of plain samples")
     view = group.add_mutually_exclusive_group()
     view.add_argument("--animate", type=Path, metavar="FILE", help="Samples, and how they form: a .gif or .webp.")
+    view.add_argument("--sheet", type=Path, metavar="FILE", help="Samples as a sprite sheet: a .png, and its .json.")
     view.add_argument("--compare", metavar="LIST", help="Samplers beside each other: ddpm:500,ddim:25.")
     view.add_argument("--steps_shown", type=int, metavar="N", help="Every Nth step: its noisy image, its prediction.")
     view.add_argument("--forward", metavar="DATA", help="An image, folder or dataset on its way to noise.")
@@ -237,10 +248,14 @@ def check_args(args: argparse.Namespace) -> None:
         check_sampler("--scheduler", args.scheduler)
     if args.compare is not None:
         split_comparison(args.compare)
+    if args.palette is not None:
+        _check_palette(args.palette)
     for message, applies in _contradictions(args).items():
         if applies:
             raise UserInputError(message)
     check_tracker(args.logger)
+    if args.sheet is not None:
+        _check_path("--sheet", args.sheet, (".png",), "a .png file")
     _check_path("--output", args.output, ("", ".png"), "a .png file or a folder")
     if args.animate is not None:
         _check_path("--animate", args.animate, (".gif", ".webp"), "a .gif or .webp file")
@@ -272,9 +287,26 @@ def _contradictions(args: argparse.Namespace) -> dict[str, bool]:
             any(not 0 <= seed <= MAX_SEED for seed in seeds) or (args.view == "interpolate" and args.num_images == 1)
         ),
         f"--scheduler {args.scheduler} does not go with {figure_flag}": args.scheduler not in allowed_schedulers,
+        "--sheet FILE takes no --output: the sheet is what is written": (
+            args.sheet is not None and args.output != args.sheet
+        ),
+        "--columns belongs to --sheet FILE": args.columns is not None and args.sheet is None,
+        f"--palette and --binary_alpha are for samples, not for {'--animate' if args.animate else figure_flag}": (
+            (args.palette is not None or args.binary_alpha) and (args.view != "samples" or args.animate is not None)
+        ),
         "--eta is for --scheduler ddim": args.eta > 0 and not samples_with_ddim,
         "--logger belongs to --compare": args.logger != "none" and args.compare is None,
     }
+
+
+def _check_palette(text: str) -> None:
+    """Raises `UserInputError` if the value of `--palette` is neither 'auto' nor a number nor a file of colours."""
+    if text.isdecimal() and len(text) <= MAX_DIGITS:
+        Range(at_least=MIN_COLOURS, at_most=MAX_COLOURS).check("palette", int(text))
+    elif text != "auto" and Path(text).suffix.lower() not in PALETTE_ENDINGS:
+        raise UserInputError(f"--palette {text}: give 'auto', a number or a {', '.join(PALETTE_ENDINGS)} file")
+    elif text != "auto" and not Path(text).is_file():
+        raise UserInputError(f"--palette {text}: no such file")
 
 
 def _check_path(flag: str, path: Path, endings: tuple[str, ...], kinds: str) -> None:

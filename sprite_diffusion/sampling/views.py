@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from sprite_diffusion.sampling.figures import (
     show_steps,
 )
 from sprite_diffusion.sampling.generation import Request, Trajectory, sample_images
+from sprite_diffusion.sampling.palettes import choose_palette
 from sprite_diffusion.sampling.pictures import (
     check_size,
     labelled_grid,
@@ -36,6 +38,7 @@ from sprite_diffusion.sampling.pictures import (
 )
 from sprite_diffusion.sampling.pipeline_loading import Pipeline, make_process
 from sprite_diffusion.sampling.samplers import make_sampler, parse_samplers
+from sprite_diffusion.sampling.sheets import write_sheet
 
 NUM_CLEAN_IMAGES = 4  # that noise is added to
 NUM_SAMPLES = 16  # for each class, where there are any
@@ -43,21 +46,30 @@ MAX_FRAMES = 60
 
 
 def write_samples(args: argparse.Namespace, pipeline: Pipeline) -> None:
-    """Writes samples as a grid, with a class per row, or as single files, and their animation if it is asked for."""
+    """Writes samples as a grid, with a class per row, as a sheet or as single files, and their animation if asked for.
+
+    Raises `UserInputError` for what the model or the formats can't do, before anything is sampled.
+    """
     request = make_request(args, pipeline)
     sampler = make_sampler("--scheduler", pipeline, args.scheduler, args.num_inference_steps)
     trajectory = None if args.animate is None else Trajectory(MAX_FRAMES, args.animate_prediction)
     has_classes = pipeline.num_classes > 0
     columns = (args.num_images or NUM_SAMPLES) if has_classes else math.ceil(math.sqrt(len(request.seeds)))
+    columns = args.columns or columns
     rows = math.ceil(len(request.seeds) / columns)
     if args.animate is not None:
         frames = min(MAX_FRAMES, sampler.num_inference_steps + 1)
         check_size(args.animate, rows, columns, pipeline.sample_shape, args.scale, frames)
     grid = (rows, columns) if args.output.suffix else (1, 1)  # a folder gets a file for each image
-    check_size(args.output, *grid, pipeline.sample_shape, args.scale, frames=1)
-    images = sample_images(pipeline, sampler, request, trajectory=trajectory)
-    record = {**sampler.record, **request.record}
-    if not args.output.suffix:
+    scale = args.scale if args.sheet is None else args.scale or 1
+    check_size(args.output, *grid, pipeline.sample_shape, scale, frames=1)
+    finish, finish_record = choose_finish(args, pipeline)
+    images = finish(sample_images(pipeline, sampler, request, trajectory=trajectory))
+    record = {**sampler.record, **finish_record, **request.record}
+    if args.sheet is not None:
+        write_sheet(images, args.sheet, columns, scale, {**_record_of_model(args), **record})
+        print(f"wrote {args.sheet}\nwrote {args.sheet.with_suffix('.json')}")
+    elif not args.output.suffix:
         _write_single_files(args, images, record)
     elif has_classes:
         labels = [str(condition.name) for condition in request.conditions[::columns]]
@@ -67,6 +79,27 @@ def write_samples(args: argparse.Namespace, pipeline: Pipeline) -> None:
     if trajectory is not None:
         save_animation(trajectory.frames, args.animate, columns, args.scale)
         print(f"wrote {args.animate}")
+
+
+def choose_finish(
+    args: argparse.Namespace, pipeline: Pipeline
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], dict[str, Any]]:
+    """Returns what `--palette` and `--binary_alpha` do to samples (N, C, H, W) in [0, 1], and the record of it.
+
+    Raises `UserInputError` if there is no such palette, or no alpha.
+    """
+    num_channels = pipeline.sample_shape[0]
+    if args.binary_alpha and num_channels != 4:
+        raise UserInputError(f"--binary_alpha: {args.model} draws no transparency (see --image_mode of the training)")
+    palette = None if args.palette is None else choose_palette(args.palette, args.model, num_channels)
+
+    def finish(images: torch.Tensor) -> torch.Tensor:
+        if args.binary_alpha:
+            images = torch.cat([images[:, :3], (images[:, 3:] >= 0.5).to(images.dtype)], dim=1)
+        return images if palette is None else palette.snap(images)
+
+    record: dict[str, Any] = {} if palette is None else {"palette": palette.record}
+    return finish, record | ({"binary_alpha": True} if args.binary_alpha else {})
 
 
 def make_figure(args: argparse.Namespace, pipeline: Pipeline) -> Figure:

@@ -1,0 +1,63 @@
+"""Figures of pixel art, of which the features say nothing: how many colours, of which palette, how clean."""
+
+import torch
+
+from sprite_diffusion.metrics.real_images import RealImages
+
+MAX_COLOURS = 32  # of an image, in the median of data that are pixel art
+READ_AT_ONCE = 512  # images; the first of them say whether the data are pixel art
+CLEAR = 2**24  # the code of a transparent pixel, whatever colour is hidden there: that of no colour
+
+
+class PixelArt:
+    """The palette and the background of data that are pixel art: what generated images are measured beside."""
+
+    def __init__(self, palette: torch.Tensor, background: int) -> None:
+        self.palette = palette  # (K,), as `encode` numbers colours
+        self.background = background
+
+    @classmethod
+    def of_data(cls, real: RealImages, num_images: int) -> "PixelArt | None":
+        """Returns the palette and background of the first reference images; None if these are no pixel art."""
+        palettes, borders = [], []
+        for start in range(0, num_images, READ_AT_ONCE):
+            codes = encode(real[real.reference[start : min(start + READ_AT_ONCE, num_images)]])
+            if start == 0 and count_colours(codes).quantile(0.5) > MAX_COLOURS:
+                return None
+            palettes.append(codes.unique())
+            borders += [codes[:, [0, -1]].flatten(), codes[:, :, [0, -1]].flatten()]
+        return cls(torch.cat(palettes).unique(), int(torch.cat(borders).mode().values))
+
+    def measure(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns each figure of each of the images (B, C, H, W) uint8, as values (B,) in float64."""
+        codes = encode(images)
+        pixels = {"off_palette": ~torch.isin(codes, self.palette) & (codes != CLEAR)}
+        if images.shape[1] == 4:
+            pixels["partly_transparent"] = (images[:, 3] > 0) & (images[:, 3] < 255)
+        pixels |= {"background": codes == self.background, "lone_pixels": find_lone(codes)}
+        shares = {name: found.double().mean(dim=(1, 2)) for name, found in pixels.items()}
+        return {"colours": count_colours(codes), **shares}
+
+
+def encode(images: torch.Tensor) -> torch.Tensor:
+    """Returns the colour of each pixel of uint8 images (B, C, H, W) as a number, (B, H, W) int64.
+
+    The channels are grey, or red, green, blue and, where there is a fourth, alpha.
+    """
+    red, green, blue = (images[:, min(k, images.shape[1] - 1)].long() for k in range(3))
+    codes = red << 16 | green << 8 | blue
+    return codes if images.shape[1] < 4 else codes.where(images[:, 3] > 0, CLEAR)
+
+
+def count_colours(codes: torch.Tensor) -> torch.Tensor:
+    """Returns how many colours each image of `encode` has, (B,) float64; what is transparent is none."""
+    ordered = codes.flatten(1).sort(dim=1).values
+    is_first = torch.cat([torch.ones_like(ordered[:, :1], dtype=torch.bool), ordered[:, 1:] != ordered[:, :-1]], dim=1)
+    return (is_first & (ordered != CLEAR)).sum(dim=1).double()
+
+
+def find_lone(codes: torch.Tensor) -> torch.Tensor:
+    """Returns where a pixel of `encode` has no neighbour of its own colour beside, above or below it, (B, H, W)."""
+    padded = torch.nn.functional.pad(codes, (1, 1, 1, 1), value=-1)
+    neighbours = (padded[:, :-2, 1:-1], padded[:, 2:, 1:-1], padded[:, 1:-1, :-2], padded[:, 1:-1, 2:])
+    return torch.stack([codes != neighbour for neighbour in neighbours]).all(dim=0)

@@ -1,0 +1,192 @@
+"""Palettes: a few colours that every pixel of a sample is snapped to."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sprite_diffusion.common.errors import UserInputError, first_line
+from sprite_diffusion.common.run_files import CONFIG_FILE, find_run
+from sprite_diffusion.data.config import parse_data_flags
+from sprite_diffusion.data.dataset import StoredImages, load_image_data
+from sprite_diffusion.sampling.flags import MAX_COLOURS, MIN_COLOURS
+
+NUM_CLUSTERS = 32  # where the data have more colours than that, and no number is asked for
+READ_AT_ONCE = 4096  # images whose colours are in memory at a time
+CLUSTERED_PIXELS = 2**17  # drawn at random, so that the clusters of a large set take seconds
+CLUSTER_STEPS = 30
+MAX_FILE_SIZE = 2**16  # bytes of a text file of colours; 256 named ones take about ten thousand
+
+# From linear sRGB to the responses of the eye's cones, and from their cube roots to OKLab: Ottosson 2020.
+TO_CONES = np.array(
+    [
+        [0.4122214708, 0.5363325363, 0.0514459929],
+        [0.2119034982, 0.6806995451, 0.1073969566],
+        [0.0883024619, 0.2817188376, 0.6299787005],
+    ]
+)
+TO_OKLAB = np.array(
+    [
+        [0.2104542553, 0.7936177850, -0.0040720468],
+        [1.9779984951, -2.4285922050, 0.4505937099],
+        [0.0259040371, 0.7827717662, -0.8086757660],
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Colours, and where they are from."""
+
+    colours: np.ndarray  # (K, 3) uint8
+    source: str
+
+    def snap(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns images (N, C, H, W) in [0, 1] with each pixel's colour the nearest of the palette, in OKLab.
+
+        The first channel or the first three are the colour; alpha, if there is a channel of it, stays as it is.
+        """
+        num_channels = 1 if images.shape[1] == 1 else 3
+        levels = (images[:, :num_channels] * 255).round().to(torch.uint8)
+        pixels = levels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+        colours, index = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)
+        nearest = self.colours[_find_nearest(to_oklab(colours), to_oklab(self.colours))]
+        snapped = torch.from_numpy(nearest[index.ravel()].reshape(pixels.shape)).permute(0, 3, 1, 2)
+        return torch.cat([snapped[:, :num_channels].float() / 255, images[:, num_channels:]], dim=1)
+
+    @property
+    def record(self) -> dict[str, object]:
+        """The entry about the palette in the record of a picture."""
+        return {"source": self.source, "colours": [f"#{bytes(colour).hex()}" for colour in self.colours]}
+
+
+def to_oklab(colours: np.ndarray) -> np.ndarray:
+    """Returns colours (..., 3) uint8 sRGB in OKLab, float64, where equal distances look about equally far."""
+    values = colours / 255
+    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    return np.cbrt(linear @ TO_CONES.T) @ TO_OKLAB.T
+
+
+def choose_palette(text: str, model: str, num_channels: int) -> Palette:
+    """Returns the palette of `--palette`: the colours of a file, or those of the images that a model was trained on.
+
+    Args:
+        text: 'auto', a number of colours or a file.
+        model: The model, whose run tells the images.
+        num_channels: The channels of the model's images.
+
+    Raises:
+        UserInputError: If the file or the images can't be read, or a model of grey images is given colours.
+    """
+    if text != "auto" and not text.isdecimal():
+        palette = Palette(read_palette(Path(text)), text)
+        if num_channels == 1 and (palette.colours != palette.colours[:, :1]).any():
+            raise UserInputError(f"--palette {text} has colours, and {model} draws in grey: give a palette of greys")
+        return palette
+    run_dir = find_run(Path(model))
+    if run_dir is None:
+        raise UserInputError(
+            f"--palette {text}: {model} is not the folder of a run, which would tell the images that it was trained "
+            "on; name a file of colours"
+        )
+    try:
+        data = load_image_data(parse_data_flags([], run_dir / CONFIG_FILE), with_labels=False)
+    except UserInputError as error:
+        raise UserInputError(f"--palette {text}: the images of the run can't be read; name a file ({error})") from None
+    assert isinstance(data.dataset, StoredImages)
+    limit = None if text == "auto" else int(text)
+    return Palette(learn_palette(data.dataset, limit), text)
+
+
+def learn_palette(images: StoredImages, num_colours: int | None) -> np.ndarray:
+    """Returns the colours (K, 3) uint8 of a palette of images; each is a colour that the images have.
+
+    Args:
+        images: The images. Of those with alpha the opaque pixels count.
+        num_colours: The colours of the palette; None for all that the images have or, if these are more than
+            `MAX_COLOURS`, `NUM_CLUSTERS`. Images of fewer colours have them all in the palette.
+    """
+    colours, counts = _count_colours(images)
+    if len(colours) <= (num_colours or MAX_COLOURS):
+        return colours
+    from scipy.cluster.vq import kmeans2  # here, as most commands have no use for it
+
+    rng = np.random.default_rng(0)
+    lab = to_oklab(colours)
+    drawn = rng.choice(len(lab), min(CLUSTERED_PIXELS, int(counts.sum())), p=counts / counts.sum())
+    centres, _ = kmeans2(lab[drawn], num_colours or NUM_CLUSTERS, CLUSTER_STEPS, minit="++", rng=rng)
+    # Not the centre itself: white pixels and some of nearly white would make a ground that is not white.
+    return colours[np.unique(_find_nearest(centres, lab))]
+
+
+def _find_nearest(points: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """Returns for each of the points (N, 3) the index of the nearest row of the palette (K, 3)."""
+    from scipy.spatial import KDTree
+
+    return KDTree(palette).query(points)[1]
+
+
+def _count_colours(images: StoredImages) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the distinct colours (K, 3) uint8 of all images, cropped in the centre, and how many pixels each has."""
+    counts = np.zeros(2**24, np.int64)  # of every colour
+    for start in range(0, len(images), READ_AT_ONCE):
+        pixels = images.gather(range(start, min(start + READ_AT_ONCE, len(images))), images.max_offsets // 2)
+        if pixels.dtype == np.uint16:
+            pixels = (pixels / 257).round().astype(np.uint8)  # 257 * 255 = 65535
+        opaque = pixels[:, 3] == 255 if pixels.shape[1] == 4 else np.ones_like(pixels[:, 0], bool)
+        red, green, blue = (pixels[:, min(k, pixels.shape[1] - 1)][opaque].astype(np.int64) for k in range(3))
+        counts += np.bincount(red << 16 | green << 8 | blue, minlength=len(counts))
+    codes = counts.nonzero()[0]
+    return np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=1).astype(np.uint8), counts[codes]
+
+
+def read_palette(path: Path) -> np.ndarray:
+    """Returns the distinct colours (K, 3) uint8 of a file, in its order: GIMP's .gpl, .hex, JASC's .pal, or a .png.
+
+    Raises `UserInputError` if it is not such a file, or has other than 2 to 256 colours.
+    """
+    try:
+        if path.suffix.lower() == ".png":
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGBA")).reshape(-1, 4)
+            rows = pixels[pixels[:, 3] > 0, :3].tolist()
+        else:
+            rows = _parse_colours(path)
+    except Exception as error:  # decoders raise whatever a broken file leads them to
+        raise UserInputError(f"--palette {path} can't be read ({first_line(error)})") from None
+    colours = list(dict.fromkeys(map(tuple, rows)))
+    if not all(0 <= level <= 255 for colour in colours for level in colour):
+        raise UserInputError(f"--palette {path} has levels above 255: give colours of three levels from 0 to 255")
+    if not MIN_COLOURS <= len(colours) <= MAX_COLOURS:
+        raise UserInputError(
+            f"--palette {path} has {len(colours):,} colours: it must have {MIN_COLOURS} to {MAX_COLOURS}"
+        )
+    return np.array(colours, np.uint8)
+
+
+def _parse_colours(path: Path) -> list[tuple[int, ...]]:
+    """Returns the colours of a text file. Raises `ValueError` for a line that is none."""
+    with path.open("rb") as file:
+        lines = file.read(MAX_FILE_SIZE).decode("utf-8-sig").splitlines()
+    ending = path.suffix.lower()
+    heads = {".gpl": "GIMP Palette", ".pal": "JASC-PAL", ".hex": ""}
+    if not "".join(lines[:1]).startswith(heads[ending]):
+        raise ValueError(f"its first line is not '{heads[ending]}'")
+    if ending == ".gpl":
+        lines = [line for line in lines[1:] if not line.startswith(("#", "Name:", "Columns:"))]
+    elif ending == ".pal":
+        lines = lines[3:]  # after the version and the number of colours
+    pattern = (
+        r"#?([0-9a-fA-F]{2})" + 2 * "([0-9a-fA-F]{2})" if ending == ".hex" else r"(\d{1,3})\s+(\d{1,3})\s+(\d{1,3})"
+    )
+    end = r"(?:\s.*)?" if ending == ".gpl" else ""  # the colour's name
+    colours = []
+    for line in filter(str.strip, lines):
+        match = re.fullmatch(pattern + end, line.strip())
+        if match is None:
+            raise ValueError(f"'{line.strip()[:40]}' is no colour")
+        colours.append(tuple(int(level, 16 if ending == ".hex" else 10) for level in match.groups()))
+    return colours
