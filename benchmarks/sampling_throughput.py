@@ -21,7 +21,7 @@ from sprite_diffusion.runs.config import parse_config
 from sprite_diffusion.sampling.pipeline_loading import speed_up
 from sprite_diffusion.training.build import build_model
 
-PRESET = "sprites_unconditional.yaml"
+PRESET = "sprites_long.yaml"
 NAMES = ("peer", "ours", "ours, bf16", "ours, bf16, compiled")
 TOTAL_STEPS = 1000
 

@@ -24,7 +24,7 @@ from sprite_diffusion.training.build import build_model, build_noise_scheduler
 from sprite_diffusion.training.loss import ddpm_loss
 from sprite_diffusion.training.performance import make_accelerator, prepare_attention
 
-PRESET = "sprites_unconditional.yaml"
+PRESET = "sprites_long.yaml"
 BATCHES = 100  # read from each set of images
 
 

@@ -69,7 +69,7 @@ def training_flops(config: TrainingConfig) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer", required=True, help="diffusers' train_unconditional.py")
-    parser.add_argument("--preset", default="configs/sprites_unconditional.yaml")
+    parser.add_argument("--preset", default="configs/sprites_long.yaml")
     parser.add_argument("--attention_head_dim", type=int, help="In place of the preset's, for both.")
     parser.add_argument("--num_steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)

@@ -112,7 +112,7 @@ class RunOutputs:
             if config.lr_warmup_steps >= self.total_steps:
                 warn(
                     f"--lr_warmup_steps {config.lr_warmup_steps} of {self.total_steps} steps: the learning rate will "
-                    f"never reach --learning_rate {config.learning_rate:g}; give more --num_epochs or less warm-up"
+                    f"never reach --learning_rate {config.learning_rate:g}; train longer, or give less warm-up"
                 )
             start = f"from {checkpoint}" if checkpoint else "from the start"
             print_summary(self.accelerator, config, self.data, model, self.total_steps, start)
