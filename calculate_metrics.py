@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sprite_diffusion.common.errors import UserInputError, exits_on_user_error, first_line
+from sprite_diffusion.common.errors import DAMAGED_JSON, UserInputError, exits_on_user_error, first_line
 from sprite_diffusion.common.files import write_text
 from sprite_diffusion.common.run_files import CARD_FILE, CONFIG_FILE, INDEX_FILE, SUMMARY_FILE, find_run
 from sprite_diffusion.data.config import parse_data_flags
@@ -49,7 +49,7 @@ def read_run_facts(summary: Path) -> dict[str, Any]:
         return {}
     try:
         return {"global_step": int(json.loads(summary.read_text())["global_step"])}
-    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
+    except DAMAGED_JSON as error:
         raise UserInputError(f"{summary} is not the summary of a run: {first_line(error)}") from None
 
 

@@ -169,6 +169,7 @@ DAMAGES = {
     "manifest of nothing": lambda c: (c / "manifest.json").write_text("{}"),
     "manifest of numbers": lambda c: (c / "manifest.json").write_text('{"model.safetensors": 1}'),
     "manifest not text": lambda c: (c / "manifest.json").write_bytes(b"\xff\xfe"),
+    "manifest of brackets": lambda c: (c / "manifest.json").write_text(100_000 * "["),
     "manifest names a file outside": lambda c: add_to_manifest(c, "../checkpoint-3/model.safetensors"),
     "manifest names an absolute file": lambda c: add_to_manifest(c, str(c.parent / "checkpoint-3/model.safetensors")),
     "empty folder": lambda c: [shutil.rmtree(c), c.mkdir()],

@@ -465,6 +465,7 @@ def test_card_command(author, pipeline_folder):
         ("metrics.json", {"figures": {}}, "the metrics are missing"),
         ("metrics.json", {"figures": {"near_copies": {**MEASUREMENT, "value": "few"}}}, "few"),
         ("metrics.json", {"sampler": None}, "sampler is None"),
+        ("metrics.json", {"num_images": float("inf")}, "infinity"),
     ],
 )
 def test_card_names_a_value_of_another_type(pipeline_folder, file, changes, reason):

@@ -123,7 +123,9 @@ def test_lines_of_the_log_that_cannot_be_read_are_left_out(tmp_path):
     no_step = json.dumps({**LOG[0], "global_step": None}).encode()
     no_rate = json.dumps({name: value for name, value in LOG[0].items() if name != "lr"}).encode()
     text_loss = json.dumps({**LOG[0], "loss": "1.0"}).encode()
+    infinite_epoch = json.dumps({**LOG[0], "epoch": float("inf")}).encode()
     bad = [good[0][:-9], b"\xff\xfe\x00", b"", b"[1, 2]", b"7", b"[" * 100_000, no_step, no_rate, text_loss]
+    bad.append(infinite_epoch)
     lines = [*bad, good[0], *bad, *good[1:], good[0][:20]]
     (tmp_path / "training_log.jsonl").write_bytes(b"\n".join(lines))
     assert read_training_log(tmp_path) == LOG

@@ -15,6 +15,8 @@ SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "TRAC
 HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{30,}")  # as the Hub makes them
 SHORTEST_SECRET = 8  # characters; anything shorter would also be found in words that are no secret
 MASK = "***"
+# What a damaged file of JSON leads a reader to who takes its values for what they should be: int(inf) overflows.
+DAMAGED_JSON = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 _kept_secrets: set[str] = set()
 

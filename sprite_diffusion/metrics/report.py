@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from sprite_diffusion.common.errors import warn
+from sprite_diffusion.common.errors import DAMAGED_JSON, warn
 from sprite_diffusion.common.files import write_text, written_beside
 from sprite_diffusion.common.run_files import HISTORY_FILE, METRICS_FILE, PAIRS_FILE
 
@@ -83,7 +83,7 @@ class Report:
     def from_dict(cls, values: dict[str, Any]) -> "Report":
         """Returns the report that `to_dict` has made `values` of, which may hold more.
 
-        Raises LookupError, TypeError, AttributeError or ValueError if a value is missing or of another type.
+        Raises one of `DAMAGED_JSON` if a value is missing or of another type.
         """
         report = cls(num_images=int(values["num_images"]), extractor=str(values["extractor"]))
         for measurements, group in ((report.figures, "figures"), (report.of_class, "of_class")):
@@ -141,7 +141,7 @@ def _read_history(path: Path) -> tuple[list[dict[str, Any]], int]:
     texts = path.read_text(errors="replace").splitlines() if path.is_file() else []
     lines = []
     for text in texts:
-        with suppress(ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        with suppress(*DAMAGED_JSON):
             line = json.loads(text)
             Report.from_dict(line)  # raises for a line that is not an evaluation's
             if isinstance(line["global_step"], int):

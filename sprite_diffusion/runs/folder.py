@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 
-from sprite_diffusion.common.errors import UserInputError, warn
+from sprite_diffusion.common.errors import DAMAGED_JSON, UserInputError, warn
 from sprite_diffusion.common.files import check_output_folder
 from sprite_diffusion.common.owned_files import LOCK_FILE, LOCK_OWNER_FILE, OwnedFiles, read_list
 from sprite_diffusion.common.run_files import (
@@ -89,7 +89,7 @@ def _is_finished(output_dir: Path) -> bool:
     try:
         summary = json.loads((output_dir / SUMMARY_FILE).read_text())
         step, total = int(summary["global_step"]), int(summary["total_steps"])
-    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError):
+    except DAMAGED_JSON:
         return False
     newest = [step_of(path) for path in list_checkpoints(output_dir)[-1:]]
     return step >= total and all(other <= step for other in newest)
@@ -173,7 +173,7 @@ def _describe_owner(path: Path) -> str:
     try:
         owner = json.loads(path.read_text())
         return f"process {owner['process']} on {owner['host']}: wait for its end, or name another folder"
-    except (OSError, ValueError, LookupError, TypeError):
+    except DAMAGED_JSON:
         return "another process: wait for its end, or name another folder"
 
 

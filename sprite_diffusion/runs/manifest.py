@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from sprite_diffusion.common.errors import DAMAGED_JSON
 from sprite_diffusion.common.run_files import MANIFEST_FILE
 
 STATE_FILE = "train_state.json"
@@ -38,7 +39,7 @@ def find_damage(checkpoint: Path) -> str:
         return f"{MANIFEST_FILE} is missing"
     except OSError as error:
         return f"can't be read: {error.strerror}"
-    except (ValueError, TypeError, AttributeError, KeyError):
+    except DAMAGED_JSON:
         return f"{MANIFEST_FILE} is no manifest"
 
 

@@ -17,7 +17,7 @@ from diffusers.utils import logging
 from models import BasicUNet2DModel, ContextUNet2DModel
 from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline
 from schedulers import ClosedFormDDPMScheduler, LinearCorruptionScheduler
-from sprite_diffusion.common.errors import UserInputError, first_line
+from sprite_diffusion.common.errors import DAMAGED_JSON, UserInputError, first_line
 from sprite_diffusion.common.machine import prepare_cpu
 from sprite_diffusion.common.run_files import INDEX_FILE, list_checkpoints
 from sprite_diffusion.data.sprites import CLASS_NAMES
@@ -83,7 +83,7 @@ def find_model_kind(path: Path) -> ModelKind | None:
     try:
         if "_class_name" in json.loads((path / NETWORK_FILE).read_text()):
             return "network"
-    except (OSError, ValueError, TypeError, RecursionError):
+    except DAMAGED_JSON:
         pass
     return "course checkpoint" if len(_list_course_files(path)) == 1 else None
 

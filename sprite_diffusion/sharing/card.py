@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from sprite_diffusion.common.errors import UserInputError, first_line, mask_secrets, printable
+from sprite_diffusion.common.errors import DAMAGED_JSON, UserInputError, first_line, mask_secrets, printable
 from sprite_diffusion.common.flags import read_yaml
 from sprite_diffusion.common.run_files import (
     CARD_FILE,
@@ -100,7 +100,7 @@ def read_run(run_dir: Path) -> RunRecord:
         }
         types = {name: kind for name, kind in get_type_hints(RunRecord).items() if name not in combined}
         return RunRecord(**{name: _check_type(name, saved[name], kind) for name, kind in types.items()}, **combined)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, UserInputError) as error:
+    except (*DAMAGED_JSON, UserInputError) as error:
         raise UserInputError(f"{run_dir} is not the output folder of a run: {first_line(error)}") from None
 
 

@@ -16,7 +16,14 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from sprite_diffusion.common.errors import UserInputError, exits_on_user_error, first_line, mask_secrets, printable
+from sprite_diffusion.common.errors import (
+    DAMAGED_JSON,
+    UserInputError,
+    exits_on_user_error,
+    first_line,
+    mask_secrets,
+    printable,
+)
 from sprite_diffusion.common.files import check_writable, write_text, written_beside
 from sprite_diffusion.common.flags import ArgumentParser
 from sprite_diffusion.common.run_files import (
@@ -116,10 +123,10 @@ def read_training_log(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / TRAINING_LOG_FILE
     entries = []
     for text in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-        with suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        with suppress(*DAMAGED_JSON):
             entry = json.loads(text)
             numbers = [entry[name] for name in ("global_step", "epoch", "images_seen", "seconds", "lr")]
-            if all(isinstance(number, int | float) for number in [*numbers, entry["loss"] or 0.0]):
+            if all(math.isfinite(number) for number in [*numbers, entry["loss"] or 0.0]):
                 entries.append(entry)
     return entries
 
@@ -230,7 +237,7 @@ def _metric_rows(run_dir: Path) -> list[Sequence[Any]]:
     """Returns the rows of the metrics' table, with a heading; none where there are no metrics, or damaged ones."""
     try:
         report = Report.from_dict(json.loads((run_dir / METRICS_FILE).read_text()))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except DAMAGED_JSON:
         return []
     rows: list[Sequence[Any]] = [("", "generated", "95% interval", "held-out real")]
     for name, figure in report.figures.items():
@@ -301,7 +308,7 @@ def main() -> None:
     run_dir = parser.parse_args().run
     try:
         summary = json.loads((run_dir / SUMMARY_FILE).read_text())
-    except (OSError, ValueError, RecursionError) as error:
+    except DAMAGED_JSON as error:
         raise UserInputError(f"{run_dir} is not the folder of a run with a pipeline: {first_line(error)}") from None
     if not isinstance(summary, dict):
         raise UserInputError(f"{run_dir / SUMMARY_FILE} is not the summary of a run")
