@@ -124,6 +124,13 @@ class StoredImages(Dataset):
             np.multiply(image, 257 if image.dtype != self.dtype else 1, out=pixels[row], dtype=self.dtype)
         return pixels
 
+    def read_centred(self, indices: Iterable[int]) -> torch.Tensor:
+        """Returns images (B, C, H, W) as uint8, cropped in the centre, never flipped; 16 bits are rounded to 8."""
+        pixels = self.gather(indices, self.max_offsets // 2)
+        if pixels.dtype == np.uint16:
+            pixels = (pixels / 257).round().astype(np.uint8)  # 257 * 255 = 65535
+        return torch.from_numpy(pixels)
+
 
 class StreamedImages(IterableDataset):
     """Images decoded while they are read, one per item.

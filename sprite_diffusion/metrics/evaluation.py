@@ -103,7 +103,7 @@ def evaluate(
             measured.extend(part)
         report = _make_report(real, extractor, measured, num_images, state.device, judge_classes)
         if pixel_art is not None:
-            _report_pixel_art(report, pixel_art, measured, real[real.held_out[:num_images]])
+            _report_pixel_art(report, pixel_art, measured, real, num_images)
         result = report, _draw_pairs(real, measured.pairs)
     state.wait_for_everyone()
     return result
@@ -280,9 +280,11 @@ def _report_classes(
             report.of_class[name] = _measure_distance(distance, of_class)
 
 
-def _report_pixel_art(report: Report, pixel_art: PixelArt, measured: _Measured, held_out: torch.Tensor) -> None:
-    """Adds to a report the figures of pixel art, beside those of the held-out images (M, C, H, W) uint8."""
-    batches = [pixel_art.measure(batch) for batch in held_out.split(READ_AT_ONCE)]
+def _report_pixel_art(
+    report: Report, pixel_art: PixelArt, measured: _Measured, real: RealImages, num_images: int
+) -> None:
+    """Adds to a report the figures of pixel art, beside those of as many held-out images."""
+    batches = [pixel_art.measure(batch) for batch in real.in_batches(real.held_out[:num_images], READ_AT_ONCE)]
     for name in batches[0]:
         values = measured.in_order([batch[name] for batch in measured.pixel_art])
         floor = torch.cat([batch[name] for batch in batches])

@@ -2,7 +2,9 @@
 
 import torch
 
+from sprite_diffusion.metrics.distances import median
 from sprite_diffusion.metrics.real_images import RealImages
+from sprite_diffusion.sampling.palettes import encode_colours
 
 MAX_COLOURS = 32  # of an image, in the median of data that are pixel art
 READ_AT_ONCE = 512  # images; the first of them say whether the data are pixel art
@@ -19,10 +21,11 @@ class PixelArt:
     @classmethod
     def of_data(cls, real: RealImages, num_images: int) -> "PixelArt | None":
         """Returns the palette and background of the first reference images; None if these are no pixel art."""
-        palettes, borders = [], []
-        for start in range(0, num_images, READ_AT_ONCE):
-            codes = encode(real[real.reference[start : min(start + READ_AT_ONCE, num_images)]])
-            if start == 0 and count_colours(codes).quantile(0.5) > MAX_COLOURS:
+        palettes: list[torch.Tensor] = []
+        borders: list[torch.Tensor] = []
+        for images in real.in_batches(real.reference[:num_images], READ_AT_ONCE):
+            codes = encode(images)
+            if not palettes and median(count_colours(codes)) > MAX_COLOURS:
                 return None
             palettes.append(codes.unique())
             borders += [codes[:, [0, -1]].flatten(), codes[:, :, [0, -1]].flatten()]
@@ -40,12 +43,8 @@ class PixelArt:
 
 
 def encode(images: torch.Tensor) -> torch.Tensor:
-    """Returns the colour of each pixel of uint8 images (B, C, H, W) as a number, (B, H, W) int64.
-
-    The channels are grey, or red, green, blue and, where there is a fourth, alpha.
-    """
-    red, green, blue = (images[:, min(k, images.shape[1] - 1)].long() for k in range(3))
-    codes = red << 16 | green << 8 | blue
+    """Returns what `encode_colours` does, with `CLEAR` for a pixel whose alpha, the fourth channel, is 0."""
+    codes = encode_colours(images)
     return codes if images.shape[1] < 4 else codes.where(images[:, 3] > 0, CLEAR)
 
 

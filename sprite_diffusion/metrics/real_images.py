@@ -1,6 +1,7 @@
 """The real images that a model is judged by: two halves of the data, and the nearest of all to a given image."""
 
 import hashlib
+from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
@@ -44,10 +45,12 @@ class RealImages:
 
     def __getitem__(self, indices: np.ndarray) -> torch.Tensor:
         """Returns the images (B, C, H, W) at `indices` (B,), uint8; levels of 16 bits are rounded to 8."""
-        pixels = self._dataset.gather(indices, self._dataset.max_offsets // 2)
-        if pixels.dtype == np.uint16:
-            pixels = (pixels / 257).round().astype(np.uint8)  # 257 * 255 = 65535
-        return torch.from_numpy(pixels)
+        return self._dataset.read_centred(indices)
+
+    def in_batches(self, indices: np.ndarray, batch_size: int) -> Iterator[torch.Tensor]:
+        """Yields the images at `indices` (N,), `batch_size` at a time and fewer in the last batch."""
+        for start in range(0, len(indices), batch_size):
+            yield self[indices[start : start + batch_size]]
 
     @cached_property
     def class_labels(self) -> torch.Tensor | None:
@@ -61,8 +64,8 @@ class RealImages:
     def key(self) -> str:
         """A hash of every pixel and label, so that of the resolution and the way of resizing too."""
         digest = hashlib.sha256(repr((len(self), self.num_channels, self.image_size)).encode())
-        for start in range(0, len(self), SEARCHED_AT_ONCE):
-            digest.update(self[np.arange(start, min(start + SEARCHED_AT_ONCE, len(self)))].numpy().tobytes())
+        for images in self.in_batches(np.arange(len(self)), SEARCHED_AT_ONCE):
+            digest.update(images.numpy().tobytes())
         if self.class_labels is not None:
             digest.update(self.class_labels.numpy().tobytes())
         return digest.hexdigest()[:16]

@@ -129,18 +129,25 @@ def _find_nearest(points: np.ndarray, palette: np.ndarray) -> np.ndarray:
     return KDTree(palette).query(points)[1]
 
 
+def encode_colours(images: torch.Tensor) -> torch.Tensor:
+    """Returns the colour of each pixel of uint8 images (B, C, H, W) as a number below 2^24, (B, H, W) int64.
+
+    The channels are grey, or red, green and blue. A fourth, alpha, counts for nothing.
+    """
+    red, green, blue = (images[:, min(k, images.shape[1] - 1)].long() for k in range(3))
+    return red << 16 | green << 8 | blue
+
+
 def _count_colours(images: StoredImages) -> tuple[np.ndarray, np.ndarray]:
     """Returns the distinct colours (K, 3) uint8 of all images, cropped in the centre, and how many pixels each has."""
     counts = np.zeros(2**24, np.int64)  # of every colour
     for start in range(0, len(images), READ_AT_ONCE):
-        pixels = images.gather(range(start, min(start + READ_AT_ONCE, len(images))), images.max_offsets // 2)
-        if pixels.dtype == np.uint16:
-            pixels = (pixels / 257).round().astype(np.uint8)  # 257 * 255 = 65535
-        opaque = pixels[:, 3] == 255 if pixels.shape[1] == 4 else np.ones_like(pixels[:, 0], bool)
-        red, green, blue = (pixels[:, min(k, pixels.shape[1] - 1)][opaque].astype(np.int64) for k in range(3))
-        counts += np.bincount(red << 16 | green << 8 | blue, minlength=len(counts))
-    codes = counts.nonzero()[0]
-    return np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=1).astype(np.uint8), counts[codes]
+        pixels = images.read_centred(range(start, min(start + READ_AT_ONCE, len(images))))
+        codes = encode_colours(pixels)
+        opaque = codes[pixels[:, 3] == 255] if pixels.shape[1] == 4 else codes.flatten()
+        counts += np.bincount(opaque.numpy(), minlength=len(counts))
+    found = counts.nonzero()[0]
+    return np.stack([found >> 16, found >> 8 & 255, found & 255], axis=1).astype(np.uint8), counts[found]
 
 
 def read_palette(path: Path) -> np.ndarray:
