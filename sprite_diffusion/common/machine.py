@@ -146,10 +146,10 @@ def prepare_cpu(num_threads: int | None) -> None:
     `num_threads` is the value of `--num_threads`. If it is None, OMP_NUM_THREADS counts, or else all cores are shared
     among the processes.
     """
-    # `accelerate launch` sets OMP_NUM_THREADS to 1 where it is not set: half or less of any machine.
-    is_launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    if num_threads is None and given in (("", "1") if is_launched else ("",)):
+    given = os.environ.get("OMP_NUM_THREADS")
+    if given == "1" and "ACCELERATE_DYNAMO_BACKEND" in os.environ:
+        given = None  # `accelerate launch` sets it to 1 where nobody has set it: half or less of any machine
+    if num_threads is None and not given:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         num_threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if num_threads is not None:

@@ -114,7 +114,7 @@ class TrainingConfig(DataConfig):
     train_batch_size: int = flag(16, "Images per process and micro-batch.", at_least=1, at_most=MAX_IMAGES)
     num_epochs: int | None = flag(
         None,
-        "Passes over the data; 100 unless this or `max_train_steps` is given. The shorter of both counts.",
+        "Passes over the data. Default: 100, if `max_train_steps` is not given either. The shorter length counts.",
         at_least=1,
     )
     max_train_steps: int | None = flag(
@@ -169,7 +169,7 @@ class TrainingConfig(DataConfig):
     )
     save_images_epochs: int | None = flag(
         None,
-        "A sample grid after epochs 1, 1 + N, 1 + 2 N, ... besides that at the end; 10 in a run of `num_epochs`.",
+        "A sample grid after epochs 1, 1 + N, 1 + 2 N, ... and at the end. Default: 10 in a run of `num_epochs`.",
         at_least=1,
         changes="nothing",
     )
@@ -184,7 +184,7 @@ class TrainingConfig(DataConfig):
     )
     save_model_epochs: int | None = flag(
         None,
-        "Write the pipeline after epochs 1, 1 + N, 1 + 2 N, ... besides the end; 10 in a run of `num_epochs`.",
+        "Write the pipeline after epochs 1, 1 + N, 1 + 2 N, ... and at the end. Default: 10 in a run of `num_epochs`.",
         at_least=1,
         changes="nothing",
     )
@@ -282,7 +282,7 @@ class TrainingConfig(DataConfig):
             raise UserInputError("--keep_best_checkpoint needs --evaluate_every: only then is there a best one")
 
     def _set_length(self) -> None:
-        """Gives a run without a length the official script's, and a run of epochs its intervals."""
+        """Sets the official script's number of epochs if no length is given, and its intervals in a run of epochs."""
         if self.num_epochs is None and self.max_train_steps is None:
             self.num_epochs = NUM_EPOCHS
         if self.num_epochs is not None:

@@ -74,7 +74,7 @@ def _check_same_run(config: TrainingConfig) -> None:
     if _is_finished(output_dir):
         raise UserInputError(
             f"--output_dir {output_dir} holds a finished run: add '--resume_from_checkpoint latest' and more epochs "
-            f"to train it on, {others}"
+            f"or steps to train it on, {others}"
         )
     if differences := config.differences(saved):
         changed = ", ".join(f"--{name} {old} is now {new}" for name, (old, new) in differences.items())

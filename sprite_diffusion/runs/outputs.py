@@ -176,7 +176,7 @@ class RunOutputs:
         seconds = steps_left * self.config.total_batch_size(self.accelerator.num_processes) / images_per_second
         if steps_left:
             left = tqdm.format_interval(seconds)
-            tqdm.write(f"time left  {left} at {images_per_second:.0f} images/s, and the samples")
+            tqdm.write(f"time left  {left} at {images_per_second:.0f} images/s, without the samples")
 
     def _claim_logs(self) -> None:
         """Lists the trackers' files as the run's: their libraries choose the names."""
@@ -258,7 +258,7 @@ class RunOutputs:
 
     @cached_property
     def _extractor(self) -> Extractor:
-        """The classifier of the data. Made for the first evaluation: its training is not to keep the run waiting."""
+        """The classifier of the data, trained at the first evaluation so that the first step need not wait for it."""
         with self.accelerator.local_main_process_first():
             return make_extractor("classifier", CLIP_MODEL, self.real, self.accelerator.device)
 

@@ -112,7 +112,7 @@ def parse_args(description: str | None) -> argparse.Namespace:
         metavar="auto|N|FILE",
         help="Snap samples to colours: those of the run's images, N of them, or a .gpl, .hex, .pal or .png.",
     )
-    out.add_argument("--binary_alpha", action="store_true", help="Samples of pixels that are opaque or not there.")
+    out.add_argument("--binary_alpha", action="store_true", help="Make each pixel of a sample opaque or transparent.")
     out.add_argument("--animate_prediction", action="store_true", help="Animate the clean images predicted.")
     out.add_argument("--tracker_project", help="Of W&B and trackio; default: that of the model's run.")
     out.add_argument("--tracker_job_type", help="Of W&B.")
