@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.common.owned_files import LOCK_FILE, LOCK_OWNER_FILE, OwnedFiles
 from sprite_diffusion.common.run_files import LIST_FILE
+from sprite_diffusion.runs.config import TrainingConfig
+from sprite_diffusion.runs.folder import prepare_output_dir, read_folder_state
 from sprite_diffusion.runs.manifest import find_damage
 
 MINE = (
@@ -144,6 +146,16 @@ def test_two_runs_at_once_do_not_mix(tmp_path):
     assert f"is in use by process {first.pid} on {socket.gethostname()}" in error
     kill(first)
     finish(start("train_unconditional", flags.replace("400", "2"), tmp_path / "free"))
+
+
+def test_a_folder_that_another_run_has_used_since_it_was_looked_at_is_refused(tmp_path):
+    """The other run may have begun and ended between the look and the lock, while the images were decoded."""
+    config = TrainingConfig(output_dir=str(tmp_path))
+    known = read_folder_state(tmp_path)
+    (tmp_path / "checkpoint-4").mkdir()
+    with pytest.raises(UserInputError, match="was used by another run meanwhile: give the command again"):
+        prepare_output_dir(config, known)
+    assert not (tmp_path / "training_config.yaml").exists()
 
 
 def test_a_killed_process_leaves_nothing_unlisted(tmp_path):
