@@ -60,11 +60,8 @@ class _DDPMPipeline(DiffusionPipeline):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         r"""
         Saves weights, configs and the code files: `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)`
-        then loads them where this project is not installed.
-
-        Args:
-            save_directory (`str`): The folder, made if missing.
-            **kwargs: As for [`~diffusers.DiffusionPipeline.save_pretrained`].
+        then loads them where this project is not installed. The arguments are those of
+        [`~diffusers.DiffusionPipeline.save_pretrained`].
         """
         super().save_pretrained(save_directory, **kwargs)
         folder = Path(save_directory)
@@ -131,8 +128,12 @@ class _DDPMPipeline(DiffusionPipeline):
         # 1. x_T ~ N(0, I): float32 whatever the network's dtype, or bf16 noise would have 2^8 levels
         if latents is None:
             latents = randn_tensor((batch_size, *self.sample_shape), generator, device=device, dtype=torch.float32)
-        latents = _scale_initial_noise(self.scheduler, latents.to(device, torch.float32))
-        step_kwargs = _accepted_by(self.scheduler.step, generator=generator, eta=eta)
+        latents = latents.to(device, torch.float32)
+        if hasattr(self.scheduler, "transform_noise"):  # a process whose noise is not Gaussian
+            latents = self.scheduler.transform_noise(latents)
+        latents = latents * self.scheduler.init_noise_sigma
+        accepted = inspect.signature(self.scheduler.step).parameters  # diffusers' schedulers differ in them
+        step_kwargs = {k: v for k, v in {"generator": generator, "eta": eta}.items() if k in accepted}
 
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             # 2. the network's prediction from x_t
@@ -170,13 +171,11 @@ class _DDPMPipeline(DiffusionPipeline):
         if batch_size < 1:
             raise ValueError(f"`batch_size` is {batch_size}: it must be at least 1")
         if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"`generator` is a list of {len(generator)}, `batch_size` is {batch_size}: they must match"
-            )
+            raise ValueError(f"`generator` is a list of {len(generator)}, but `batch_size` is {batch_size}")
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"`output_type` is {output_type!r}: it must be 'pil', 'np' or 'pt'")
-        known = list(self._callback_tensor_inputs)
-        if unknown := set(callback_tensor_inputs) - set(known):
+        if unknown := set(callback_tensor_inputs).difference(self._callback_tensor_inputs):
+            known = list(self._callback_tensor_inputs)
             raise ValueError(f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}: it can pass {known}")
         shape = (batch_size, *self.sample_shape)
         if latents is not None and tuple(latents.shape) != shape:
@@ -209,10 +208,7 @@ class UnconditionalDDPMPipeline(_DDPMPipeline):
         network the code is in the index, and loading takes `trust_remote_code=True`.
 
         The stock pipeline leaves the colours of RGBA images multiplied by alpha: they are the same where alpha is 255.
-
-        Args:
-            save_directory (`str`): The folder, made if missing.
-            **kwargs: As for [`~diffusers.DiffusionPipeline.save_pretrained`].
+        The arguments are those of [`~diffusers.DiffusionPipeline.save_pretrained`].
         """
         scheduler = self.scheduler
         if type(scheduler).__name__ == "ClosedFormDDPMScheduler":
@@ -382,19 +378,6 @@ def to_straight_alpha(images: torch.Tensor) -> torch.Tensor:
     alpha = images[..., 3:, :, :]
     colours = torch.where((255 * alpha).round() > 0, images[..., :3, :, :] / alpha, 0).clamp(max=1)
     return torch.cat([colours, alpha], dim=-3)
-
-
-def _scale_initial_noise(scheduler: Any, noise: torch.Tensor) -> torch.Tensor:
-    """Returns the noise that the scheduler's process starts from, made of standard normal noise."""
-    if hasattr(scheduler, "transform_noise"):  # a process whose noise is not Gaussian
-        noise = scheduler.transform_noise(noise)
-    return noise * scheduler.init_noise_sigma
-
-
-def _accepted_by(function: Callable, **kwargs: Any) -> dict[str, Any]:
-    """Returns those of the arguments that the function has: diffusers' schedulers differ in what `step` takes."""
-    parameters = inspect.signature(function).parameters
-    return {name: value for name, value in kwargs.items() if name in parameters}
 
 
 def _is_in_diffusers(part: Any) -> bool:

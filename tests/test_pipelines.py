@@ -305,7 +305,7 @@ def test_guidance_is_the_formula_in_one_batch(conditional):
         ({"context": torch.zeros(2, 4)}, r"shape \(2, 4\): it must be \(B, 3\)"),
         ({"class_labels": [0, 1], "context": torch.zeros(2, 3)}, "not both"),
         ({"class_labels": [0, 1], "batch_size": 3}, "2 classes for a `batch_size` of 3"),
-        ({"class_labels": [0, 1], "generator": [torch.Generator()] * 3}, "list of 3, `batch_size` is 2"),
+        ({"class_labels": [0, 1], "generator": [torch.Generator()] * 3}, "list of 3, but `batch_size` is 2"),
         ({"batch_size": 0}, "must be at least 1"),
         ({"latents": torch.zeros(1, 3, 8, 4)}, r"shape \(1, 3, 8, 4\): this model takes \(1, 3, 8, 8\)"),
         ({"output_type": "latent"}, "must be 'pil', 'np' or 'pt'"),

@@ -63,12 +63,13 @@ class ImageFolder:
         That takes 0.1 s for each 10,000 files, where `datasets` takes 2 s at each start and 7 s at the first.
         """
         folders = [os.path.dirname(path) for path in self.images]
-        class_names = sorted({os.path.basename(folder) for folder in folders})
+        class_of = {folder: os.path.basename(folder) for folder in set(folders)}
+        class_names = sorted(set(class_of.values()))
         columns: dict[str, list[Any]] = {"image": self.images}
         features = datasets.Features(image=datasets.Image(decode=False))
-        if len(class_names) > 1 and len({folder.count(os.sep) for folder in folders}) == 1:
-            ids = {name: id for id, name in enumerate(class_names)}
-            columns["label"] = [ids[os.path.basename(folder)] for folder in folders]
+        if len(class_names) > 1 and len({folder.count(os.sep) for folder in class_of}) == 1:
+            ids = {folder: class_names.index(name) for folder, name in class_of.items()}
+            columns["label"] = [ids[folder] for folder in folders]
             features["label"] = datasets.ClassLabel(names=class_names)
         return datasets.Dataset.from_dict(columns, features=features)
 
@@ -86,14 +87,15 @@ def list_image_folder(folder: Path, config: DataConfig) -> ImageFolder:
         for path in (os.path.join(parent, name) for name in folders):
             if os.path.islink(path):
                 found.skipped_images.append(skip_image(path, "is a link to a folder, which is not followed", config))
-        for path in (os.path.join(parent, name) for name in sorted(names) if not name.startswith(".")):
+        for name in sorted(name for name in names if not name.startswith(".")):
+            path = os.path.join(parent, name)
             try:
                 path.encode()
             except UnicodeEncodeError:  # neither `datasets` nor a list of skipped images can hold it
                 raise UserInputError(f"{path}: the name is not UTF-8, rename this file") from None
-            ending = os.path.splitext(path)[1].lower()
+            ending = os.path.splitext(name)[1].lower()
             is_image = ending in IMAGE_ENDINGS
-            if os.path.basename(path) in METADATA_FILES or ending in ARCHIVE_ENDINGS:
+            if name in METADATA_FILES or ending in ARCHIVE_ENDINGS:
                 found.has_only_images = False
             try:
                 status = os.stat(path)

@@ -1,5 +1,6 @@
 """Decoded images in a file that is mapped into memory: each image is decoded once, for all runs and processes."""
 
+import hashlib
 import json
 import os
 from array import array
@@ -109,7 +110,8 @@ def _digest(folder: Path) -> str:
     """Returns a hash of a store's files: against damage, so a fast one, as the whole store is read at each start."""
     digest = xxhash.xxh3_128()
     for name in (PIXELS_FILE, TABLE_FILE, SKIPPED_FILE):
-        digest.update(_map(folder / name).data)
+        with open(folder / name, "rb") as file:  # read, as pages that are mapped count as memory of this process
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
 
