@@ -2,6 +2,9 @@
 
 import os
 import re
+import shlex
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -10,9 +13,10 @@ import pytest
 import torch
 import yaml
 from launching import REPOSITORY
+from PIL import Image
 
 from sprite_diffusion.common.errors import UserInputError, mask_secrets
-from sprite_diffusion.common.flags import read_yaml
+from sprite_diffusion.common.flags import default_of, read_yaml
 from sprite_diffusion.data.config import parse_data_flags
 from sprite_diffusion.runs.config import TrainingConfig, load_preset, parse_config
 from sprite_diffusion.training.build import build_model, build_noise_scheduler, check_network
@@ -67,9 +71,93 @@ def test_token_is_not_saved(tmp_path):
     assert "hf_secret" not in path.read_text()
 
 
-def test_data_of_the_user_gets_the_official_defaults_and_built_in_data_the_preset():
-    assert parse("--train_data_dir pictures").learning_rate == 1e-4
-    assert parse("--dataset_name me/pictures").resolution == "64"
+def save_pictures(folder: Path, size: tuple[int, int], mode: str = "RGB", num_colours: int = 4) -> Path:
+    """Writes six pictures of `num_colours` colours; in mode RGBA the first of them is transparent."""
+    palette = np.random.default_rng(0).integers(0, 256, (num_colours, len(mode)), dtype=np.uint8)
+    if mode == "RGBA":
+        palette[:, 3] = 255
+        palette[0, 3] = 0
+    folder.mkdir(exist_ok=True)
+    for i in range(6):
+        pixels = np.random.default_rng(i).integers(0, num_colours, (size[1], size[0]))
+        Image.fromarray(palette[pixels]).save(folder / f"{size[0]}x{size[1]}-{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("picture", "flags", "expected"),
+    [
+        (
+            {"size": (16, 16)},
+            "",
+            {"resolution": "16", "attention_levels": [3], "interpolation": "lanczos"},
+        ),
+        ({"size": (32, 24)}, "", {"resolution": "32x24", "block_out_channels": [32, 64, 128], "image_mode": "auto"}),
+        ({"size": (32, 32), "mode": "RGBA"}, "", {"resolution": "32", "image_mode": "RGBA", "attention_levels": [4]}),
+        ({"size": (32, 32), "mode": "RGBA"}, "--background black", {"image_mode": "auto"}),
+        ({"size": (90, 70), "num_colours": 99}, "", {"resolution": "64", "interpolation": "lanczos"}),
+        ({"size": (90, 70)}, "", {"resolution": "64", "interpolation": "nearest"}),
+        ({"size": (500, 20)}, "", {"resolution": "16"}),
+        ({"size": (30, 30)}, "", {"resolution": "16"}),
+        ({"size": (8, 8)}, "", {"resolution": "8", "block_out_channels": [32, 64]}),
+        ({"size": (16, 16)}, "--resolution 32", {"resolution": "32", "block_out_channels": [32, 64, 128, 256]}),
+        ({"size": (16, 16)}, "--block_out_channels 32 32 32", {"block_out_channels": [32, 32, 32]}),
+        ({"size": (16, 16)}, "--num_epochs 3", {"num_epochs": 3, "max_train_steps": None}),
+        ({"size": (16, 16)}, "--max-train-steps 7 --output-dir x", {"max_train_steps": 7, "output_dir": "x"}),
+        ({"size": (16, 16)}, "--streaming", {"resolution": "16", "max_train_steps": 850}),
+        ({"size": (16, 16)}, "--model_class ContextUNet2DModel --block_out_channels 8", {"block_out_channels": [8]}),
+    ],
+)
+def test_images_of_the_user_get_the_preset_and_what_fits_them(tmp_path, capsys, picture, flags, expected):
+    folder = save_pictures(tmp_path / "mine", **picture)
+    config = parse(f"--train_data_dir {folder} {flags}", "sprites_unconditional.yaml")
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert config.prediction_type == "sample"  # the preset's
+    assert config.output_dir == expected.get("output_dir", "runs/mine")
+    assert config.max_train_samples is None
+    check_network(config)
+    facts, chosen = capsys.readouterr().out.splitlines()
+    assert facts.startswith(f"{folder}: {'a stream of' if config.streaming else 6} images of ")
+    given = re.findall(r"--[\w-]+", flags)
+    assert not any(name.replace("-", "_") in chosen.replace("-", "_") for name in given)
+
+
+def test_images_of_many_sizes_get_the_side_that_most_can_fill(tmp_path, capsys):
+    for size in ((40, 40), (33, 50), (70, 36)):
+        save_pictures(tmp_path / "mine", size)
+    assert parse(f"--train_data_dir {tmp_path / 'mine'}", "sprites_unconditional.yaml").resolution == "32"
+    assert "18 images of sizes around 36, pixel art of 4 colours each" in capsys.readouterr().out
+
+
+def test_images_that_can_not_be_decoded_are_left_to_the_training_to_name(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "0.png").write_bytes(b"no picture")
+    config = parse(f"--train_data_dir {tmp_path / 'mine'}", "sprites_unconditional.yaml")
+    assert config.resolution == "16"
+
+
+def test_the_official_scripts_defaults_are_a_preset(tmp_path):
+    official = parse("--config official.yaml --train_data_dir pictures")
+    different = {f.name for f in fields(official) if getattr(official, f.name) != default_of(f)}
+    assert different == {"config", "train_data_dir", "num_epochs", "save_images_epochs", "save_model_epochs"}
+    assert (official.num_epochs, official.save_images_epochs, official.save_model_epochs) == (100, 10, 10)
+
+
+def test_advice_is_a_command_that_can_be_typed(tmp_path):
+    folder = save_pictures(tmp_path / "my pictures", (32, 32), "RGBA")
+    result = subprocess.run(
+        [sys.executable, "-m", "sprite_diffusion.data.advise", folder], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    facts, command = result.stdout.splitlines()
+    assert facts == f"{folder}: 6 images of 32x32, pixel art of 3 colours each, with transparency"
+    accelerate, launch, script, *argv = shlex.split(command)
+    assert (accelerate, launch, script) == ("accelerate", "launch", "train_unconditional.py")
+    typed = parse_config(argv, "sprites_unconditional.yaml")
+    chosen = parse_config(["--train_data_dir", str(folder)], "sprites_unconditional.yaml")
+    assert typed == chosen
+
+
+def test_built_in_data_get_the_preset():
     for flags in ("", "--dataset_name sprites", "--num_epochs 1"):
         assert parse(flags).resolution == "16"
     both = parse(f"--train_data_dir pictures --config {REPOSITORY}/configs/smoke_cpu.yaml")

@@ -201,6 +201,15 @@ def load_image_data(config: DataConfig, with_labels: bool | None, streaming: boo
     Raises:
         UserInputError: For a source, image or label that can't be used.
     """
+    opened = open_images(config, with_labels, streaming)
+    return _open_stream(opened, config) if isinstance(opened, Table) else _decode_all(opened, config, with_labels)
+
+
+def open_images(config: DataConfig, with_labels: bool | None, streaming: bool = False) -> Source | Table:
+    """Finds the images that `config` names, and decodes none. The arguments and errors are those of `load_image_data`.
+
+    Returns a `Table` of images that are to be streamed, else a `Source`.
+    """
     try:
         ImageColor.getrgb(config.background)
     except ValueError:
@@ -211,15 +220,13 @@ def load_image_data(config: DataConfig, with_labels: bool | None, streaming: boo
         raise UserInputError("--labels_file belongs to a --dataset_name that is an .npy file")
     if not is_array and name != BUILT_IN_DATASET and config.cell is None:
         table = open_table(config, with_labels, streaming)
-        if streaming:
-            return _open_stream(table, config)
-        return _decode_all(read_table(table, config), config, with_labels)
+        return table if streaming else read_table(table, config)
     if streaming:
         raise UserInputError(
             f"--streaming can't be used with {name or '--cell'}, which fits into memory: leave it out"
         )
     open_source = cut_sheets if config.cell is not None else open_arrays if is_array else draw_built_in
-    return _decode_all(open_source(config, with_labels), config, with_labels)
+    return open_source(config, with_labels)
 
 
 def load_tensor(

@@ -1,13 +1,15 @@
 """The flags of a training run: defaults < `--config FILE.yaml` < flags."""
 
+import os
 from argparse import ArgumentParser
 from dataclasses import asdict, dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from sprite_diffusion.common.errors import UserInputError, keep_secret, mask_value
+from sprite_diffusion.common.errors import UserInputError, keep_secret, mask_secrets, mask_value, printable
 from sprite_diffusion.common.flags import (
     MAX_COUNT,
     MAX_SEED,
@@ -312,8 +314,8 @@ class TrainingConfig(DataConfig):
 def parse_config(argv: list[str], default_preset: str) -> TrainingConfig:
     """Reads the command line.
 
-    `default_preset`, a file in configs/, is read where neither `--config` nor other data than the built-in
-    sprites is named: with data of one's own, the defaults are the official script's.
+    Without `--config`, `default_preset` is read, a file in configs/, and for other data than the built-in sprites
+    what fits those images: docs/flags.md. That is printed, as the images may have to be read for it.
     """
     parser = make_parser(TrainingConfig)
     if any(argument.replace("-", "_").startswith("__pretrained_model_name_or_path") for argument in argv):
@@ -324,24 +326,38 @@ def parse_config(argv: list[str], default_preset: str) -> TrainingConfig:
     flags = parse_known(parser, argv, [flag.name for flag in fields(TrainingConfig)])
     if flags.config is not None:
         check_text("config", flags.config)
-    path = None if flags.config is None else find_preset(flags.config)
-    if path is None and flags.train_data_dir is None and flags.dataset_name in (None, BUILT_IN_DATASET):
-        path = presets_dir() / default_preset
-    if path is None:
-        return TrainingConfig(**vars(flags))
-    yaml_argv = _read_as_flags(path, parser)
+    path = presets_dir() / default_preset if flags.config is None else find_preset(flags.config)
+    preset_argv = _read_as_flags(path, parser)
+    has_own_data = (flags.dataset_name or flags.train_data_dir) not in (None, BUILT_IN_DATASET)
     dropped: tuple[str, ...] = ()
     if flags.train_data_dir is not None and flags.dataset_name is None:  # else a preset's dataset would win over it
         dropped += ("--dataset_name=",)
-    if path.resolve().parent == presets_dir() and (flags.train_data_dir or flags.dataset_name) not in (
-        None,
-        BUILT_IN_DATASET,
-    ):
+    if path.resolve().parent == presets_dir() and has_own_data:
         dropped += ("--max_train_samples=",)  # a preset's limit is for its own data
     if flags.num_epochs is not None:
         dropped += ("--max_train_steps=",)
-    yaml_argv = [argument for argument in yaml_argv if not argument.startswith(dropped)]
-    return TrainingConfig(**vars(parser.parse_args(yaml_argv + argv)))
+
+    def merge(*argvs: list[str]) -> TrainingConfig:
+        file_argv = [argument for argument in chain(*argvs) if not argument.startswith(dropped)]
+        return TrainingConfig(**vars(parser.parse_args(file_argv + argv)))
+
+    config = merge(preset_argv)
+    if flags.config is not None or not has_own_data:
+        return config
+    return merge(preset_argv, _advise(config, argv))
+
+
+def _advise(config: TrainingConfig, argv: list[str]) -> list[str]:
+    """Returns the flags that fit the images of `config` and are not in `argv`, and prints them."""
+    # Imported here, as it takes seconds, which a wrong flag need not wait for.
+    from sprite_diffusion.data.advise import as_argv, choose_flags, look_at_images, names_of
+
+    facts = look_at_images(config, config.streaming)
+    advised = [] if facts is None else as_argv(choose_flags(facts, config, names_of(argv)))
+    if facts is not None and os.environ.get("RANK", "0") == "0":
+        print(printable(mask_secrets(facts.describe())))
+        print(printable(f"chosen for them: {' '.join(advised)}; flags or --config win"))
+    return advised
 
 
 def load_preset(name: str, **changes: Any) -> TrainingConfig:
