@@ -91,6 +91,7 @@ def unversioned(files: set[str]) -> set[str]:
 OF_EVERY_RUN = {
     "README.md",
     "model_index.json",
+    "palette.hex",
     "scheduler/scheduler_config.json",
     "scheduler/scheduling_closed_form_ddpm_VERSION.py",
     "unet/config.json",
@@ -586,10 +587,14 @@ def test_plain_text_stays_plain_in_markdown(text, expected):
 def test_sample_script_samples_from_a_repository(pushed, tmp_path):
     server, _, _ = pushed
     flags = f"me/sprites-by-class --output {tmp_path}/out --scale 1 --num_inference_steps 2 --num_images 2"
-    User(server, tmp_path / "user").run("sample.py", *flags.split())
-    pictures = sorted((tmp_path / "out").glob("*.png"))
+    User(server, tmp_path / "user").run("sample.py", *flags.split(), "--palette", "auto")
+    pictures = [Image.open(path) for path in sorted((tmp_path / "out").glob("*.png"))]
     assert len(pictures) == 10  # 2 for each of 5 classes
-    assert all(Image.open(path).size == (16, 16) for path in pictures)
+    assert all(picture.size == (16, 16) for picture in pictures)
+    palette = server.repos["me/sprites-by-class"].files["palette.hex"].decode().split()
+    drawn = {bytes(pixel).hex() for picture in pictures for pixel in np.asarray(picture).reshape(-1, 3)}
+    assert 1 < len(drawn) <= len(palette)
+    assert drawn <= {*palette}
 
 
 def test_wrong_token_stops_the_run_before_it_starts(author, tmp_path):

@@ -14,7 +14,7 @@ from launching import PYTHON, REPOSITORY, TINY, run_command
 from PIL import Image
 from torch.overrides import TorchFunctionMode
 
-from sprite_diffusion.common.machine import choose_precision, prepare_cpu
+from sprite_diffusion.common.machine import choose_precision, count_free_cores, prepare_cpu
 from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.sampling.pipeline_loading import load_pipeline
 from sprite_diffusion.sharing.trackers import Trackers
@@ -127,6 +127,23 @@ def test_threads_are_those_that_the_user_gave_or_all(flag, environment, threads,
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
     prepare_cpu(flag)
     assert set_to == threads
+
+
+@pytest.mark.parametrize(
+    ("used", "free"), [([0, 0, 0, 0], 3), ([99, 0, 99, 0], 2), ([0, 20, 0, 99], 2), ([99, 99, 0, 99], 1)]
+)
+def test_free_cores_are_those_of_this_program_that_no_other_uses(used, free, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1, 3}, raising=False)
+    monkeypatch.setattr("psutil.cpu_percent", lambda interval, percpu: used)
+    assert count_free_cores() == free
+
+
+def test_run_on_a_busy_machine_says_how_many_threads_are_faster(run_script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for used, note in ((100, True), (0, False)):
+        monkeypatch.setattr("psutil.cpu_percent", lambda interval, percpu, used=used: [used] * 1024)
+        run_script("train_unconditional", f"{TINY} --max_train_steps 1 --logger none", tmp_path / f"run-{used}")
+        assert ("--num_threads 1 is faster" in capsys.readouterr().out) == note
 
 
 def test_auto_compiles_on_a_gpu_and_for_long_runs_only():

@@ -19,7 +19,7 @@ from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.config import DataConfig
 from sprite_diffusion.data.dataset import load_image_data, load_tensor
 from sprite_diffusion.sampling.flags import parse_args
-from sprite_diffusion.sampling.palettes import Palette, learn_palette, read_palette, to_oklab
+from sprite_diffusion.sampling.palettes import Palette, learn_palette, learn_pixel_art, read_palette, to_oklab
 from sprite_diffusion.sampling.sheets import draw_sheet, write_sheet
 from sprite_diffusion.sampling.views import choose_finish
 
@@ -267,6 +267,11 @@ class TestCutSheets:
             "source": "auto",
             "colours": ["#0000c8", "#c80000", "#ffffff"],
         }
+        assert Path("run/palette.hex").read_text() == "0000c8\nc80000\nffffff\n"
+        Path("sheet.png").unlink()  # the palette is kept with the model
+        run_script("sample", "run/checkpoint-3 --num_images 4 --num_inference_steps 2 --palette auto --sheet b.png")
+        written = np.asarray(Image.open("b.png")).reshape(-1, 3)
+        assert {*map(tuple, written.tolist())} <= {*map(tuple, colours.tolist())}
 
 
 class TestPalettes:
@@ -333,6 +338,14 @@ class TestPalettes:
         assert (255, 255, 255) in {*map(tuple, palette.tolist())}
         assert (learn_palette(self.images(pixels), 9) == palette).all()
         assert len(learn_palette(self.images(pixels), None)) == 32
+        assert learn_pixel_art(self.images(pixels)) is None  # an image has a hundred colours
+
+    def test_pixel_art_has_few_colours_in_an_image_however_many_in_all(self):
+        colours = np.random.default_rng(0).integers(256, size=(60, 4, 3), dtype=np.uint8)
+        pixels = colours[np.arange(60)[:, None], np.arange(64) % 4].reshape(60, 8, 8, 3)
+        palette = learn_pixel_art(self.images(pixels))
+        assert {*map(tuple, palette)} == {*map(tuple, colours.reshape(-1, 3))}
+        assert learn_pixel_art(self.images(np.zeros((2, 8, 8, 3), np.uint8))) is None  # of one colour
 
     def test_files(self, tmp_path):
         colours = [(26, 28, 44), (93, 39, 93), (177, 62, 83)]

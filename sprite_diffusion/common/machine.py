@@ -8,6 +8,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import is_torch_xla_available, parse_flag_from_env, str_to_bool
@@ -161,6 +162,13 @@ def prepare_cpu(num_threads: int | None) -> None:
         if hasattr(libc, "mallopt"):
             for option, value in ((M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 64 << 20)):
                 libc.mallopt(option, value)
+
+
+def count_free_cores() -> int:
+    """Returns how many cores other programs leave, at least 1. Waits for a fifth of a second to see."""
+    used = psutil.cpu_percent(interval=0.2, percpu=True)
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(len(used))
+    return max(1, sum(used[core] < 50 for core in cores))
 
 
 def describe_device(device: torch.device) -> str:

@@ -14,6 +14,7 @@ LIST_FILE = "run_files.txt"  # the files that a run has written: a line for each
 MANIFEST_FILE = "manifest.json"  # of a checkpoint: size and SHA-256 of every other file
 LOSS_FILE = "loss.png"
 METRICS_FILE = "metrics.json"
+PALETTE_FILE = "palette.hex"  # of pixel art: a colour on each line
 PAIRS_FILE = "closest_pairs.png"
 REPORT_FILE = "report.html"
 SKIPPED_IMAGES_FILE = "skipped_images.jsonl"
@@ -31,6 +32,7 @@ RESERVED_NAMES = {
     LIST_FILE,
     LOSS_FILE,
     METRICS_FILE,
+    PALETTE_FILE,
     PAIRS_FILE,
     REPORT_FILE,
     SKIPPED_IMAGES_FILE,
@@ -42,7 +44,7 @@ RESERVED_NAMES = {
     "unet",
 }
 # A pipeline for others. A `*` goes across folders: `*.py` would take those of snapshots.
-PIPELINE_FILES = [INDEX_FILE, "pipeline*.py", "unet/*", "scheduler/*", CONFIG_FILE]
+PIPELINE_FILES = [INDEX_FILE, "pipeline*.py", "unet/*", "scheduler/*", PALETTE_FILE, CONFIG_FILE]
 
 
 def find_run(path: Path) -> Path | None:

@@ -2,11 +2,11 @@
 
 import torch
 
+from sprite_diffusion.data.advise import PIXEL_ART_COLOURS
 from sprite_diffusion.metrics.distances import median
 from sprite_diffusion.metrics.real_images import RealImages
 from sprite_diffusion.sampling.palettes import encode_colours
 
-MAX_COLOURS = 32  # of an image, in the median of data that are pixel art
 READ_AT_ONCE = 512  # images; the first of them say whether the data are pixel art
 CLEAR = 2**24  # the code of a transparent pixel, whatever colour is hidden there: that of no colour
 
@@ -25,7 +25,7 @@ class PixelArt:
         borders: list[torch.Tensor] = []
         for images in real.in_batches(real.reference[:num_images], READ_AT_ONCE):
             codes = encode(images)
-            if not palettes and median(count_colours(codes)) > MAX_COLOURS:
+            if not palettes and median(count_colours(codes)) > PIXEL_ART_COLOURS:
                 return None
             palettes.append(codes.unique())
             borders += [codes[:, [0, -1]].flatten(), codes[:, :, [0, -1]].flatten()]

@@ -20,6 +20,7 @@ from sprite_diffusion.common.run_files import (
     LOSS_FILE,
     METRICS_FILE,
     PAIRS_FILE,
+    PALETTE_FILE,
     REPORT_FILE,
     SAMPLES_DIR,
     SKIPPED_IMAGES_FILE,
@@ -27,7 +28,7 @@ from sprite_diffusion.common.run_files import (
     SUMMARY_FILE,
     TRAINING_LOG_FILE,
 )
-from sprite_diffusion.data.dataset import ImageData
+from sprite_diffusion.data.dataset import ImageData, StoredImages
 from sprite_diffusion.metrics.evaluation import (
     choose_num_images,
     evaluate,
@@ -48,6 +49,7 @@ from sprite_diffusion.runs.summary import make_summary, print_summary
 from sprite_diffusion.runs.weights import Weights
 from sprite_diffusion.sampling.conditions import Condition
 from sprite_diffusion.sampling.generation import Request, sample_images
+from sprite_diffusion.sampling.palettes import format_palette, learn_pixel_art
 from sprite_diffusion.sampling.pictures import make_picture, make_single_picture
 from sprite_diffusion.sampling.pipeline_loading import Pipeline
 from sprite_diffusion.sampling.samplers import make_sampler
@@ -117,6 +119,7 @@ class RunOutputs:
             start = f"from {checkpoint}" if checkpoint else "from the start"
             print_summary(self.accelerator, config, self.data, model, self.total_steps, start)
             self._write_skipped_images()
+            self._write_palette()
             self.log_entries = [
                 entry for entry in read_training_log(self.output_dir) if entry["global_step"] <= state.global_step
             ]
@@ -147,6 +150,15 @@ class RunOutputs:
         lines = [json.dumps({"image": image.name, "reason": image.reason}) for image in self.data.skipped_images]
         self.folder.files.write_text(path, "\n".join(lines) + "\n")
         tqdm.write(f"wrote {path}")
+
+    def _write_palette(self) -> None:
+        """Keeps the colours of pixel art with the model, for whoever has the model and not the images."""
+        images = self.data.dataset
+        palette = learn_pixel_art(images) if isinstance(images, StoredImages) else None
+        if palette is not None:
+            path = self.output_dir / PALETTE_FILE
+            self.folder.files.write_text(path, format_palette(palette))
+            tqdm.write(f"wrote {path}")
 
     def log(self, metrics: dict[str, float], state: TrainState) -> None:
         """Gives numbers to the trackers and the log, keeps the loss for the summary, and prints a line per epoch."""

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from sprite_diffusion.common.errors import mask_secrets, printable
-from sprite_diffusion.common.machine import describe_device
+from sprite_diffusion.common.machine import count_free_cores, describe_device
 from sprite_diffusion.data.dataset import ImageData
 from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.runs.state import TrainState
@@ -43,6 +43,12 @@ def print_summary(
         f"output     {config.output_dir}",
     ):
         print(printable(mask_secrets(line)))
+    if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
+        free = count_free_cores()
+        if free < torch.get_num_threads():
+            print(
+                f"note       other programs use cores: --num_threads {free} is faster than threads that have to wait"
+            )
 
 
 def make_summary(

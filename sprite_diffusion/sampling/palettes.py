@@ -1,20 +1,27 @@
 """Palettes: a few colours that every pixel of a sample is snapped to."""
 
+import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.utils import HfHubHTTPError, HFValidationError
 from PIL import Image
 
 from sprite_diffusion.common.errors import UserInputError, first_line
-from sprite_diffusion.common.run_files import CONFIG_FILE, find_run
+from sprite_diffusion.common.run_files import CONFIG_FILE, PALETTE_FILE, find_run
+from sprite_diffusion.data.advise import PIXEL_ART_COLOURS
 from sprite_diffusion.data.config import parse_data_flags
 from sprite_diffusion.data.dataset import StoredImages, load_image_data
 from sprite_diffusion.sampling.flags import MAX_COLOURS, MIN_COLOURS
 
 NUM_CLUSTERS = 32  # where the data have more colours than that, and no number is asked for
+LOOKED_AT = 512  # images, which say whether a set is pixel art
 READ_AT_ONCE = 4096  # images whose colours are in memory at a time
 CLUSTERED_PIXELS = 2**17  # drawn at random, so that the clusters of a large set take seconds
 CLUSTER_STEPS = 30
@@ -75,12 +82,15 @@ def choose_palette(text: str, model: str, num_channels: int) -> Palette:
 
     Args:
         text: 'auto', a number of colours or a file.
-        model: The model, whose run tells the images.
+        model: The model, which has a palette with it if the images are pixel art, and whose run tells the images.
         num_channels: The channels of the model's images.
 
     Raises:
         UserInputError: If the file or the images can't be read, or a model of grey images is given colours.
     """
+    saved = _find_saved_palette(model) if text == "auto" else None
+    if saved is not None:
+        return Palette(read_palette(saved), text)
     if text != "auto" and not text.isdecimal():
         palette = Palette(read_palette(Path(text)), text)
         if num_channels == 1 and (palette.colours != palette.colours[:, :1]).any():
@@ -99,6 +109,32 @@ def choose_palette(text: str, model: str, num_channels: int) -> Palette:
     assert isinstance(data.dataset, StoredImages)
     limit = None if text == "auto" else int(text)
     return Palette(learn_palette(data.dataset, limit), text)
+
+
+def _find_saved_palette(model: str) -> Path | None:
+    """Returns the file of the palette that a run has left in its folder, or in a repository on the Hub, or None."""
+    path = Path(model)
+    for folder in filter(None, (path, find_run(path))):
+        if (folder / PALETTE_FILE).is_file():
+            return folder / PALETTE_FILE
+    if path.exists():
+        return None
+    with suppress(HfHubHTTPError, HFValidationError, OSError):  # no such repository or file, or no network
+        return Path(hf_hub_download(model, PALETTE_FILE))
+    return None
+
+
+def learn_pixel_art(images: StoredImages) -> np.ndarray | None:
+    """Returns the palette of images that are pixel art, as `learn_palette` does; None if they are not."""
+    some = range(0, len(images), math.ceil(len(images) / LOOKED_AT))
+    colours = [len(codes.unique()) for codes in encode_colours(images.read_centred(some))]
+    palette = learn_palette(images, None) if median(colours) <= PIXEL_ART_COLOURS else np.empty((0, 3), np.uint8)
+    return palette if len(palette) >= MIN_COLOURS else None
+
+
+def format_palette(colours: np.ndarray) -> str:
+    """Returns colours (K, 3) uint8 as the text of a .hex file."""
+    return "".join(f"{bytes(colour).hex()}\n" for colour in colours)
 
 
 def learn_palette(images: StoredImages, num_colours: int | None) -> np.ndarray:
