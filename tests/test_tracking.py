@@ -175,6 +175,7 @@ def test_wandb_has_the_model(run):
         # Files of code have a hash of their content in their names.
         assert {re.sub(r"_[0-9a-f]{8}\.py", ".py", entry.path) for entry in model.manifest.contents} == {
             "model_index.json",
+            "palette.hex",
             "pipeline_ddpm.py",
             "scheduler/scheduler_config.json",
             "scheduler/scheduling_closed_form_ddpm.py",
