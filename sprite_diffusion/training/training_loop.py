@@ -24,6 +24,7 @@ from sprite_diffusion.runs.weights import Weights
 from sprite_diffusion.training.bad_steps import BadSteps
 from sprite_diffusion.training.build import check_network
 from sprite_diffusion.training.meter import Meter
+from sprite_diffusion.training.muon import Muon
 from sprite_diffusion.training.performance import (
     check_speed_flags,
     compile_model,
@@ -144,16 +145,18 @@ def begin_run(config: TrainingConfig) -> None:
     set_seed(config.seed)
 
 
-def make_optimizer(model: torch.nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """Returns AdamW (Loshchilov and Hutter 2019) with the flags' numbers."""
-    return torch.optim.AdamW(
-        model.parameters(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-        fused=True,  # the fused kernel can be told on the device to leave out a step, see BadSteps
-    )
+def make_optimizer(model: Any, config: TrainingConfig) -> torch.optim.AdamW:
+    """Returns the optimizer of the flags: AdamW (Loshchilov and Hutter 2019), or Muon with it."""
+    options: dict[str, Any] = {
+        "lr": config.learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+    }
+    if config.optimizer == "muon":
+        return Muon(model, **options)
+    # The fused kernel can be told on the device to leave out a step, see BadSteps.
+    return torch.optim.AdamW(model.parameters(), fused=True, **options)
 
 
 def make_lr_scheduler(optimizer: Any, config: TrainingConfig, steps: Steps) -> Any:
