@@ -1,4 +1,4 @@
-"""Muon, an optimizer for weight matrices, in one with AdamW for everything else."""
+"""Muon, an optimizer for convolutions, in one with AdamW for everything else."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that takes singular v
 
 class Muon(torch.optim.AdamW):
     r"""
-    AdamW in which the matrices of a network take Muon's steps: orthogonalised momentum.
+    AdamW in which the convolutions of a network take Muon's steps: orthogonalised momentum.
 
     Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/, as `torch.optim.Muon`, which takes no convolutions
     and can't be told on the device to leave out a step. The weights of a convolution are a matrix of its output
@@ -41,60 +41,71 @@ class Muon(torch.optim.AdamW):
             super().step()
         finally:
             self.param_groups = groups
+        self._step_matrices(groups[1]["params"], groups[1]["lr"], groups[1]["weight_decay"])
+
+    def _step_matrices(self, matrices: list[nn.Parameter], lr: float, weight_decay: float) -> None:
+        for matrix in matrices:
+            if not self.state[matrix]:
+                # AdamW looks for a step when it loads a state.
+                self.state[matrix] = {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(matrix)}
+        momenta = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]  # which none is
+        new_momenta = torch._foreach_lerp(momenta, gradients, 1 - MOMENTUM)
+        nesterov = torch._foreach_lerp(gradients, new_momenta, MOMENTUM)
+        updates = orthogonalize([update.flatten(1) for update in nesterov])
         found_inf = getattr(self, "found_inf", None)
-        for matrix in groups[1]["params"]:
-            if matrix.grad is not None:
-                self._step_matrix(matrix, matrix.grad, groups[1]["lr"], groups[1]["weight_decay"], found_inf)
-
-    def _step_matrix(
-        self,
-        parameter: nn.Parameter,
-        gradient: torch.Tensor,
-        lr: float,
-        weight_decay: float,
-        found_inf: torch.Tensor | None,
-    ) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros(())  # which AdamW looks for when it loads a state
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        momentum = state["momentum_buffer"].lerp(gradient, 1 - MOMENTUM)
-        update = orthogonalize(gradient.lerp(momentum, MOMENTUM).flatten(1))  # Nesterov's momentum
-        rows, columns = update.shape
-        stepped = parameter * (1 - lr * weight_decay) - lr * max(1, rows / columns) ** 0.5 * update.view_as(parameter)
-        if found_inf is not None:
-            stepped = torch.where(found_inf > 0, parameter, stepped)
-            momentum = torch.where(found_inf > 0, state["momentum_buffer"], momentum)
-        parameter.copy_(stepped)
-        state["momentum_buffer"].copy_(momentum)
+        for matrix, momentum, new_momentum, update in zip(matrices, momenta, new_momenta, updates, strict=True):
+            rows, columns = update.shape
+            change = update.reshape(matrix.shape).mul_(-lr * max(1, rows / columns) ** 0.5)
+            change.add_(matrix, alpha=-lr * weight_decay)
+            if found_inf is not None:
+                change = torch.where(found_inf > 0, 0, change)
+                new_momentum = torch.where(found_inf > 0, momentum, new_momentum)
+            matrix.add_(change)
+            momentum.copy_(new_momentum)
 
 
-def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
-    """Returns the matrix (M, N) with all singular values near 1, 0.7 to 1.2, by Newton and Schulz' iteration.
+def orthogonalize(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Returns matrices (M, N) with all singular values near 1, 0.7 to 1.2, by Newton and Schulz' iteration.
 
     Each iteration is X <- (a I + b X X' + c (X X')^2) X. All of them are polynomials of the first X X' times the first
-    X, so the small side is iterated alone: a third of the operations.
+    X: so only the small side is iterated, which is a third of the operations, and all matrices of one small side at
+    once.
     """
-    is_tall = matrix.shape[0] > matrix.shape[1]
-    wide = matrix.T if is_tall else matrix
-    wide = wide / wide.norm().clamp(min=1e-7)  # no singular value is above 1
-    gram = wide @ wide.T
-    identity = torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
-    product = identity
-    a, b, c = COEFFICIENTS
-    for _ in range(ITERATIONS):
-        factor = a * identity + b * gram + c * gram @ gram
-        product = factor @ product
+    wide = [matrix.T if matrix.shape[0] > matrix.shape[1] else matrix for matrix in matrices]
+    wide = [matrix / matrix.norm().clamp(min=1e-7) for matrix in wide]  # no singular value is above 1
+    for side in {len(matrix) for matrix in wide}:
+        rows = [row for row, matrix in enumerate(wide) if len(matrix) == side]
+        products = _multiply_iterations(torch.stack([wide[row] @ wide[row].T for row in rows]))
+        for row, product in zip(rows, products, strict=True):
+            wide[row] = product @ wide[row]
+    return [
+        result.T if matrix.shape[0] > matrix.shape[1] else result
+        for matrix, result in zip(matrices, wide, strict=True)
+    ]
+
+
+def _multiply_iterations(gram: torch.Tensor) -> torch.Tensor:
+    """Returns the product (B, M, M) of the factors of all iterations, of the first X X' (B, M, M)."""
+    identity = torch.eye(gram.shape[1], device=gram.device, dtype=gram.dtype)
+    factor = product = _factor(gram, identity)
+    for _ in range(ITERATIONS - 1):
         gram = factor @ gram @ factor
-    wide = product @ wide
-    return wide.T if is_tall else wide
+        factor = _factor(gram, identity)
+        product = factor @ product
+    return product
+
+
+def _factor(gram: torch.Tensor, identity: torch.Tensor) -> torch.Tensor:
+    a, b, c = COEFFICIENTS
+    return a * identity + b * gram + c * gram @ gram
 
 
 def find_matrices(model: Any) -> list[torch.Tensor]:
-    """Returns the weights inside of a network that are matrices.
+    """Returns the weights of the convolutions inside of a network.
 
-    The first and the last layer, which have the images' channels, and tables of embeddings are none: one of their
-    sides is no mix of features.
+    The first and the last convolution, which have the images' channels, are left out: one of their sides is no mix of
+    features. So are linear layers: to orthogonalise them as well took as much time again, and brought nothing.
     """
-    layers = (module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d))
+    layers = (module for module in model.modules() if isinstance(module, nn.Conv2d | nn.ConvTranspose2d))
     return [layer.weight for layer in layers if model.config["in_channels"] not in layer.weight.shape[:2]]
