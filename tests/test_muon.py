@@ -18,8 +18,6 @@ from sprite_diffusion.training.muon import COEFFICIENTS, Muon, find_matrices, or
 class Network(nn.Module):
     """Two convolutions: the first has the channels of the images, the second is a matrix (rows, 9 * channels)."""
 
-    config = {"in_channels": 3}  # noqa: RUF012
-
     def __init__(self, rows: int, channels: int) -> None:
         super().__init__()
         self.first = nn.Conv2d(3, channels, 1)
@@ -54,7 +52,7 @@ def test_singular_values_become_about_one_and_directions_stay():
     assert orthogonalize([torch.zeros(3, 4)])[0].eq(0).all()
 
 
-@pytest.mark.parametrize(("rows", "channels"), [(24, 8), (80, 4)])
+@pytest.mark.parametrize(("rows", "channels"), [(24, 8), (80, 8)])
 def test_steps_are_those_of_the_formulas(rows, channels):
     """Three steps of both kinds; AdamW is torch's."""
     torch.manual_seed(0)
@@ -118,13 +116,19 @@ def test_a_step_of_bad_gradients_changes_nothing():
     assert not torch.equal(network.inner.weight, before[0]["inner.weight"])
 
 
-def test_matrices_are_the_convolutions_inside():
+def test_matrices_are_what_lies_between_images_tables_and_vectors_but_for_attention():
     config = TrainingConfig(resolution="16", block_out_channels=[16, 32], attention_levels=[2], attention_head_dim=8)
     unet = build_model(config, 3, num_classes=4)
     matrices = {id(matrix) for matrix in find_matrices(unet)}
     left = {name for name, parameter in unet.named_parameters() if id(parameter) not in matrices}
-    assert {name for name in left if unet.get_parameter(name).ndim > 2} == {"conv_in.weight", "conv_out.weight"}
-    assert all(matrix.ndim == 4 for matrix in find_matrices(unet))
+    of_attention = {name for name in left if "attentions" in name}
+    assert len(of_attention) > 10
+    assert {name for name in left - of_attention if unet.get_parameter(name).ndim > 1} == {
+        "conv_in.weight",
+        "conv_out.weight",
+        "class_embedding.weight",
+    }
+    assert not any("attentions" in name for name, parameter in unet.named_parameters() if id(parameter) in matrices)
     for network in (BasicUNet2DModel(sample_size=8), ContextUNet2DModel(sample_size=8, num_features=8, context_dim=2)):
         assert all(3 not in matrix.shape[:2] for matrix in find_matrices(network))
         assert len(find_matrices(network)) > 3

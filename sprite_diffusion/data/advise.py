@@ -26,7 +26,8 @@ MULTIPLE = 4  # of the sides: a network that halves them twice
 SMALLEST_LEVEL = 4  # pixels of the sides that a network halves down to
 CHANNELS = [32, 64, 128, 256]  # few where pixels are many: docs/quality.md
 PIXEL_ART_COLOURS = 32  # of an image; photographs of as few pixels have hundreds
-TRAIN_STEPS, TRAIN_STEPS_OF_LARGER = 850, 1500  # up to 16x16 pixels, and above
+PRESET_SIDE = 16  # of the built-in sprites, for which the presets' number of steps was chosen
+STEPS_OF_LARGER = 2000
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,9 @@ def choose_flags(facts: Facts, config: DataConfig, given: set[str]) -> dict[str,
         flags["interpolation"] = "nearest"
     if not given & {"model_class", "block_out_channels"}:  # whose levels are others
         flags |= {"block_out_channels": CHANNELS[:num_levels], "attention_levels": num_levels}
-    flags |= {
-        "max_train_steps": TRAIN_STEPS if min(height, width) <= 16 else TRAIN_STEPS_OF_LARGER,
-        "output_dir": f"runs/{Path(facts.name).stem or 'images'}",
-    }
+    if min(height, width) > PRESET_SIDE:
+        flags["max_train_steps"] = STEPS_OF_LARGER
+    flags["output_dir"] = f"runs/{Path(facts.name).stem or 'images'}"
     return {name: value for name, value in flags.items() if name not in given}
 
 

@@ -131,7 +131,7 @@ class TrainingConfig(DataConfig):
         "step", "When the schedule moves the learning rate: at each step, or only at the start of an epoch."
     )
     lr_warmup_steps: int = flag(500, "Optimizer steps of the warm-up.", at_least=0)
-    optimizer: Literal["adamw", "muon"] = flag("adamw", "'muon': for convolutions, Muon at 20 * `learning_rate`.")
+    optimizer: Literal["adamw", "muon"] = flag("adamw", "'muon': for matrices, Muon at 20 times `learning_rate`.")
     adam_beta1: float = flag(0.95, "AdamW's beta1.", at_least=0, below=1)
     adam_beta2: float = flag(0.999, "AdamW's beta2.", at_least=0, below=1)
     adam_weight_decay: float = flag(1e-6, "AdamW's weight decay; 0 makes it Adam.", at_least=0)

@@ -1,31 +1,33 @@
-"""Muon, an optimizer for convolutions, in one with AdamW for everything else."""
+"""Muon, an optimizer for matrices, in one with AdamW for everything else."""
 
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import Attention
 from torch import nn
 
 ADAMW_MULTIPLE = 20.0  # Muon's learning rate as a multiple of AdamW's: steps of about as many thousandths of a weight
 MOMENTUM = 0.95
 ITERATIONS = 5
+FEWEST_FEATURES = 8  # a shorter side is one of colours, classes or times
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that takes singular values to about 1 in five iterations
 
 
 class Muon(torch.optim.AdamW):
     r"""
-    AdamW in which the convolutions of a network take Muon's steps: orthogonalised momentum.
+    AdamW in which the matrices of a network take Muon's steps: orthogonalised momentum.
 
     Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/, as `torch.optim.Muon`, which takes no convolutions
     and can't be told on the device to leave out a step. The weights of a convolution are a matrix of its output
     channels by everything else.
 
     Args:
-        model: A network with `in_channels` in its config.
+        model: The network, whose matrices are those of `find_matrices`.
         lr (`float`): AdamW's learning rate; Muon's is `ADAMW_MULTIPLE` times as large.
         **kwargs: The other arguments of [`torch.optim.AdamW`]; its weight decay is for both.
     """
 
-    def __init__(self, model: Any, lr: float, **kwargs: Any) -> None:
+    def __init__(self, model: nn.Module, lr: float, **kwargs: Any) -> None:
         matrices = find_matrices(model)
         ids = {id(matrix) for matrix in matrices}
         others = [parameter for parameter in model.parameters() if id(parameter) not in ids]
@@ -101,11 +103,13 @@ def _factor(gram: torch.Tensor, identity: torch.Tensor) -> torch.Tensor:
     return a * identity + b * gram + c * gram @ gram
 
 
-def find_matrices(model: Any) -> list[torch.Tensor]:
-    """Returns the weights of the convolutions inside of a network.
+def find_matrices(model: nn.Module) -> list[torch.Tensor]:
+    """Returns the weights that mix features: of convolutions, and of what the time and the class go through.
 
-    The first and the last convolution, which have the images' channels, are left out: one of their sides is no mix of
-    features. So are linear layers: to orthogonalise them as well took as much time again, and brought nothing.
+    Those of attention are left out: they are as many as the others, so that to orthogonalise them takes as much time
+    again, and at 4x4 pixels it brought nothing (docs/quality.md).
     """
-    layers = (module for module in model.modules() if isinstance(module, nn.Conv2d | nn.ConvTranspose2d))
-    return [layer.weight for layer in layers if model.config["in_channels"] not in layer.weight.shape[:2]]
+    attention = {id(part) for module in model.modules() if isinstance(module, Attention) for part in module.modules()}
+    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)]
+    weights = [layer.weight for layer in layers if id(layer) not in attention]
+    return [weight for weight in weights if min(weight.shape[:2]) >= FEWEST_FEATURES]
