@@ -129,6 +129,24 @@ def test_images_of_many_sizes_get_the_side_that_most_can_fill(tmp_path, capsys):
     assert "18 images of sizes around 36, pixel art of 4 colours each" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("data", "output_dir"),
+    [
+        ("--train_data_dir {0}/my.pictures", "runs/my.pictures"),
+        ("--train_data_dir {0}/split", "runs/split"),  # and not that of split/train
+        ("--train_data_dir {0}/split/train/", "runs/train"),
+        ("--train_data_dir {0}/$", "runs/images"),
+        ("--dataset_name {0}/a-b.npy", "runs/a-b"),
+    ],
+)
+def test_output_folder_has_the_name_of_the_images(tmp_path, data, output_dir):
+    for name in ("my.pictures", "split/train", "$"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        save_pictures(tmp_path / name, (8, 8))
+    np.save(tmp_path / "a-b.npy", np.zeros((2, 8, 8, 3), np.uint8))
+    assert parse(data.format(tmp_path), "sprites_unconditional.yaml").output_dir == output_dir
+
+
 def test_images_that_can_not_be_decoded_are_left_to_the_training_to_name(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "0.png").write_bytes(b"no picture")

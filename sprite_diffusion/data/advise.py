@@ -1,5 +1,6 @@
 """What a set of images is, and flags that fit it: `python -m sprite_diffusion.data.advise my_pictures`."""
 
+import re
 import shlex
 import sys
 from collections import Counter
@@ -104,7 +105,7 @@ def choose_flags(facts: Facts, config: DataConfig, given: set[str]) -> dict[str,
         flags |= {"block_out_channels": CHANNELS[:num_levels], "attention_levels": num_levels}
     if min(height, width) > PRESET_SIDE:
         flags["max_train_steps"] = STEPS_OF_LARGER
-    flags["output_dir"] = f"runs/{Path(facts.name).stem or 'images'}"
+    flags["output_dir"] = f"runs/{_name_folder(config)}"
     return {name: value for name, value in flags.items() if name not in given}
 
 
@@ -119,6 +120,12 @@ def as_argv(flags: dict[str, Any]) -> list[str]:
     for name, value in flags.items():
         argv += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
     return argv
+
+
+def _name_folder(config: DataConfig) -> str:
+    """Returns the name of the folder or file of the images, without what a name of a folder should not have."""
+    source = Path(config.dataset_name or config.train_data_dir or "").resolve().name
+    return re.sub(r"[^\w.-]+", "-", re.sub(r"\.(npy|parquet|png)$", "", source)).strip("-.") or "images"
 
 
 def _choose_resolution(facts: Facts) -> str:
