@@ -176,14 +176,16 @@ def encode_colours(images: torch.Tensor) -> torch.Tensor:
 
 def _count_colours(images: StoredImages) -> tuple[np.ndarray, np.ndarray]:
     """Returns the distinct colours (K, 3) uint8 of all images, cropped in the centre, and how many pixels each has."""
-    counts = np.zeros(2**24, np.int64)  # of every colour
+    parts = []  # of each batch its codes, and how many pixels each has
     for start in range(0, len(images), READ_AT_ONCE):
         pixels = images.read_centred(range(start, min(start + READ_AT_ONCE, len(images))))
         codes = encode_colours(pixels)
         opaque = codes[pixels[:, 3] == 255] if pixels.shape[1] == 4 else codes.flatten()
-        counts += np.bincount(opaque.numpy(), minlength=len(counts))
-    found = counts.nonzero()[0]
-    return np.stack([found >> 16, found >> 8 & 255, found & 255], axis=1).astype(np.uint8), counts[found]
+        parts.append(np.unique(opaque.numpy(), return_counts=True))
+    found, positions = np.unique(np.concatenate([codes for codes, _ in parts]), return_inverse=True)
+    counts = np.zeros(len(found), np.int64)
+    np.add.at(counts, positions, np.concatenate([numbers for _, numbers in parts]))
+    return np.stack([found >> 16, found >> 8 & 255, found & 255], axis=1).astype(np.uint8), counts
 
 
 def read_palette(path: Path) -> np.ndarray:

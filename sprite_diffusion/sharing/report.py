@@ -72,13 +72,15 @@ PAGE = """<!DOCTYPE html>
 /* As wide as the widest picture, so that none is scaled by a fraction where there is room for it. */
 body {{ font: 16px/1.5 system-ui, sans-serif; width: fit-content; max-width: calc(100% - 2rem); margin: 2rem auto; }}
 h1, td:only-of-type {{ overflow-wrap: anywhere; }}
+/* Whole pixels: a picture that begins between two rows of the screen is blurred. */
+h1, h2, p {{ margin: 1rem 0; }}
 figure {{ margin: 0 0 2rem; }}
 figure.wide {{ overflow-x: auto; }}
 img {{ image-rendering: pixelated; max-width: 100%; }}
 img.curve {{ image-rendering: auto; min-width: 54rem; background: white; }}
 img.pairs {{ max-width: none; }}
 input[type=range] {{ width: 100%; max-width: 40rem; }}
-td, th {{ text-align: left; padding: 0.2rem 0.75rem 0.2rem 0; vertical-align: top; }}
+td, th {{ text-align: left; padding: 0.25rem 0.75rem 0.25rem 0; vertical-align: top; }}
 td:last-child {{ padding-right: 0; }}
 </style>
 </head>
@@ -171,7 +173,7 @@ def draw_losses(entries: list[dict[str, Any]], file: Path | BinaryIO, file_forma
         if after is None or after["epoch"] != entry["epoch"]
     ]
     means = [epoch.loss for epoch in summarize_epochs(entries)]
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    figure = Figure(figsize=(12, 3.5), layout="constrained")  # 1152x336 pixels of a page: whole ones
     plain, logarithmic, rate = figure.subplots(1, 3)
     for axes, title in ((plain, "loss"), (logarithmic, "loss, logarithmic")):
         axes.plot(steps, losses, color="tab:blue", alpha=0.5, linewidth=1, label="each log")
