@@ -132,7 +132,7 @@ class _DDPMPipeline(DiffusionPipeline):
         if hasattr(self.scheduler, "transform_noise"):  # a process whose noise is not Gaussian
             latents = self.scheduler.transform_noise(latents)
         latents = latents * self.scheduler.init_noise_sigma
-        accepted = inspect.signature(self.scheduler.step).parameters  # diffusers' schedulers differ in them
+        accepted = inspect.signature(self.scheduler.step).parameters  # they differ among diffusers' schedulers
         step_kwargs = {k: v for k, v in {"generator": generator, "eta": eta}.items() if k in accepted}
 
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):

@@ -163,15 +163,14 @@ def test_the_official_scripts_defaults_are_a_preset(tmp_path):
 
 def test_advice_is_a_command_that_can_be_typed(tmp_path):
     folder = save_pictures(tmp_path / "my pictures", (32, 32), "RGBA")
-    result = subprocess.run(
-        [sys.executable, "-m", "sprite_diffusion.data.advise", folder], cwd=REPOSITORY, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "sprite_diffusion.data.advise", folder, "--center-crop"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     facts, command = result.stdout.splitlines()
     assert facts == f"{folder}: 6 images of 32x32, pixel art of 3 colours each, with transparency"
     accelerate, launch, script, *argv = shlex.split(command)
     assert (accelerate, launch, script) == ("accelerate", "launch", "train_unconditional.py")
     typed = parse_config(argv, "sprites_unconditional.yaml")
-    chosen = parse_config(["--train_data_dir", str(folder)], "sprites_unconditional.yaml")
+    chosen = parse_config(["--train_data_dir", str(folder), "--center_crop"], "sprites_unconditional.yaml")
     assert typed == chosen
 
 

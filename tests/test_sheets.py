@@ -273,6 +273,17 @@ class TestCutSheets:
         written = np.asarray(Image.open("b.png")).reshape(-1, 3)
         assert {*map(tuple, written.tolist())} <= {*map(tuple, colours.tolist())}
 
+    def test_a_resumed_run_on_other_images_keeps_no_palette_of_the_first(self, run_script, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        rng = np.random.default_rng(0)
+        Image.fromarray(rng.integers(0, 2, (16, 160, 3), np.uint8) * 255).save("sheet.png")
+        flags = f"{TINY} --logger none --dataset_name sheet.png --cell 16"
+        run_script("train_unconditional", f"{flags} --max_train_steps 3", tmp_path / "run")
+        assert len(Path("run/palette.hex").read_text().split()) == 8
+        Image.fromarray(rng.integers(0, 256, (16, 160, 3), np.uint8)).save("sheet.png")
+        run_script("train_unconditional", f"{flags} --resume_from_checkpoint latest", tmp_path / "run")
+        assert not Path("run/palette.hex").exists()
+
 
 class TestPalettes:
     @pytest.mark.parametrize(

@@ -222,6 +222,11 @@ def parse_known(parser: argparse.ArgumentParser, argv: list[str], names: Iterabl
     return flags
 
 
+def names_of(argv: list[str]) -> list[str]:
+    """Returns the names of the flags of a command line, with underscores, in their order."""
+    return [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
+
+
 class _StrictLoader(yaml.SafeLoader):
     """YAML in which no key stands twice, and without anchors and aliases, by which few lines can mean billions."""
 

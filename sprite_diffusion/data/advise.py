@@ -16,10 +16,11 @@ import numpy as np
 from PIL import Image
 
 from sprite_diffusion.common.errors import UserInputError, exits_on_user_error, printable
+from sprite_diffusion.common.flags import names_of
 from sprite_diffusion.data.config import DataConfig, parse_data_flags
 from sprite_diffusion.data.dataset import open_images
-from sprite_diffusion.data.decoding import DEEP_MODES, BadImageError, name_image, open_image
-from sprite_diffusion.data.sources import Table
+from sprite_diffusion.data.decoding import DEEP_MODES, BadImageError, open_image
+from sprite_diffusion.data.sources import Source, Table
 
 NUM_LOOKED_AT = 64  # photographs take 0.1 s each
 MIN_SIDE, MAX_SIDE = 8, 64  # pixels that a network is advised for: smaller ones can't be halved, larger ones need days
@@ -58,7 +59,7 @@ class Facts:
 
 
 def look_at_images(config: DataConfig, streaming: bool = False) -> Facts | None:
-    """Returns what the images that `config` names are; None if the first of them can't be decoded.
+    """Returns what the images that `config` names are; None if none of those looked at can be decoded.
 
     Raises `UserInputError` if there is no such data.
     """
@@ -109,11 +110,6 @@ def choose_flags(facts: Facts, config: DataConfig, given: set[str]) -> dict[str,
     return {name: value for name, value in flags.items() if name not in given}
 
 
-def names_of(argv: list[str]) -> set[str]:
-    """Returns the names of the flags of a command line."""
-    return {word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
-
-
 def as_argv(flags: dict[str, Any]) -> list[str]:
     """Returns flags as the words of a command line."""
     argv = []
@@ -139,14 +135,13 @@ def _choose_resolution(facts: Facts) -> str:
     return str(side)
 
 
-def _decode(opened: Any, config: DataConfig) -> Iterator[Image.Image]:
+def _decode(opened: Source | Table, config: DataConfig) -> Iterator[Image.Image]:
     """Yields the images that can be decoded; of the others the training says what is wrong with them."""
     if isinstance(opened, Table):
-        rows = islice(opened.rows, NUM_LOOKED_AT)
-        images = ((name_image(row[opened.image_column], ""), row[opened.image_column]) for row in rows)
+        values = (row[opened.image_column] for row in islice(opened.rows, NUM_LOOKED_AT))
     else:
-        images = opened.images
-    for _, value in images:
+        values = (value for _, value in opened.images)
+    for value in values:
         with suppress(BadImageError):
             yield open_image(value, config)
 
@@ -175,9 +170,9 @@ def main() -> None:
     config = parse_data_flags(argv, None)
     facts = look_at_images(config)
     if facts is None:
-        raise UserInputError(f"{argv[0]}: the first {NUM_LOOKED_AT} images can't be decoded")
+        raise UserInputError(f"{argv[0]}: none of the images looked at can be decoded, replace them")
     print(printable(facts.describe()))
-    flags = as_argv(choose_flags(facts, config, names_of(argv)))
+    flags = as_argv(choose_flags(facts, config, {*names_of(argv)}))
     command = ["accelerate", "launch", "train_unconditional.py", *argv, *flags]
     print(printable(shlex.join(command)))
 

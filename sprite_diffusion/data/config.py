@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from sprite_diffusion.common.errors import UserInputError
-from sprite_diffusion.common.flags import as_flags, check_values, flag, make_parser, read_yaml, suggest
+from sprite_diffusion.common.flags import as_flags, check_values, flag, make_parser, names_of, read_yaml, suggest
 
 BUILT_IN_DATASET = "sprites"
 ImageMode = Literal["auto", "L", "RGB", "RGBA"]
@@ -113,7 +113,7 @@ def parse_data_flags(argv: list[str], run_config: Path | None) -> DataConfig:
     """
     parser = make_parser(DataConfig)
     known = [flag.name for flag in fields(DataConfig)]
-    names = [argument.removeprefix("--").split("=")[0] for argument in argv if argument.startswith("--")]
+    names = names_of(argv)
     for name in names:
         if name not in known:
             raise UserInputError(f"unknown flag '--{name}'{suggest(name, known, prefix='--')}")

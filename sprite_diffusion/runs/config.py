@@ -27,6 +27,7 @@ from sprite_diffusion.common.flags import (
     default_of,
     flag,
     make_parser,
+    names_of,
     parse_known,
     read_yaml,
 )
@@ -315,8 +316,7 @@ class TrainingConfig(DataConfig):
 def parse_config(argv: list[str], default_preset: str) -> TrainingConfig:
     """Reads the command line.
 
-    Without `--config`, `default_preset` is read, a file in configs/, and for other data than the built-in sprites
-    what fits those images: docs/flags.md. That is printed, as the images may have to be read for it.
+    Without `--config` it reads `default_preset`, a file in configs/, and adds what fits images of the user's own.
     """
     parser = make_parser(TrainingConfig)
     if any(argument.replace("-", "_").startswith("__pretrained_model_name_or_path") for argument in argv):
@@ -351,10 +351,10 @@ def parse_config(argv: list[str], default_preset: str) -> TrainingConfig:
 def _advise(config: TrainingConfig, argv: list[str]) -> list[str]:
     """Returns the flags that fit the images of `config` and are not in `argv`, and prints them."""
     # Imported here, as it takes seconds, which a wrong flag need not wait for.
-    from sprite_diffusion.data.advise import as_argv, choose_flags, look_at_images, names_of
+    from sprite_diffusion.data.advise import as_argv, choose_flags, look_at_images
 
     facts = look_at_images(config, config.streaming)
-    advised = [] if facts is None else as_argv(choose_flags(facts, config, names_of(argv)))
+    advised = [] if facts is None else as_argv(choose_flags(facts, config, {*names_of(argv)}))
     if facts is not None and os.environ.get("RANK", "0") == "0":
         print(printable(mask_secrets(facts.describe())))
         print(printable(f"chosen for them: {' '.join(advised)}; flags or --config win"))

@@ -155,10 +155,12 @@ class RunOutputs:
         """Keeps the colours of pixel art with the model, for whoever has the model and not the images."""
         images = self.data.dataset
         palette = learn_pixel_art(images) if isinstance(images, StoredImages) else None
-        if palette is not None:
-            path = self.output_dir / PALETTE_FILE
-            self.folder.files.write_text(path, format_palette(palette))
-            tqdm.write(f"wrote {path}")
+        path = self.output_dir / PALETTE_FILE
+        if palette is None:
+            self.folder.files.remove(path)  # of the run that is resumed, whose images were others
+            return
+        self.folder.files.write_text(path, format_palette(palette))
+        tqdm.write(f"wrote {path}")
 
     def log(self, metrics: dict[str, float], state: TrainState) -> None:
         """Gives numbers to the trackers and the log, keeps the loss for the summary, and prints a line per epoch."""

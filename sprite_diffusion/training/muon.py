@@ -6,7 +6,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-ADAMW_MULTIPLE = 20.0  # Muon's learning rate as a multiple of AdamW's: steps of about as many thousandths of a weight
+ADAMW_MULTIPLE = 20.0  # Muon's learning rate as a multiple of AdamW's: 0.02, as in the source, where AdamW has 0.001
 MOMENTUM = 0.95
 ITERATIONS = 5
 FEWEST_FEATURES = 8  # a shorter side is one of colours, classes or times
@@ -51,7 +51,7 @@ class Muon(torch.optim.AdamW):
                 # AdamW looks for a step when it loads a state.
                 self.state[matrix] = {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(matrix)}
         momenta = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
-        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]  # which none is
+        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]  # each has one
         new_momenta = torch._foreach_lerp(momenta, gradients, 1 - MOMENTUM)
         nesterov = torch._foreach_lerp(gradients, new_momenta, MOMENTUM)
         updates = orthogonalize([update.flatten(1) for update in nesterov])
