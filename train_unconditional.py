@@ -3,7 +3,7 @@
 import sys
 
 from sprite_diffusion.common.errors import exits_on_user_error
-from sprite_diffusion.runs.config import parse_config
+from sprite_diffusion.runs.presets import parse_config
 
 
 @exits_on_user_error

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.measuring import DEVICE, arithmetic_rate, interleaved_times, median_ratio, report
 from pipelines import UnconditionalDDPMPipeline
 from schedulers import ClosedFormDDPMScheduler
-from sprite_diffusion.runs.config import parse_config
+from sprite_diffusion.runs.presets import parse_config
 from sprite_diffusion.sampling.pipeline_loading import speed_up
 from sprite_diffusion.training.build import build_model
 

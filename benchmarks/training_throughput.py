@@ -22,7 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.measuring import DEVICE, arithmetic_rate, median_ratio, report
 from sprite_diffusion.common.machine import choose_precision
 from sprite_diffusion.data.sprites import draw_sprites
-from sprite_diffusion.runs.config import TrainingConfig, parse_config
+from sprite_diffusion.runs.config import TrainingConfig
+from sprite_diffusion.runs.presets import parse_config
 from sprite_diffusion.training.build import build_model
 
 WARM_UP = 0.25  # of the steps, not counted

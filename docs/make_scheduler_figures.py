@@ -21,7 +21,7 @@ from torch import nn
 from models import ContextUNet2DModel
 from schedulers.scheduling_closed_form_ddpm import ClosedFormDDPMScheduler
 from sprite_diffusion.data.sprites import draw_sprite, draw_sprites
-from sprite_diffusion.runs.config import load_preset
+from sprite_diffusion.runs.presets import load_preset
 from sprite_diffusion.training.build import build_model
 
 IMAGES = Path(__file__).parent / "images"

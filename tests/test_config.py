@@ -18,7 +18,8 @@ from PIL import Image
 from sprite_diffusion.common.errors import UserInputError, mask_secrets
 from sprite_diffusion.common.flags import default_of, read_yaml
 from sprite_diffusion.data.config import parse_data_flags
-from sprite_diffusion.runs.config import TrainingConfig, load_preset, parse_config
+from sprite_diffusion.runs.config import TrainingConfig
+from sprite_diffusion.runs.presets import load_preset, parse_config
 from sprite_diffusion.training.build import build_model, build_noise_scheduler, check_network
 
 PRESETS = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -362,7 +363,11 @@ def test_every_preset_parses_builds_and_can_be_shortened(path):
     channels = 1 if config.image_mode == "L" else 3
     with torch.device("meta"):  # without weights, of which the largest network would have half a gigabyte
         model = build_model(config, channels)
-        conditional = None if config.model_class == "BasicUNet2DModel" else build_model(config, channels, 5)
+        conditional = (
+            None
+            if config.model_class == "BasicUNet2DModel"
+            else build_model(config, channels, dict(enumerate("abcde")))
+        )
         height, width = config.image_size
         sample, t = torch.zeros(2, channels, height, width), torch.zeros(2, dtype=torch.long)
         assert model(sample, t).sample.shape == sample.shape
@@ -441,7 +446,7 @@ def test_networks_of_any_width_see_the_time_and_the_class(channels):
     """A normalisation of single channels would take away what the time and the class add to a channel."""
     config = TrainingConfig(block_out_channels=channels, attention_levels=[0], attention_head_dim=8, resolution="8")
     torch.manual_seed(0)
-    unet = build_model(config, 3, num_classes=2).eval()
+    unet = build_model(config, 3, {0: "a", 1: "b"}).eval()
     noisy = torch.randn(1, 3, 8, 8)
     with torch.no_grad():
         outputs = [

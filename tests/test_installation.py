@@ -40,7 +40,7 @@ def test_only_the_package_and_what_ships_is_installed(installed):
 def test_an_installed_package_has_its_presets_and_drawings(installed, tmp_path):
     code = (
         "import sprite_diffusion, sys\n"
-        "from sprite_diffusion.runs.config import load_preset\n"
+        "from sprite_diffusion.runs.presets import load_preset\n"
         "from sprite_diffusion.data.sprites import draw_sprites\n"
         "preset = load_preset('sprites_conditional.yaml')\n"
         "print(sprite_diffusion.__file__, preset.max_train_steps, len(draw_sprites(5)[0]))"

@@ -118,7 +118,7 @@ def test_a_step_of_bad_gradients_changes_nothing():
 
 def test_matrices_are_what_lies_between_images_tables_and_vectors_but_for_attention():
     config = TrainingConfig(resolution="16", block_out_channels=[16, 32], attention_levels=[2], attention_head_dim=8)
-    unet = build_model(config, 3, num_classes=4)
+    unet = build_model(config, 3, dict(enumerate("abcd")))
     matrices = {id(matrix) for matrix in find_matrices(unet)}
     left = {name for name, parameter in unet.named_parameters() if id(parameter) not in matrices}
     of_attention = {name for name in left if "attentions" in name}

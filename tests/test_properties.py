@@ -17,7 +17,8 @@ from schedulers import ClosedFormDDPMScheduler
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.config import DataConfig
 from sprite_diffusion.data.decoding import BadImageError, open_image, prepare_image
-from sprite_diffusion.runs.config import TrainingConfig, parse_config
+from sprite_diffusion.runs.config import TrainingConfig
+from sprite_diffusion.runs.presets import parse_config
 
 settings.register_profile(
     "quick", max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)

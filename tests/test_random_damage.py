@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.dataset import load_image_data
-from sprite_diffusion.runs.config import TrainingConfig, parse_config
+from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.runs.folder import check_output_dir
 from sprite_diffusion.runs.manifest import find_damage
+from sprite_diffusion.runs.presets import parse_config
 from sprite_diffusion.sampling.pipeline_loading import load_pipeline
 from sprite_diffusion.sharing.card import read_run
 

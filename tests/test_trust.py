@@ -17,7 +17,8 @@ from PIL import Image
 
 from sprite_diffusion.common.errors import UserInputError, exits_on_user_error, first_line, mask_secrets
 from sprite_diffusion.metrics import classifier
-from sprite_diffusion.runs.config import TrainingConfig, parse_config
+from sprite_diffusion.runs.config import TrainingConfig
+from sprite_diffusion.runs.presets import parse_config
 from sprite_diffusion.sharing.hub import create_repository
 
 EVIL_NAMES = ["../../evil", "/tmp/evil/abs", "..", "a/b/c", "~/evil", "evil\n../evil", "$(touch evil)", "evil.png"]

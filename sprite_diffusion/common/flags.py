@@ -227,6 +227,14 @@ def names_of(argv: list[str]) -> list[str]:
     return [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--")]
 
 
+def as_argv(flags: dict[str, Any]) -> list[str]:
+    """Returns flags as the words of a command line."""
+    argv = []
+    for name, value in flags.items():
+        argv += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
+    return argv
+
+
 class _StrictLoader(yaml.SafeLoader):
     """YAML in which no key stands twice, and without anchors and aliases, by which few lines can mean billions."""
 

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from sprite_diffusion.common.errors import UserInputError, exits_on_user_error, printable
-from sprite_diffusion.common.flags import names_of
+from sprite_diffusion.common.flags import as_argv, names_of
 from sprite_diffusion.data.config import DataConfig, parse_data_flags
 from sprite_diffusion.data.dataset import open_images
 from sprite_diffusion.data.decoding import DEEP_MODES, BadImageError, open_image
@@ -108,14 +108,6 @@ def choose_flags(facts: Facts, config: DataConfig, given: set[str]) -> dict[str,
         flags["max_train_steps"] = STEPS_OF_LARGER
     flags["output_dir"] = f"runs/{_name_folder(config)}"
     return {name: value for name, value in flags.items() if name not in given}
-
-
-def as_argv(flags: dict[str, Any]) -> list[str]:
-    """Returns flags as the words of a command line."""
-    argv = []
-    for name, value in flags.items():
-        argv += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
-    return argv
 
 
 def _name_folder(config: DataConfig) -> str:

@@ -1,15 +1,12 @@
-"""The flags of a training run: defaults < `--config FILE.yaml` < flags."""
+"""The flags of a training run, what they mean, and which of them go together."""
 
-import os
-from argparse import ArgumentParser
 from dataclasses import asdict, dataclass, fields
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from sprite_diffusion.common.errors import UserInputError, keep_secret, mask_secrets, mask_value, printable
+from sprite_diffusion.common.errors import UserInputError, keep_secret, mask_value
 from sprite_diffusion.common.flags import (
     MAX_COUNT,
     MAX_SEED,
@@ -21,18 +18,12 @@ from sprite_diffusion.common.flags import (
     ProcessClass,
     TimestepSpacing,
     VarianceType,
-    as_flags,
-    check_text,
     check_token,
     default_of,
     flag,
-    make_parser,
-    names_of,
-    parse_known,
-    read_yaml,
 )
 from sprite_diffusion.common.run_files import check_logging_dir
-from sprite_diffusion.data.config import BUILT_IN_DATASET, DataConfig
+from sprite_diffusion.data.config import DataConfig
 
 # Larger values than these would fill any memory.
 MAX_WORKERS = 1024
@@ -71,6 +62,10 @@ class TrainingConfig(DataConfig):
     dataloader_num_workers: int = flag(0, "Processes that read a streamed dataset.", at_least=0, at_most=MAX_WORKERS)
 
     # Network
+    init_from: str | None = flag(
+        None,
+        "Begin with the weights of a trained model: whatever sample.py draws from. Its network and process are taken.",
+    )
     model_class: Literal["UNet2DModel", "ContextUNet2DModel", "BasicUNet2DModel"] = flag(
         "UNet2DModel", "The network: diffusers' U-Net, the sprite course's, or the toy of three convolutions."
     )
@@ -311,90 +306,3 @@ class TrainingConfig(DataConfig):
             if flag.metadata["changes"] != "nothing"
         }
         return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
-
-
-def parse_config(argv: list[str], default_preset: str) -> TrainingConfig:
-    """Reads the command line.
-
-    Without `--config` it reads `default_preset`, a file in configs/, and adds what fits images of the user's own.
-    """
-    parser = make_parser(TrainingConfig)
-    if any(argument.replace("-", "_").startswith("__pretrained_model_name_or_path") for argument in argv):
-        raise UserInputError(
-            "--pretrained_model_name_or_path: a run begins with random weights, in the shape that "
-            "--model_config_name_or_path names, or it goes on by --resume_from_checkpoint"
-        )
-    flags = parse_known(parser, argv, [flag.name for flag in fields(TrainingConfig)])
-    if flags.config is not None:
-        check_text("config", flags.config)
-    path = presets_dir() / default_preset if flags.config is None else find_preset(flags.config)
-    preset_argv = _read_as_flags(path, parser)
-    has_own_data = (flags.dataset_name or flags.train_data_dir) not in (None, BUILT_IN_DATASET)
-    dropped: tuple[str, ...] = ()
-    if flags.train_data_dir is not None and flags.dataset_name is None:  # else a preset's dataset would win over it
-        dropped += ("--dataset_name=",)
-    if path.resolve().parent == presets_dir() and has_own_data:
-        dropped += ("--max_train_samples=",)  # a preset's limit is for its own data
-    if flags.num_epochs is not None:
-        dropped += ("--max_train_steps=",)
-
-    def merge(*argvs: list[str]) -> TrainingConfig:
-        file_argv = [argument for argument in chain(*argvs) if not argument.startswith(dropped)]
-        return TrainingConfig(**vars(parser.parse_args(file_argv + argv)))
-
-    config = merge(preset_argv)
-    if flags.config is not None or not has_own_data:
-        return config
-    return merge(preset_argv, _advise(config, argv))
-
-
-def _advise(config: TrainingConfig, argv: list[str]) -> list[str]:
-    """Returns the flags that fit the images of `config` and are not in `argv`, and prints them."""
-    # Imported here, as it takes seconds, which a wrong flag need not wait for.
-    from sprite_diffusion.data.advise import as_argv, choose_flags, look_at_images
-
-    facts = look_at_images(config, config.streaming)
-    advised = [] if facts is None else as_argv(choose_flags(facts, config, {*names_of(argv)}))
-    if facts is not None and os.environ.get("RANK", "0") == "0":
-        print(printable(mask_secrets(facts.describe())))
-        print(printable(f"chosen for them: {' '.join(advised)}; flags or --config win"))
-    return advised
-
-
-def load_preset(name: str, **changes: Any) -> TrainingConfig:
-    """Returns the configuration of a file in configs/, or of any `--config` file, with some flags changed.
-
-    Args:
-        name: Such as "sprites_unconditional.yaml".
-        **changes: Flags by name, which win over the file.
-
-    Raises:
-        UserInputError: If there is no such file, or a value in it or in `changes` is wrong.
-    """
-    path, parser = find_preset(name), make_parser(TrainingConfig)
-    values = vars(parser.parse_args(_read_as_flags(path, parser)))
-    if changes.get("num_epochs") is not None:
-        values["max_train_steps"] = None
-    return TrainingConfig(**{**values, **changes})
-
-
-def _read_as_flags(path: Path, parser: ArgumentParser) -> list[str]:
-    """Returns the `--config` file as a command line. Raises `UserInputError` if it is not one of flags."""
-    source = f"--config {path}"
-    values = read_yaml(path, source)
-    if "config" in values:
-        raise UserInputError(f"{source}: take 'config' out: one such file can't name another")
-    return as_flags(values, source, parser, [flag.name for flag in fields(TrainingConfig)])
-
-
-def presets_dir() -> Path:
-    """Returns the folder of the presets: in an installed package inside of it, in the repository at the top."""
-    package = Path(__file__).resolve().parents[1]
-    return next(folder for folder in (package / "configs", package.parent / "configs") if folder.is_dir())
-
-
-def find_preset(name: str) -> Path:
-    """Returns the file of `--config`, which may be a preset's name with or without the folder, from any folder."""
-    path = Path(name)
-    preset = presets_dir() / path.name
-    return preset if not path.exists() and path.parent in (Path(), Path("configs")) and preset.is_file() else path

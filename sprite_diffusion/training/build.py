@@ -4,19 +4,25 @@ import math
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from diffusers import UNet2DModel
 
 from models import BasicUNet2DModel, ContextUNet2DModel
 from schedulers import ClosedFormDDPMScheduler, LinearCorruptionScheduler
-from sprite_diffusion.common.errors import UserInputError, first_line
+from sprite_diffusion.common.errors import UserInputError, first_line, mask_secrets, printable
 from sprite_diffusion.runs.config import TrainingConfig
+from sprite_diffusion.sampling.pipeline_loading import Pipeline
+from sprite_diffusion.training.initial_weights import adapt_network
 
 
-def build_noise_scheduler(config: TrainingConfig) -> ClosedFormDDPMScheduler | LinearCorruptionScheduler:
-    """Returns the forward process."""
+def build_noise_scheduler(
+    config: TrainingConfig, base: Pipeline | None = None
+) -> ClosedFormDDPMScheduler | LinearCorruptionScheduler:
+    """Returns the forward process; of a model to begin from also what no flag says, such as betas of its own."""
     if config.noise_scheduler_class == "LinearCorruptionScheduler":
         return LinearCorruptionScheduler(num_train_timesteps=config.ddpm_num_steps, noise_type=config.noise_type)
-    return ClosedFormDDPMScheduler(
+    return ClosedFormDDPMScheduler.from_config(
+        {} if base is None else base.scheduler.config,
         num_train_timesteps=config.ddpm_num_steps,
         beta_start=config.beta_start,
         beta_end=config.beta_end,
@@ -29,14 +35,16 @@ def build_noise_scheduler(config: TrainingConfig) -> ClosedFormDDPMScheduler | L
     )
 
 
-def check_network(config: TrainingConfig) -> None:
+def check_network(config: TrainingConfig, base: Pipeline | None = None) -> None:
     """Raises `UserInputError` if the network's flags do not fit each other or the resolution.
 
-    It needs no images: they may take long to decode.
+    The network is that of `base` if there is one. No images are needed: they may take long to decode.
     """
     if config.gradient_checkpointing and config.model_class != "UNet2DModel":
         raise UserInputError(f"--gradient_checkpointing: {config.model_class} does not have it, leave it out")
-    if config.model_class != "UNet2DModel":
+    if base is not None and config.model_class == "UNet2DModel":
+        _check_sides(config, multiple=2 ** (len(base.unet.config["block_out_channels"]) - 1))
+    elif config.model_class != "UNet2DModel":
         _check_sides(config, multiple=4)
         channels = config.block_out_channels
         if config.model_class == "ContextUNet2DModel" and (len(channels) != 1 or channels[0] % 8):
@@ -49,11 +57,23 @@ def check_network(config: TrainingConfig) -> None:
         _check_attention(config)
 
 
-def build_model(config: TrainingConfig, num_channels: int, num_classes: int | None = None) -> torch.nn.Module:
-    """Returns the network with random weights; with `num_classes`, one that takes labels 0..K-1, and K for "no class".
+def build_model(
+    config: TrainingConfig,
+    num_channels: int,
+    id2label: dict[int, str] | None = None,
+    base: Pipeline | None = None,
+) -> torch.nn.Module:
+    """Returns the network, with random weights or those of `base`.
 
-    BasicUNet2DModel takes no classes. Raises `UserInputError` if diffusers can't build the network.
+    With the names of K classes in `id2label`, the network takes labels 0..K-1, and K for "no class". BasicUNet2DModel
+    takes no classes. Raises `UserInputError` if diffusers can't build the network.
     """
+    if base is not None:
+        model, changes = adapt_network(base, config.image_size, num_channels, id2label, config.ddpm_num_steps)
+        if PartialState().is_main_process and config.resume_from_checkpoint is None:
+            print(printable(mask_secrets(f"begun from {config.init_from}: {changes}")))
+        return _use_less_memory(model, config)
+    num_classes = None if id2label is None else len(id2label)
     if config.model_class == "BasicUNet2DModel":
         return BasicUNet2DModel(sample_size=config.image_size, in_channels=num_channels, out_channels=num_channels)
     if config.model_class == "ContextUNet2DModel":
@@ -96,6 +116,11 @@ def _build_unet2d(config: TrainingConfig, num_channels: int, num_classes: int | 
             attention_head_dim=config.attention_head_dim,
             norm_num_groups=_choose_num_groups(channels),
         )
+    return _use_less_memory(model, config)
+
+
+def _use_less_memory(model: Any, config: TrainingConfig) -> Any:
+    """Returns a network with the flags about its memory set. Raises `UserInputError` if it can't be done."""
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if config.enable_xformers_memory_efficient_attention:

@@ -35,14 +35,14 @@ def train(config: TrainingConfig, data: ImageData | None = None) -> ConditionalD
         raise UserInputError("--noise_scheduler_class LinearCorruptionScheduler: use train_unconditional.py")
     if config.model_class == "BasicUNet2DModel":
         raise UserInputError("--model_class BasicUNet2DModel takes no class labels: use train_unconditional.py")
-    begin_run(config)
+    base = begin_run(config)
     data = data or load_image_data(config, with_labels=True, streaming=config.streaming)
     id2label = data.id2label
     if id2label is None:
         raise UserInputError(f"{data.source} have no class labels: give them, or train without classes")
     null_class = len(id2label)  # "no class": the id after the last
-    model = build_model(config, data.num_channels, num_classes=len(id2label))
-    noise_scheduler = build_noise_scheduler(config)
+    model = build_model(config, data.num_channels, id2label, base)
+    noise_scheduler = build_noise_scheduler(config, base)
 
     def loss_fn(model: Any, batch: Batch, draws: Draws) -> torch.Tensor:
         assert batch.class_labels is not None  # `data` has them

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from diffusers.optimization import get_scheduler
 from sprite_diffusion.common.flags import check_tracker
 from sprite_diffusion.common.machine import join_processes
 from sprite_diffusion.data.dataset import ImageData
+from sprite_diffusion.runs.base_model import check_same_prediction, load_base
 from sprite_diffusion.runs.checkpoint import Checkpoints
 from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.runs.folder import check_output_dir
@@ -21,6 +23,7 @@ from sprite_diffusion.runs.outputs import RunOutputs, SampleGrid
 from sprite_diffusion.runs.signals import EXIT_STATUS, Signals
 from sprite_diffusion.runs.state import find_due
 from sprite_diffusion.runs.weights import Weights
+from sprite_diffusion.sampling.pipeline_loading import Pipeline
 from sprite_diffusion.training.bad_steps import BadSteps
 from sprite_diffusion.training.build import check_network
 from sprite_diffusion.training.meter import Meter
@@ -132,17 +135,22 @@ def training_loop(
     return weights.finish()
 
 
-def begin_run(config: TrainingConfig) -> None:
+def begin_run(config: TrainingConfig) -> Pipeline | None:
     """Joins the processes, checks what can be checked before the images are read, and seeds the random numbers.
 
-    Raises `UserInputError` if processes, precision, output folder, tracker or network can't be used.
+    Returns the model of `--init_from`, if there is one. Raises `UserInputError` if processes, precision, output
+    folder, tracker, model or network can't be used.
     """
     join_processes()
     check_speed_flags(config)
     check_output_dir(config)
     check_tracker(config.logger)
-    check_network(config)
+    base = None if config.init_from is None else load_base(config.init_from, asdict(config))
+    if base is not None:
+        check_same_prediction(config, base)
+    check_network(config, base)
     set_seed(config.seed)
+    return base
 
 
 def make_optimizer(model: Any, config: TrainingConfig) -> torch.optim.AdamW:

@@ -26,13 +26,13 @@ def train(config: TrainingConfig, data: ImageData | None = None) -> Unconditiona
     Raises:
         UserInputError: For a flag, file or column that has to be changed.
     """
-    begin_run(config)
+    base = begin_run(config)
     if data is None:
         # The network takes no labels, but images can be judged better where there are some.
         with_labels = False if config.evaluate_every is None else None
         data = load_image_data(config, with_labels, config.streaming)
-    model = build_model(config, data.num_channels)
-    noise_scheduler = build_noise_scheduler(config)
+    model = build_model(config, data.num_channels, base=base)
+    noise_scheduler = build_noise_scheduler(config, base)
 
     def loss_fn(model: Any, batch: Batch, draws: Draws) -> torch.Tensor:
         if config.noise_scheduler_class == "LinearCorruptionScheduler":

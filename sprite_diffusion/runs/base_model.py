@@ -1,0 +1,85 @@
+"""The trained model that a run begins from, `--init_from`, and the flags that follow from it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.runs.config import TrainingConfig
+from sprite_diffusion.sampling.flags import PROCESS_OPTIONS, SAMPLING_OPTIONS
+from sprite_diffusion.sampling.pipeline_loading import PROCESS_FILE, Pipeline, find_model_kind, load_pipeline
+
+SHAPE_FLAGS = (
+    "model_class",
+    "model_config_name_or_path",
+    "block_out_channels",
+    "attention_levels",
+    "layers_per_block",
+    "attention_head_dim",
+    "norm_type",
+)
+# Of the flags of the process, those that name its options as they are called.
+SAME_OPTIONS = ("beta_start", "beta_end", "noise_type")
+SAMPLE_STEPS = 50  # of the sample grids
+# A trained network needs few steps, and small ones at first, since its optimizer knows nothing of it: docs/quality.md
+SHORT_SCHEDULE = {"max_train_steps": 400, "learning_rate": 5e-4, "lr_warmup_steps": 20}
+
+
+def load_base(init_from: str, flags: Mapping[str, Any]) -> Pipeline:
+    """Returns the model of `--init_from` on the CPU in float32.
+
+    Args:
+        init_from: What `load_pipeline` takes.
+        flags: Values by name; those of `PROCESS_OPTIONS` count for a network that is saved without its process.
+
+    Raises:
+        UserInputError: If there is no such model, or one that can't be trained on.
+    """
+    path = Path(init_from)
+    lacks_process = find_model_kind(path) == "network" and not (path / PROCESS_FILE).exists()
+    process = {name: flags[name] for name in PROCESS_OPTIONS if name in flags} if lacks_process else {}
+    try:
+        base = load_pipeline(init_from, process=process)
+    except UserInputError as error:
+        raise UserInputError(f"--init_from: {error}") from None
+    if base.unet.config["out_channels"] != base.sample_shape[0]:
+        raise UserInputError(f"--init_from {init_from}: its network predicts a variance besides, name another model")
+    return base
+
+
+def flags_of_model(base: Pipeline) -> dict[str, Any]:
+    """Returns the sides, the shape of the network and the process of a model, as flags."""
+    network, process = base.unet.config, base.scheduler.config
+    _, height, width = base.sample_shape
+    flags: dict[str, Any] = {
+        "resolution": str(width) if width == height else f"{width}x{height}",
+        "model_class": type(base.unet).__name__,
+        "noise_scheduler_class": "ClosedFormDDPMScheduler",
+        "ddpm_num_inference_steps": min(SAMPLE_STEPS, len(base.scheduler)),
+    }
+    if "beta_schedule" not in process:
+        flags["noise_scheduler_class"] = "LinearCorruptionScheduler"
+    if "down_block_types" in network:
+        levels = [level for level, block in enumerate(network["down_block_types"], 1) if "Attn" in block]
+        flags |= {
+            "block_out_channels": list(network["block_out_channels"]),
+            "attention_levels": levels or [0],
+            "layers_per_block": network["layers_per_block"],
+            # None is one head of all channels.
+            "attention_head_dim": network["attention_head_dim"] or network["block_out_channels"][-1],
+        }
+    elif "num_features" in network:
+        flags |= {"block_out_channels": [network["num_features"]], "norm_type": network["norm_type"]}
+    options = {**PROCESS_OPTIONS, **SAMPLING_OPTIONS, **dict(zip(SAME_OPTIONS, SAME_OPTIONS, strict=True))}
+    return flags | {flag: process[option] for flag, option in options.items() if process.get(option) is not None}
+
+
+def check_same_prediction(config: TrainingConfig, base: Pipeline) -> None:
+    """Raises `UserInputError` if a run is to predict something else than the network that it begins from."""
+    of_model = flags_of_model(base)
+    for name in ("noise_scheduler_class", "prediction_type"):
+        if name in of_model and getattr(config, name) != of_model[name]:
+            raise UserInputError(
+                f"--{name} {getattr(config, name)}: the network of --init_from {config.init_from} has learned "
+                f"{of_model[name]}, and what it predicts would mean something else: leave the flag out"
+            )
