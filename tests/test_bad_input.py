@@ -59,8 +59,8 @@ TRAIN_UNCONDITIONAL = [
     # flags
     ("--learning_rat 3", "unknown flag '--learning_rat'", "did you mean '--learning_rate'"),
     ("--xyzzy", "unknown flag '--xyzzy'", "--help"),
-    ("--pretrained_model_name_or_path {0}/run", "random weights", "--resume_from_checkpoint"),
-    ("--pretrained-model-name-or-path={0}/run", "random weights", "--resume_from_checkpoint"),
+    ("--pretrained_model_name_or_path {0}/run", "begins with the weights of --init_from"),
+    ("--pretrained-model-name-or-path={0}/run", "begins with the weights of --init_from"),
     ("extra", "unknown flag 'extra'"),
     ("--learning_rate", "--learning_rate", "expected one argument"),
     ("--learning_rate fast", "--learning_rate", "'fast'"),

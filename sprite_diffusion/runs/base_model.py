@@ -4,10 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sprite_diffusion.common.errors import UserInputError
+import yaml
+from huggingface_hub import ModelCard
+
+from sprite_diffusion.common.errors import UserInputError, mask_secrets
+from sprite_diffusion.common.run_files import CARD_FILE
 from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.sampling.flags import PROCESS_OPTIONS, SAMPLING_OPTIONS
 from sprite_diffusion.sampling.pipeline_loading import PROCESS_FILE, Pipeline, find_model_kind, load_pipeline
+from sprite_diffusion.sharing.card import UNKNOWN_LICENSE
 
 SHAPE_FLAGS = (
     "model_class",
@@ -83,3 +88,27 @@ def check_same_prediction(config: TrainingConfig, base: Pipeline) -> None:
                 f"--{name} {getattr(config, name)}: the network of --init_from {config.init_from} has learned "
                 f"{of_model[name]}, and what it predicts would mean something else: leave the flag out"
             )
+
+
+def describe_base(init_from: str | None) -> dict[str, Any]:
+    """Returns the public name, the place and the licence of the model of `--init_from`, for the summary of a run."""
+    if init_from is None:
+        return {}
+    path = Path(init_from)
+    is_on_hub = not path.exists() and not init_from.startswith("wandb:")
+    name = init_from if is_on_hub else path.resolve().name  # the folders above it are nobody's business
+    return {
+        "base": mask_secrets(name),
+        "base_is_on_hub": is_on_hub,
+        "base_license": _read_license(init_from, is_on_hub),
+    }
+
+
+def _read_license(init_from: str, is_on_hub: bool) -> str | None:
+    """Returns the licence in a model's card; None if there is no card, or none in it, or the Hub can't be reached."""
+    try:
+        card = ModelCard.load(init_from if is_on_hub else Path(init_from, CARD_FILE), ignore_metadata_errors=True)
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        return None
+    licence = card.data.to_dict().get("license")
+    return None if licence in (None, UNKNOWN_LICENSE) else str(licence)

@@ -38,7 +38,7 @@ def check_output_dir(config: TrainingConfig) -> None:
     """
     output_dir = Path(config.output_dir)
     check_output_folder("--output_dir", output_dir)
-    _check_apart_from_images(config)
+    _check_apart_from_inputs(config)
     if not _is_used(output_dir):
         if config.resume_from_checkpoint is not None:
             find_checkpoint(output_dir, config.resume_from_checkpoint)
@@ -111,18 +111,19 @@ def _is_used(output_dir: Path) -> bool:
     return output_dir.is_dir() and any(path.name not in ignored for path in output_dir.iterdir())
 
 
-def _check_apart_from_images(config: TrainingConfig) -> None:
-    """Raises `UserInputError` if the output folder holds or lies in the training images."""
-    name = config.dataset_name or config.train_data_dir or ""
-    output_dir, images = (Path(os.path.realpath(path)) for path in (config.output_dir, name))
-    if not name or name == BUILT_IN_DATASET or not images.exists():
-        return
-    if images.is_relative_to(output_dir) or output_dir.is_relative_to(images):
-        flag = "dataset_name" if config.dataset_name else "train_data_dir"
-        raise UserInputError(
-            f"--output_dir {config.output_dir} and --{flag} {name}: one lies in the other; name an output folder "
-            "outside of the images"
-        )
+def _check_apart_from_inputs(config: TrainingConfig) -> None:
+    """Raises `UserInputError` if the output folder holds or lies in the training images or the model to begin from."""
+    output_dir = Path(os.path.realpath(config.output_dir))
+    for flag in ("dataset_name" if config.dataset_name else "train_data_dir", "init_from"):
+        name = getattr(config, flag)
+        path = Path(os.path.realpath(name or ""))
+        if not name or name == BUILT_IN_DATASET or not path.exists():
+            continue
+        if path.is_relative_to(output_dir) or output_dir.is_relative_to(path):
+            raise UserInputError(
+                f"--output_dir {config.output_dir} and --{flag} {name}: one lies in the other; name an output folder "
+                "outside of it"
+            )
 
 
 def _check_links(config: TrainingConfig) -> None:

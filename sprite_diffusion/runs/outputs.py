@@ -40,6 +40,7 @@ from sprite_diffusion.metrics.extractors import Extractor, make_extractor
 from sprite_diffusion.metrics.flags import CLIP_MODEL
 from sprite_diffusion.metrics.real_images import RealImages
 from sprite_diffusion.metrics.report import append_history, is_lowest, write_report
+from sprite_diffusion.runs.base_model import describe_base
 from sprite_diffusion.runs.checkpoint import Checkpoints
 from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.runs.folder import check_room, prepare_output_dir
@@ -276,6 +277,11 @@ class RunOutputs:
         with self.accelerator.local_main_process_first():
             return make_extractor("classifier", CLIP_MODEL, self.real, self.accelerator.device)
 
+    @cached_property
+    def _base(self) -> dict[str, Any]:
+        """Asked for once, as the card of the model may have to come from the Hub."""
+        return describe_base(self.config.init_from)
+
     def _write_samples(self, pipeline: Pipeline, global_step: int, epochs_done: int) -> None:
         """Writes a sample grid, from the same noise each time, as a PNG and to the trackers."""
         if not self.accelerator.is_main_process:
@@ -328,7 +334,9 @@ class RunOutputs:
             if not (self.output_dir / CONFIG_FILE).exists():  # the folder was moved or removed while the run lasts
                 with files.writing(self.output_dir / CONFIG_FILE) as partial:
                     self.config.save(partial)
-            summary = make_summary(self.accelerator, self.data, self.weights.model, state, self.total_steps)
+            summary = make_summary(
+                self.accelerator, self.data, self.weights.model, state, self.total_steps, self._base
+            )
             if is_end:
                 with self.disk.instead_of_error("report"):
                     self._write_report(pipeline, summary)

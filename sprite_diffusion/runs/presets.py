@@ -21,6 +21,8 @@ def parse_config(argv: list[str], default_preset: str) -> TrainingConfig:
     `--init_from` it adds what follows from the model.
     """
     parser = make_parser(TrainingConfig)
+    if "pretrained_model_name_or_path" in names_of(argv):  # of diffusers' other scripts
+        raise UserInputError("--pretrained_model_name_or_path: a run begins with the weights of --init_from")
     flags = parse_known(parser, argv, [flag.name for flag in fields(TrainingConfig)])
     if flags.config is not None:
         check_text("config", flags.config)

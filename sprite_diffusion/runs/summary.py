@@ -57,8 +57,12 @@ def make_summary(
     model: torch.nn.Module,
     state: TrainState,
     total_steps: int,
+    base: dict[str, Any],
 ) -> dict[str, Any]:
-    """Returns how a pipeline came to be: for its card, and for the next start of the same run."""
+    """Returns how a pipeline came to be: for its card, and for the next start of the same run.
+
+    `base` is what `describe_base` returns.
+    """
     return {
         **state.record(is_end=state.global_step >= total_steps),
         "total_steps": total_steps,
@@ -67,6 +71,7 @@ def make_summary(
         "num_images": data.num_images,
         "data_source": mask_secrets(data.source),
         "data_license": data.license,
+        **base,
         "num_processes": accelerator.num_processes,
         "device": describe_device(accelerator.device),
         "precision": accelerator.mixed_precision,

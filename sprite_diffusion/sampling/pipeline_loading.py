@@ -78,8 +78,8 @@ def find_model_kind(path: Path) -> ModelKind | None:
     """Returns what kind of model a file or folder is, told by its content; None if it is none."""
     if path.is_file() and path.suffix in COURSE_ENDINGS:
         return "course checkpoint"
-    if (path / INDEX_FILE).is_file():
-        return "pipeline"
+    if (path / INDEX_FILE).is_file() and ((path / "unet").is_dir() or not (path / NETWORK_FILE).is_file()):
+        return "pipeline"  # early models of the Hub have the network beside the index, as google/ddpm-cifar10-32 does
     try:
         if "_class_name" in json.loads((path / NETWORK_FILE).read_text()):
             return "network"

@@ -71,6 +71,9 @@ class RunRecord:
     class_names: list[str]  # empty without classes
     needs_remote_code: bool  # whether the pipeline's class is not one of diffusers
     is_transparent: bool  # whether the images are RGBA
+    base: str | None  # the model that the run began from: its name
+    base_is_on_hub: bool
+    base_license: str | None
     newest_grid: str | None  # path in the run's folder
     report: Report | None  # None if these weights were not measured
     sampler: str | None  # of the measured images
@@ -93,6 +96,9 @@ def read_run(run_dir: Path) -> RunRecord:
             "class_names": [_check_type("id2label", name, str) for name in index.get("id2label", {}).values()],
             "needs_remote_code": not isinstance(index["_class_name"], str),
             "is_transparent": _read_json(run_dir / NETWORK_CONFIG_FILE)["in_channels"] == 4,
+            "base": saved.get("base"),
+            "base_is_on_hub": saved.get("base_is_on_hub", False),
+            "base_license": saved.get("base_license"),
             "newest_grid": f"{SAMPLES_DIR}/{grids[-1].name}" if grids else None,
             "report": Report.from_dict(metrics) if metrics else None,
             "sampler": _check_type("sampler", metrics["sampler"], str) if metrics else None,
@@ -203,6 +209,8 @@ def _metadata(run: RunRecord, repo_id: str) -> dict[str, Any]:
     kind = "class-conditional" if run.class_names else "unconditional"
     data = ModelCardData(
         license=run.data_license or UNKNOWN_LICENSE,
+        base_model=run.base if run.base_is_on_hub else None,
+        base_model_relation="finetune" if run.base_is_on_hub else None,
         library_name="diffusers",
         pipeline_tag=PIPELINE_TAG,
         tags=["diffusion", "ddpm", kind, "sprite-diffusion"],
@@ -237,7 +245,7 @@ def _describe(run: RunRecord, repo_id: str) -> str:
         f"images: a {escape(run.model_class)} of "
         f"{run.num_parameters / 1e6:.2f} M parameters, trained with {escape(run.noise_scheduler_class)} by "
         "sprite-diffusion. "
-        f"It holds the {weights}.",
+        f"It holds the {weights}.{_origin(run)}",
         *([f"![Samples]({run.newest_grid})"] if run.newest_grid else []),
         "## Use it",
         _snippet(run, repo_id),
@@ -249,12 +257,21 @@ def _describe(run: RunRecord, repo_id: str) -> str:
         _metrics_section(run),
         "## Repeat the run",
         f"```bash\naccelerate launch {shlex.quote(printable(run.script))} --config {CONFIG_FILE}\n```",
-        "with the file of that name from this repository and the same data.",
+        "with the file of that name from this repository, the same data"
+        f"{' and the model that it began from' if run.base else ''}.",
         "## Limits",
         "It makes only images like those of its data, at their resolution. A small model may reproduce training "
         f"images; {_copies(run)}.",
     ]
     return "\n\n".join(sections)
+
+
+def _origin(run: RunRecord) -> str:
+    """Returns a sentence on the model that the run began from, if there is one."""
+    if run.base is None:
+        return ""
+    licence = f"licence: {escape(run.base_license)}" if run.base_license else "its licence is not recorded"
+    return f" The training began with the weights of {escape(run.base)}; {licence}."
 
 
 def _snippet(run: RunRecord, repo_id: str) -> str:

@@ -40,6 +40,7 @@ def adapt_network(
         num_steps: T of the process.
     """
     config = dict(base.unet.config)
+    config.pop("_use_default_values", None)  # what the file of the model leaves out, of which some is given here
     height, width = image_size
     shape: dict[str, Any] = {"in_channels": num_channels, "out_channels": num_channels, "sample_size": [height, width]}
     if "num_class_embeds" in config:
