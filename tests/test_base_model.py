@@ -16,6 +16,7 @@ from models import BasicUNet2DModel, ContextUNet2DModel
 from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline
 from schedulers import ClosedFormDDPMScheduler, LinearCorruptionScheduler
 from sprite_diffusion.common.flags import read_yaml
+from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.runs.presets import load_preset, parse_config
 from sprite_diffusion.sampling.pipeline_loading import load_pipeline
 from sprite_diffusion.sharing.card import make_card
@@ -54,7 +55,9 @@ def predict(network, images, label=None):
 
 
 def adapt(base, channels=3, names=None, image_size=(8, 8)):
-    network, changes = adapt_network(base, image_size, channels, names, num_steps=20)
+    sides = f"{image_size[1]}x{image_size[0]}"
+    config = TrainingConfig(resolution=sides, ddpm_num_steps=20, ddpm_num_inference_steps=20)
+    network, changes = adapt_network(base, config, channels, names)
     return network, str(changes)
 
 

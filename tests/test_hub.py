@@ -584,6 +584,18 @@ def test_plain_text_stays_plain_in_markdown(text, expected):
     assert escape(text) == expected
 
 
+def test_run_begins_from_a_repository_and_its_card_says_so(pushed, tmp_path):
+    server, _, _ = pushed
+    user = User(server, tmp_path / "user")
+    flags = TINY[: TINY.index("--block_out_channels")].split()
+    user.run(
+        "train_unconditional.py", *flags, "--init_from", "me/sprites-by-class", "--output_dir", str(tmp_path / "run")
+    )
+    card = ModelCard(make_card(tmp_path / "run", None, None))
+    assert (card.data.base_model, card.data.base_model_relation) == ("me/sprites-by-class", "finetune")
+    assert f"The training began with the weights of {escape('me/sprites-by-class')}; licence: apache" in card.text
+
+
 def test_sample_script_samples_from_a_repository(pushed, tmp_path):
     server, _, _ = pushed
     flags = f"me/sprites-by-class --output {tmp_path}/out --scale 1 --num_inference_steps 2 --num_images 2"

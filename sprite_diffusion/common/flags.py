@@ -28,6 +28,7 @@ BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
 VarianceType = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"]
 TimestepSpacing = Literal["linspace", "leading", "trailing"]
+AugmentationSet = Literal["none", "pixel_art", "photo"]
 Changes = Literal["pixels", "numbers", "nothing"]
 
 

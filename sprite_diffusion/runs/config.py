@@ -13,6 +13,7 @@ from sprite_diffusion.common.flags import (
     MAX_THREADS,
     MAX_TIMESTEPS,
     THREADS_HELP,
+    AugmentationSet,
     BetaSchedule,
     PredictionType,
     ProcessClass,
@@ -54,6 +55,12 @@ class TrainingConfig(DataConfig):
         False, "Read while training: for sets that do not fit on the disk. Needs `max_train_steps`."
     )
     random_flip: bool = flag(False, "Mirror half of the images, left to right.")
+    augmentation: AugmentationSet = flag(
+        "none",
+        "Change images at random and tell the network how, so that samples are not changed: for few images. "
+        "'pixel_art' keeps pixels whole.",
+    )
+    augmentation_probability: float = flag(0.15, "That of each change.", above=0, at_most=1)
     preserve_input_precision: bool = flag(
         False,
         "Accepted for the official script's users: 16-bit images always keep their range here.",
@@ -79,6 +86,7 @@ class TrainingConfig(DataConfig):
     )
     attention_levels: list[int] = flag([5], "Levels with self-attention, 1 = full resolution; 0 = none.")
     layers_per_block: int = flag(2, "Residual blocks per level.", at_least=1, at_most=MAX_LAYERS)
+    dropout: float = flag(0.0, "Share of the features that UNet2DModel's blocks leave out.", at_least=0, below=1)
     attention_head_dim: int = flag(
         8, "Channels per attention head; 32 or 64 is faster than the default.", at_least=1, at_most=MAX_CHANNELS
     )

@@ -24,7 +24,8 @@ class Weights:
         config: TrainingConfig,
         make_pipeline: Callable[[Any], DiffusionPipeline],
     ) -> None:
-        self.model = accelerator.unwrap_model(model)
+        network = accelerator.unwrap_model(model)
+        self.model = getattr(network, "unet", network)  # of an `AugmentedNetwork`, whose own layer is of the training
         self.ema = make_ema(self.model, config) if config.use_ema else None
         self._make_pipeline = make_pipeline
 

@@ -12,6 +12,7 @@ from schedulers import ClosedFormDDPMScheduler, LinearCorruptionScheduler
 from sprite_diffusion.common.errors import UserInputError, first_line, mask_secrets, printable
 from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.sampling.pipeline_loading import Pipeline
+from sprite_diffusion.training.augmentation import AugmentedNetwork
 from sprite_diffusion.training.initial_weights import adapt_network
 
 
@@ -40,8 +41,9 @@ def check_network(config: TrainingConfig, base: Pipeline | None = None) -> None:
 
     The network is that of `base` if there is one. No images are needed: they may take long to decode.
     """
-    if config.gradient_checkpointing and config.model_class != "UNet2DModel":
-        raise UserInputError(f"--gradient_checkpointing: {config.model_class} does not have it, leave it out")
+    for flag in ("gradient_checkpointing", "dropout", "augmentation"):
+        if getattr(config, flag) not in (False, 0, "none") and config.model_class != "UNet2DModel":
+            raise UserInputError(f"--{flag}: {config.model_class} does not have it, leave it out")
     if base is not None and config.model_class == "UNet2DModel":
         _check_sides(config, multiple=2 ** (len(base.unet.config["block_out_channels"]) - 1))
     elif config.model_class != "UNet2DModel":
@@ -69,10 +71,10 @@ def build_model(
     takes no classes. Raises `UserInputError` if diffusers can't build the network.
     """
     if base is not None:
-        model, changes = adapt_network(base, config.image_size, num_channels, id2label, config.ddpm_num_steps)
+        model, changes = adapt_network(base, config, num_channels, id2label)
         if PartialState().is_main_process and config.resume_from_checkpoint is None:
             print(printable(mask_secrets(f"begun from {config.init_from}: {changes}")))
-        return _use_less_memory(model, config)
+        return _finish_unet2d(model, config)
     num_classes = None if id2label is None else len(id2label)
     if config.model_class == "BasicUNet2DModel":
         return BasicUNet2DModel(sample_size=config.image_size, in_channels=num_channels, out_channels=num_channels)
@@ -94,6 +96,7 @@ def _build_unet2d(config: TrainingConfig, num_channels: int, num_classes: int | 
         "sample_size": config.image_size,
         "in_channels": num_channels,
         "out_channels": num_channels,
+        "dropout": config.dropout,
         "num_class_embeds": None if num_classes is None else num_classes + 1,
     }
     if config.model_config_name_or_path is not None:
@@ -116,11 +119,14 @@ def _build_unet2d(config: TrainingConfig, num_channels: int, num_classes: int | 
             attention_head_dim=config.attention_head_dim,
             norm_num_groups=_choose_num_groups(channels),
         )
-    return _use_less_memory(model, config)
+    return _finish_unet2d(model, config)
 
 
-def _use_less_memory(model: Any, config: TrainingConfig) -> Any:
-    """Returns a network with the flags about its memory set. Raises `UserInputError` if it can't be done."""
+def _finish_unet2d(model: Any, config: TrainingConfig) -> Any:
+    """Returns a network as it is trained, by the flags about its memory and its images.
+
+    Raises `UserInputError` if xFormers can't be used.
+    """
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if config.enable_xformers_memory_efficient_attention:
@@ -128,7 +134,7 @@ def _use_less_memory(model: Any, config: TrainingConfig) -> Any:
             model.enable_xformers_memory_efficient_attention()
         except (ModuleNotFoundError, ValueError) as error:
             raise UserInputError(f"--enable_xformers_memory_efficient_attention: {error}") from None
-    return model
+    return model if config.augmentation == "none" else AugmentedNetwork(model)
 
 
 def _choose_num_groups(channels: list[int]) -> int:

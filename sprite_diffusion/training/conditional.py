@@ -13,6 +13,7 @@ from sprite_diffusion.data.dataset import ImageData, load_image_data
 from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.runs.outputs import SampleGrid
 from sprite_diffusion.sampling.conditions import Condition, one_hot
+from sprite_diffusion.training.augmentation import augment_as_asked
 from sprite_diffusion.training.build import build_model, build_noise_scheduler
 from sprite_diffusion.training.loss import ddpm_loss
 from sprite_diffusion.training.steps import Batch
@@ -47,8 +48,9 @@ def train(config: TrainingConfig, data: ImageData | None = None) -> ConditionalD
     def loss_fn(model: Any, batch: Batch, draws: Draws) -> torch.Tensor:
         assert batch.class_labels is not None  # `data` has them
         class_labels = torch.where(draws.uniform < config.label_dropout, null_class, batch.class_labels)
-        kwargs = {"class_labels": class_labels}
-        return ddpm_loss(model, noise_scheduler, batch.images, draws.noise, draws.timesteps, kwargs, config.snr_gamma)
+        images, kwargs = augment_as_asked(batch.images, draws.augmentation, config)
+        kwargs["class_labels"] = class_labels
+        return ddpm_loss(model, noise_scheduler, images, draws.noise, draws.timesteps, kwargs, config.snr_gamma)
 
     def make_pipeline(model: Any) -> ConditionalDDPMPipeline:
         scheduler = type(noise_scheduler).from_config(noise_scheduler.config)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.sampling.pipeline_loading import Pipeline
 
 CLASS_ROWS = "class_embedding.weight"  # of UNet2DModel: a row for each class, and one for "no class"
@@ -24,7 +25,7 @@ class Changes:
 
 
 def adapt_network(
-    base: Pipeline, image_size: tuple[int, int], num_channels: int, id2label: Mapping[int, str] | None, num_steps: int
+    base: Pipeline, config: TrainingConfig, num_channels: int, id2label: Mapping[int, str] | None
 ) -> tuple[torch.nn.Module, Changes]:
     """Returns a network of the shape of a model's, with its weights where they fit, and what was changed.
 
@@ -34,21 +35,22 @@ def adapt_network(
 
     Args:
         base: The model.
-        image_size: Height and width of the images.
+        config: Has the sides of the images, T, and the dropout.
         num_channels: 1 for grey, 3 for colour, 4 for colour multiplied by alpha, and alpha.
         id2label: The names of the classes; None for a network without classes.
-        num_steps: T of the process.
     """
-    config = dict(base.unet.config)
-    config.pop("_use_default_values", None)  # what the file of the model leaves out, of which some is given here
-    height, width = image_size
+    network = dict(base.unet.config)
+    network.pop("_use_default_values", None)  # what the file of the model leaves out, of which some is given here
+    height, width = config.image_size
     shape: dict[str, Any] = {"in_channels": num_channels, "out_channels": num_channels, "sample_size": [height, width]}
-    if "num_class_embeds" in config:
+    if "num_class_embeds" in network:
         shape["num_class_embeds"] = None if id2label is None else len(id2label) + 1
-    if "context_dim" in config:
-        shape |= {"context_dim": len(id2label or "_"), "num_train_timesteps": num_steps, "shortcut_seed": None}
-        shape["pool_size"] = config["pool_size"] if base.sample_shape[1:] == image_size else None
-    model = type(base.unet).from_config({**config, **shape})
+        shape["dropout"] = config.dropout
+    if "context_dim" in network:
+        shape |= {"context_dim": len(id2label or "_"), "num_train_timesteps": config.ddpm_num_steps}
+        shape |= {"shortcut_seed": None}
+        shape["pool_size"] = network["pool_size"] if base.sample_shape[1:] == config.image_size else None
+    model = type(base.unet).from_config({**network, **shape})
     changes = Changes()
     weights = model.state_dict()
     of_classes = _convert_classes(base, id2label, changes)
@@ -57,7 +59,7 @@ def adapt_network(
     if anew:
         changes.words.append(f"{len(anew)} of {len(weights)} weights begin at random ({', '.join(anew[:3])})")
     model.load_state_dict({name: weights[name] if name in anew else before[name] for name in weights})
-    if base.sample_shape[1:] != image_size:
+    if base.sample_shape[1:] != config.image_size:
         changes.words.append(f"images of {width}x{height} in place of {base.sample_shape[2]}x{base.sample_shape[1]}")
     return model, changes
 

@@ -24,6 +24,7 @@ from sprite_diffusion.runs.signals import EXIT_STATUS, Signals
 from sprite_diffusion.runs.state import find_due
 from sprite_diffusion.runs.weights import Weights
 from sprite_diffusion.sampling.pipeline_loading import Pipeline
+from sprite_diffusion.training.augmentation import NUM_UNIFORM
 from sprite_diffusion.training.bad_steps import BadSteps
 from sprite_diffusion.training.build import check_network
 from sprite_diffusion.training.meter import Meter
@@ -43,6 +44,7 @@ class Draws(NamedTuple):
     noise: torch.Tensor  # (B, C, H, W), standard normal, float32
     timesteps: torch.Tensor  # (B,) in 0..T-1
     uniform: torch.Tensor  # (B,) in [0, 1), to drop labels by
+    augmentation: torch.Tensor  # (B, 9) in [0, 1), to change images by
 
 
 def training_loop(
@@ -203,6 +205,7 @@ def draw_randomness(
     noise = torch.randn((total_batch_size, *clean_images.shape[1:]), generator=generator, device=device)  # float32
     timesteps = torch.randint(num_train_timesteps, (total_batch_size,), generator=generator, device=device)
     uniform = torch.rand(total_batch_size, generator=generator, device=device)
+    augmentation = torch.rand(total_batch_size, NUM_UNIFORM, generator=generator, device=device)
     torch.manual_seed((model_seed >> 1) + first_row)  # dropout inside the network
     rows = slice(first_row, first_row + len(clean_images))
-    return Draws(noise[rows], timesteps[rows], uniform[rows])
+    return Draws(noise[rows], timesteps[rows], uniform[rows], augmentation[rows])

@@ -10,6 +10,7 @@ from sprite_diffusion.data.dataset import ImageData, load_image_data
 from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.runs.outputs import SampleGrid
 from sprite_diffusion.sampling.conditions import Condition
+from sprite_diffusion.training.augmentation import augment_as_asked
 from sprite_diffusion.training.build import build_model, build_noise_scheduler
 from sprite_diffusion.training.loss import corruption_loss, ddpm_loss
 from sprite_diffusion.training.steps import Batch
@@ -37,7 +38,8 @@ def train(config: TrainingConfig, data: ImageData | None = None) -> Unconditiona
     def loss_fn(model: Any, batch: Batch, draws: Draws) -> torch.Tensor:
         if config.noise_scheduler_class == "LinearCorruptionScheduler":
             return corruption_loss(model, noise_scheduler, batch.images, draws.noise, draws.timesteps)
-        return ddpm_loss(model, noise_scheduler, batch.images, draws.noise, draws.timesteps, {}, config.snr_gamma)
+        images, kwargs = augment_as_asked(batch.images, draws.augmentation, config)
+        return ddpm_loss(model, noise_scheduler, images, draws.noise, draws.timesteps, kwargs, config.snr_gamma)
 
     def make_pipeline(model: Any) -> UnconditionalDDPMPipeline:
         scheduler = type(noise_scheduler).from_config(noise_scheduler.config)
