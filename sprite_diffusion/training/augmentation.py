@@ -1,8 +1,8 @@
 """Images that are moved, turned and recoloured at random, which the network is told, so that samples are not.
 
 Karras et al. 2022, appendix F.2: what was done to an image is a vector, zero for nothing, of which a linear layer
-without bias makes an embedding that is added to that of the time. The embedding of "nothing" is zero, so that the network
-without the layer, as it is saved, draws images like those of the data.
+without bias makes an embedding that is added to that of the time. The embedding of "nothing" is zero, so that the
+network without the layer, as it is saved, draws images like those of the data.
 """
 
 import math
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from sprite_diffusion.common.flags import AugmentationSet
 from sprite_diffusion.runs.config import TrainingConfig
 
-NUM_UNIFORM = 9  # random numbers that an image is changed by
-NUM_LABELS = 12  # numbers that say how
+NUM_UNIFORM = 8  # random numbers that an image is changed by
+NUM_LABELS = 11  # numbers that say how
 # The five other orders of red, green and blue: red becomes green, and so on.
 COLOUR_ORDERS = torch.tensor([[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
 LARGEST_SHIFT = 1 / 8  # of the side
@@ -34,7 +34,7 @@ class AugmentedNetwork(torch.nn.Module):
         unet.time_embedding.register_forward_hook(self._add_embedding)
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, augmentation: torch.Tensor, **kwargs: Any) -> Any:
-        """Returns the prediction for noisy images (B, C, H, W) that were changed as `augmentation` (B, 12) says."""
+        """Returns the prediction for noisy images (B, C, H, W) that were changed as `augmentation` (B, 11) says."""
         self._embedding = self.augmentation(augmentation)
         try:
             return self.unet(sample, timestep, **kwargs)
@@ -62,42 +62,41 @@ def augment(
 
     Args:
         images: (B, C, H, W) in [-1, 1].
-        uniform: (B, 9) in [0, 1).
+        uniform: (B, 8) in [0, 1).
         kind: "pixel_art" keeps pixels whole: it mirrors, turns by quarters, shifts by whole pixels, and swaps colours.
             "photo" mirrors left to right, and turns, shifts and scales by any amount.
         probability: That of each of the changes.
 
     Returns:
-        The images, and (B, 12) numbers, which are zero for an image that nothing was done to: mirrored left to right,
-        mirrored top to bottom, cosine less 1 and sine of the angle, both shifts, the scale, the order of the colours.
+        The images, and (B, 11) numbers, which are zero for an image that nothing was done to: whether it is mirrored,
+        cosine less 1 and sine of the angle, both shifts, the scale, the order of the colours.
     """
     height, width = images.shape[-2:]
     is_pixel_art = kind == "pixel_art"
     draws = uniform.unbind(dim=1)
     signed = [2 * draw - 1 for draw in draws]
-    mirrored_x = draws[0] < probability / 2
-    mirrored_y = (draws[1] < probability / 2) & is_pixel_art
+    mirrored = draws[0] < probability / 2
     if is_pixel_art:  # of images that are not square, half turns alone
-        quarters = 1 + (3 * draws[3]).floor() if height == width else 2 * torch.ones_like(draws[3])
+        quarters = 1 + (3 * draws[2]).floor() if height == width else 2 * torch.ones_like(draws[2])
         angle = quarters * (math.pi / 2)
     else:
-        angle = signed[3] * math.pi
-    angle = angle * (draws[2] < probability)
-    is_shifted = draws[4] < probability
-    shift_x, shift_y = (is_shifted * draw * LARGEST_SHIFT for draw in signed[5:7])
+        angle = signed[2] * math.pi
+    angle = angle * (draws[1] < probability)
+    is_shifted = draws[3] < probability
+    shift_x, shift_y = (is_shifted * draw * LARGEST_SHIFT for draw in signed[4:6])
     if is_pixel_art:
         shift_x, shift_y = (shift_x * width).round() / width, (shift_y * height).round() / height
-    is_last = draws[7] < probability
-    power = signed[8] * LARGEST_SCALE * (is_last & (not is_pixel_art))
-    orders = torch.zeros_like(draws[8], dtype=torch.long)
+    is_last = draws[6] < probability
+    power = signed[7] * LARGEST_SCALE * (is_last & (not is_pixel_art))
+    orders = torch.zeros_like(draws[7], dtype=torch.long)
     if is_pixel_art and images.shape[1] >= 3:
-        orders = (1 + (5 * draws[8]).floor()).long() * is_last
-    changed = _move(images, 1 - 2.0 * mirrored_x, 1 - 2.0 * mirrored_y, angle, shift_x, shift_y, power, is_pixel_art)
+        orders = (1 + (5 * draws[7]).floor()).long() * is_last
+    changed = _move(images, 1 - 2.0 * mirrored, angle, shift_x, shift_y, power, is_pixel_art)
     if images.shape[1] >= 3:
         index = COLOUR_ORDERS.to(images.device)[orders][..., None, None].expand(-1, -1, height, width)
         changed = torch.cat((changed[:, :3].gather(1, index), changed[:, 3:]), dim=1)
-    geometry = (mirrored_x, mirrored_y, angle.cos() - 1, angle.sin(), shift_x / LARGEST_SHIFT, shift_y / LARGEST_SHIFT)
-    labels = torch.stack([*(number.float() for number in geometry), power / LARGEST_SCALE], dim=1)
+    geometry = (mirrored.float(), angle.cos() - 1, angle.sin(), shift_x / LARGEST_SHIFT, shift_y / LARGEST_SHIFT)
+    labels = torch.stack([*geometry, power / LARGEST_SCALE], dim=1)
     labels = torch.cat((labels, F.one_hot(orders, len(COLOUR_ORDERS))[:, 1:].float()), dim=1)
     is_changed = (labels != 0).any(dim=1)  # others are left as they are, to the last bit
     return torch.where(is_changed[:, None, None, None], changed, images), labels
@@ -105,21 +104,20 @@ def augment(
 
 def _move(
     images: torch.Tensor,
-    sign_x: torch.Tensor,
-    sign_y: torch.Tensor,
+    sign: torch.Tensor,
     angle: torch.Tensor,
     shift_x: torch.Tensor,
     shift_y: torch.Tensor,
     power: torch.Tensor,
     is_pixel_art: bool,
 ) -> torch.Tensor:
-    """Returns images that are mirrored, then turned, scaled by 2**power, and shifted by shares of their sides."""
+    """Returns images that are mirrored where `sign` is -1, then turned, scaled by 2**power, and shifted."""
     height, width = images.shape[-2:]
     scale = 2.0**-power
     cosine, sine = angle.cos() * scale, angle.sin() * scale
     # Where each pixel of the result comes from, in coordinates of [-1, 1] across the image.
-    rows = torch.stack((sign_x * cosine, sign_x * sine * (height / width)), dim=1)
-    columns = torch.stack((-sign_y * sine * (width / height), sign_y * cosine), dim=1)
+    rows = torch.stack((sign * cosine, sign * sine * (height / width)), dim=1)
+    columns = torch.stack((-sine * (width / height), cosine), dim=1)
     matrix = torch.stack((rows, columns), dim=1)  # (B, 2, 2)
     offset = -matrix @ torch.stack((2 * shift_x, 2 * shift_y), dim=1)[..., None]
     grid = F.affine_grid(torch.cat((matrix, offset), dim=2), list(images.shape), align_corners=False)

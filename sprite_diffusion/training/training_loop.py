@@ -44,7 +44,7 @@ class Draws(NamedTuple):
     noise: torch.Tensor  # (B, C, H, W), standard normal, float32
     timesteps: torch.Tensor  # (B,) in 0..T-1
     uniform: torch.Tensor  # (B,) in [0, 1), to drop labels by
-    augmentation: torch.Tensor  # (B, 9) in [0, 1), to change images by
+    augmentation: torch.Tensor  # (B, 8) in [0, 1), to change images by
 
 
 def training_loop(
