@@ -24,11 +24,11 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 from pipelines import UnconditionalDDPMPipeline
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.dataset import load_image_data
+from sprite_diffusion.data.doubles import NEAR_COPY
 from sprite_diffusion.metrics import classifier, evaluation, pixel_art, real_images
 from sprite_diffusion.metrics.classifier import Classifier, is_weak, load_classifier, load_tensors, save_tensors
 from sprite_diffusion.metrics.distances import frechet_distance
 from sprite_diffusion.metrics.evaluation import (
-    NEAR_COPY,
     choose_num_images,
     evaluate,
     generate,

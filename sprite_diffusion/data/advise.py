@@ -6,7 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -18,8 +18,9 @@ from PIL import Image
 from sprite_diffusion.common.errors import UserInputError, exits_on_user_error, printable
 from sprite_diffusion.common.flags import as_argv, names_of
 from sprite_diffusion.data.config import DataConfig, parse_data_flags
-from sprite_diffusion.data.dataset import open_images
+from sprite_diffusion.data.dataset import StoredImages, load_image_data, open_images
 from sprite_diffusion.data.decoding import DEEP_MODES, BadImageError, open_image
+from sprite_diffusion.data.doubles import count_near_doubles
 from sprite_diffusion.data.sources import Source, Table
 
 NUM_LOOKED_AT = 64  # photographs take 0.1 s each
@@ -164,7 +165,13 @@ def main() -> None:
     if facts is None:
         raise UserInputError(f"{argv[0]}: none of the images looked at can be decoded, replace them")
     print(printable(facts.describe()))
-    flags = as_argv(choose_flags(facts, config, {*names_of(argv)}))
+    chosen = choose_flags(facts, config, {*names_of(argv)})
+    of_images = {flag.name for flag in fields(DataConfig)} & chosen.keys()
+    images = load_image_data(replace(config, **{name: chosen[name] for name in of_images}), with_labels=False).dataset
+    assert isinstance(images, StoredImages)  # as they are not streamed
+    if near := count_near_doubles(images):
+        print(f"{near:,} of them are doubles, or nearly so, of others, which a model copies first")
+    flags = as_argv(chosen)
     command = ["accelerate", "launch", "train_unconditional.py", *argv, *flags]
     print(printable(shlex.join(command)))
 

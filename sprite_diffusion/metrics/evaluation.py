@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from pipelines import to_straight_alpha
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.decoding import premultiply
+from sprite_diffusion.data.doubles import NEAR_COPY
 from sprite_diffusion.metrics.distances import (
     Distance,
     cmmd,
@@ -40,7 +41,6 @@ DISTANCES = {  # by extractor; FID and KID are defined for Inception's features 
     "inception": {"fid": frechet_distance, "kid": kernel_distance},
     "clip": {"frechet_distance": frechet_distance, "cmmd": cmmd},
 }
-NEAR_COPY = 0.05  # root mean square, as a share of the pixels' range: a difference that the eye has to search for
 NUM_CLOSEST_PAIRS = 10
 MIN_IMAGES_OF_A_CLASS = 2  # fewer have no covariance
 

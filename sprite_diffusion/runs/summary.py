@@ -10,7 +10,8 @@ from accelerate import Accelerator
 
 from sprite_diffusion.common.errors import mask_secrets, printable
 from sprite_diffusion.common.machine import count_free_cores, describe_device
-from sprite_diffusion.data.dataset import ImageData
+from sprite_diffusion.data.dataset import ImageData, StoredImages
+from sprite_diffusion.data.doubles import count_doubles
 from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.runs.state import TrainState
 
@@ -31,11 +32,13 @@ def print_summary(
     is_limited = data.num_images is not None and data.num_images + len(data.skipped_images) < available
     of_all = f" of {available:,}" if is_limited else ""
     images = "a stream of images" if data.num_images is None else f"{data.num_images:,}{of_all} images"
-    skipped = f", {len(data.skipped_images)} skipped" if data.skipped_images else ""
+    others = f", {len(data.skipped_images)} skipped" if data.skipped_images else ""
+    if isinstance(data.dataset, StoredImages) and (doubles := count_doubles(data.dataset)):
+        others += f", {doubles:,} doubles of others"
     classes = "" if data.id2label is None else f", {len(data.id2label)} classes"
     total_batch_size = config.total_batch_size(accelerator.num_processes)
     for line in (
-        f"data       {data.source}: {images} of {width}x{height}, {data.num_channels} channel(s){classes}{skipped}",
+        f"data       {data.source}: {images} of {width}x{height}, {data.num_channels} channel(s){classes}{others}",
         f"model      {config.model_class}, {count_parameters(model) / 1e6:.2f} M parameters",
         f"device     {accelerator.device}, {accelerator.num_processes} process(es), "
         f"precision {accelerator.mixed_precision}",
