@@ -414,7 +414,24 @@ class TestPixelArt:
             "partly_transparent": [2 / 16],
             "background": [12 / 16],
             "lone_pixels": [1 / 16],
+            # Beside transparency: red of alpha 254, red, and green; their colours are not multiplied here. The red of
+            # alpha 1 counts as transparent.
+            "outline_brightness": [pytest.approx((255 / 3 * 3) / (254 + 255 + 255))],
         }
+
+    def test_a_halo_changes_the_brightness_beside_transparency_and_nothing_else_does(self):
+        dark, white = (torch.zeros(1, 4, 8, 8, dtype=torch.uint8) for _ in range(2))
+        dark[:, :, 2:6, 2:6] = torch.tensor([40, 60, 80, 255])[:, None, None]
+        dark[:, :3, 3:5, 3:5] = 255  # inside
+        white[:] = dark
+        white[:, :3, 2, 2:6] = 255  # a seam along one of four sides, whose ends belong to two others: 4 of 12 pixels
+        before, after = (pixel_art.outline_brightness(image).item() for image in (dark, white))
+        assert before == pytest.approx(60 / 255)
+        assert after == pytest.approx((8 * 60 + 4 * 255) / 12 / 255)
+        faint = dark.float()
+        faint[:, :, 2:6, 2:6] *= 0.6  # less opaque, as multiplied colours are then
+        assert pixel_art.outline_brightness(faint.round().byte()).item() == pytest.approx(60 / 255, abs=1 / 255)
+        assert pixel_art.outline_brightness(torch.zeros(1, 4, 8, 8, dtype=torch.uint8)).item() == 0
 
     def test_grey_is_a_colour(self):
         image = torch.tensor([[[0, 0], [9, 0]]], dtype=torch.uint8)

@@ -8,6 +8,7 @@ from sprite_diffusion.metrics.real_images import RealImages
 from sprite_diffusion.sampling.palettes import encode_colours
 
 READ_AT_ONCE = 512  # images; the first of them say whether the data are pixel art
+HALF_OPAQUE = 128  # alpha from which a pixel counts as one of the sprite
 CLEAR = 2**24  # the code of a transparent pixel, whatever colour is hidden there: that of no colour
 
 
@@ -39,7 +40,25 @@ class PixelArt:
             pixels["partly_transparent"] = (images[:, 3] > 0) & (images[:, 3] < 255)
         pixels |= {"background": codes == self.background, "lone_pixels": find_lone(codes)}
         shares = {name: found.double().mean(dim=(1, 2)) for name, found in pixels.items()}
-        return {"colours": count_colours(codes), **shares}
+        outlines = {"outline_brightness": outline_brightness(images)} if images.shape[1] == 4 else {}
+        return {"colours": count_colours(codes), **shares, **outlines}
+
+
+def outline_brightness(images: torch.Tensor) -> torch.Tensor:
+    """Returns the mean brightness of each image's pixels beside transparency, (B,) in [0, 1]; 0 where it has none.
+
+    Images (B, 4, H, W) have colours multiplied by alpha, which is undone here: a halo is a seam that is too bright or
+    too dark, whatever its alpha.
+    """
+    alpha = images[:, 3].double()
+    is_solid = alpha >= HALF_OPAQUE
+    clear = torch.nn.functional.pad(~is_solid, (1, 1, 1, 1), value=True)  # outside of the image
+    beside = clear[:, :-2, 1:-1] | clear[:, 2:, 1:-1] | clear[:, 1:-1, :-2] | clear[:, 1:-1, 2:]
+    outline = is_solid & beside
+    brightness, opacity = (
+        (values * outline).sum(dim=(1, 2)) for values in (images[:, :3].double().mean(dim=1), alpha)
+    )
+    return brightness / opacity.clamp(min=1)
 
 
 def encode(images: torch.Tensor) -> torch.Tensor:

@@ -32,10 +32,11 @@ TITLES = {
     "partly_transparent": "partly transparent pixels",
     "background": "pixels of the background's colour",
     "lone_pixels": "lone pixels",
+    "outline_brightness": "brightness beside transparency",
 }
 NOT_OF_FEATURES = (
     *("class_accuracy", "nearest_distance", NEAR_COPIES),
-    *("colours", "off_palette", "partly_transparent", "background", "lone_pixels"),
+    *("colours", "off_palette", "partly_transparent", "background", "lone_pixels", "outline_brightness"),
 )
 HEADINGS = ("", "images", "generated", "95% interval", "held-out real")
 
