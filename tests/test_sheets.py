@@ -1,5 +1,6 @@
 """Tests sprite sheets, written and cut, and palettes: on pictures and colours whose right answer is known."""
 
+import itertools
 import json
 import re
 import sys
@@ -152,6 +153,8 @@ class TestWrittenSheets:
             ("--sheet a.png --compare ddim:2", "--compare: not allowed with argument --sheet"),
             ("--columns 3", "--columns belongs to --sheet FILE"),
             ("--sheet a.png --columns 0", "--columns is 0"),
+            ("--colours_per_image 3", "--colours_per_image N belongs to --palette"),
+            ("--palette 8 --colours_per_image 1", "--colours_per_image is 1: it must be at least 2"),
             ("--palette 8 --compare ddim:2", "--palette and --binary_alpha are for samples, not for --compare"),
             ("--palette 8 --animate a.gif", "--palette and --binary_alpha are for samples, not for --animate"),
             ("--palette 1", "--palette is 1: it must be at least 2 and at most 256"),
@@ -314,6 +317,36 @@ class TestPalettes:
         np.testing.assert_array_equal(to_array(snapped)[..., :3], expected[..., : min(channels, 3)])
         assert torch.equal(snapped[:, 3:], images[:, 3:])
 
+    def test_each_image_keeps_the_colours_that_fit_it_best(self):
+        """As the best of all choices of three where one step decides; and no more than three in any case."""
+        colours = np.array([(0, 0, 0), (255, 255, 255), (255, 0, 0), (250, 20, 0)], np.uint8)
+        palette = Palette(colours, "", colours_per_image=3)
+        image = colours[np.array([[0, 0, 0, 1], [1, 1, 2, 2], [2, 2, 3, 1]])]  # one pixel of the second red
+
+        def loss(kept) -> float:
+            distances = np.square(to_oklab(image)[..., None, :] - to_oklab(colours[list(kept)])).sum(-1)
+            return distances.min(-1).sum()
+
+        best = colours[list(min(itertools.combinations(range(4), 3), key=loss))]
+        images = torch.from_numpy(np.stack([image, image[::-1]])).permute(0, 3, 1, 2) / 255
+        snapped = to_array(palette.snap(images))
+        assert {*map(tuple, snapped.reshape(-1, 3).tolist())} == {*map(tuple, best.tolist())}
+        np.testing.assert_array_equal(snapped[0][image[..., 1] != 20], image[image[..., 1] != 20])
+
+        noise = random_images(5, 3, 8, 8)
+        many = np.random.default_rng(2).integers(256, size=(40, 3), dtype=np.uint8)
+        few, all_of_them = (to_array(Palette(many, "", limit).snap(noise)) for limit in (3, None))
+        assert [len(np.unique(picture.reshape(-1, 3), axis=0)) for picture in few] == [3] * 5
+        assert min(len(np.unique(picture.reshape(-1, 3), axis=0)) for picture in all_of_them) > 3
+
+    def test_colours_that_nobody_sees_are_not_among_them(self):
+        colours = np.array([(0, 0, 0), (255, 0, 0), (0, 0, 255)], np.uint8)
+        hidden = torch.zeros(1, 4, 2, 4)  # black and transparent; below it red, blue and a dark red
+        hidden[0, :, 1, :] = torch.tensor([[1, 0, 0, 1], [0, 0, 1, 1], [0.9, 0, 0, 1], [1, 0, 0, 1.0]]).T
+        seen = to_array(Palette(colours, "", colours_per_image=2).snap(hidden))[0, 1]
+        assert seen[:, :3].tolist() == [[255, 0, 0], [0, 0, 255], [255, 0, 0], [255, 0, 0]]
+        assert to_array(Palette(colours, "", colours_per_image=2).snap(0 * hidden)).shape == (1, 2, 4, 4)
+
     def test_nearness_is_the_eyes(self):
         """Dark blue is near black to the eye, and nearer to mid blue than to black in RGB."""
         image = torch.tensor([0, 0, 100]).view(1, 3, 1, 1) / 255
@@ -407,7 +440,9 @@ class TestPalettes:
         (tmp_path / "two.hex").write_text("102030\nf0e0d0\n")
         network = make_tiny_network(in_channels=4, out_channels=4)
         pipeline = UnconditionalDDPMPipeline(network, ClosedFormDDPMScheduler())
-        flags = SimpleNamespace(model="model", palette=str(tmp_path / "two.hex"), binary_alpha=True)
+        flags = SimpleNamespace(
+            model="model", palette=str(tmp_path / "two.hex"), colours_per_image=None, binary_alpha=True
+        )
         finish, record = choose_finish(flags, pipeline)
         images = random_images(3, 4, 8, 8)
         levels, finished = to_array(images), to_array(finish(images))

@@ -78,6 +78,7 @@ RANGES = {
     "columns": UP_TO_A_MILLION,
     "steps_shown": UP_TO_A_MILLION,
     "num_threads": THREADS_RANGE,
+    "colours_per_image": Range(at_least=MIN_COLOURS, at_most=MAX_COLOURS),
 }
 
 
@@ -111,6 +112,9 @@ def parse_args(description: str | None) -> argparse.Namespace:
         "--palette",
         metavar="auto|N|FILE",
         help="Snap samples to colours: those of the run's images, N of them, or a .gpl, .hex, .pal or .png.",
+    )
+    out.add_argument(
+        "--colours_per_image", type=int, metavar="N", help="Of --palette: leave each sample the N that fit it best."
     )
     out.add_argument("--binary_alpha", action="store_true", help="Make each pixel of a sample opaque or transparent.")
     out.add_argument("--animate_prediction", action="store_true", help="Animate the clean images predicted.")
@@ -291,6 +295,7 @@ def _contradictions(args: argparse.Namespace) -> dict[str, bool]:
             args.sheet is not None and args.output != args.sheet
         ),
         "--columns belongs to --sheet FILE": args.columns is not None and args.sheet is None,
+        "--colours_per_image N belongs to --palette": args.colours_per_image is not None and args.palette is None,
         f"--palette and --binary_alpha are for samples, not for {'--animate' if args.animate else figure_flag}": (
             (args.palette is not None or args.binary_alpha) and (args.view != "samples" or args.animate is not None)
         ),

@@ -50,24 +50,42 @@ class Palette:
 
     colours: np.ndarray  # (K, 3) uint8
     source: str
+    colours_per_image: int | None = None  # at most; None for all
 
     def snap(self, images: torch.Tensor) -> torch.Tensor:
         """Returns images (N, C, H, W) in [0, 1] with each pixel's colour the nearest of the palette, in OKLab.
 
-        The first channel or the first three are the colour; alpha, if there is a channel of it, stays as it is.
+        With `colours_per_image` an image has the colours of the palette that fit it best. The first channel or the
+        first three are the colour; alpha, if there is a channel of it, stays as it is.
         """
         num_channels = 1 if images.shape[1] == 1 else 3
         levels = (images[:, :num_channels] * 255).round().to(torch.uint8)
         pixels = levels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
-        colours, index = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)
-        nearest = self.colours[_find_nearest(to_oklab(colours), to_oklab(self.colours))]
-        snapped = torch.from_numpy(nearest[index.ravel()].reshape(pixels.shape)).permute(0, 3, 1, 2)
-        return torch.cat([snapped[:, :num_channels].float() / 255, images[:, num_channels:]], dim=1)
+        is_seen = (images[:, 3:] > 0).expand(-1, 1, -1, -1) if images.shape[1] == 4 else torch.ones_like(images[:, :1])
+        groups = 1 if self.colours_per_image is None else len(images)  # of images that share their colours
+        snapped = [
+            self._snap_pixels(*group)
+            for group in zip(pixels.reshape(groups, -1, 3), is_seen.reshape(groups, -1).numpy(), strict=True)
+        ]
+        colours = torch.from_numpy(np.concatenate(snapped).reshape(pixels.shape)).permute(0, 3, 1, 2)
+        return torch.cat([colours[:, :num_channels].float() / 255, images[:, num_channels:]], dim=1)
+
+    def _snap_pixels(self, pixels: np.ndarray, is_seen: np.ndarray) -> np.ndarray:
+        """Returns pixels (P, 3) uint8 in colours of the palette; those that `is_seen` (P,) decide on which of them."""
+        found, index = np.unique(pixels, axis=0, return_inverse=True)
+        lab, palette = to_oklab(found), self.colours
+        if self.colours_per_image is not None:
+            counts = np.bincount(index.ravel(), is_seen)
+            palette = palette[
+                _choose_columns(_square_distances(lab, to_oklab(palette)), counts, self.colours_per_image)
+            ]
+        return palette[_find_nearest(lab, to_oklab(palette))][index.ravel()]
 
     @property
     def record(self) -> dict[str, object]:
         """The entry about the palette in the record of a picture."""
-        return {"source": self.source, "colours": [f"#{bytes(colour).hex()}" for colour in self.colours]}
+        limit = {} if self.colours_per_image is None else {"colours_per_image": self.colours_per_image}
+        return {"source": self.source, "colours": [f"#{bytes(colour).hex()}" for colour in self.colours], **limit}
 
 
 def to_oklab(colours: np.ndarray) -> np.ndarray:
@@ -163,6 +181,25 @@ def _find_nearest(points: np.ndarray, palette: np.ndarray) -> np.ndarray:
     from scipy.spatial import KDTree
 
     return KDTree(palette).query(points)[1]
+
+
+def _square_distances(points: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """Returns the squared distances (N, K) of points (N, 3) from the rows of a palette (K, 3)."""
+    return np.square(points[:, None] - palette).sum(axis=2)
+
+
+def _choose_columns(distances: np.ndarray, counts: np.ndarray, limit: int) -> np.ndarray:
+    """Returns at most `limit` columns of distances (N, K) that leave each row, counted (N,) times, one with a small value.
+
+    Of all columns that are the nearest to a row, the one that is missed least is dropped until few enough are left.
+    """
+    kept = np.unique(distances[counts > 0].argmin(axis=1)) if counts.any() else np.arange(1)
+    while len(kept) > limit:
+        left = distances[:, kept]
+        nearest, second = np.partition(left, 1, axis=1)[:, :2].T
+        lost = np.bincount(left.argmin(axis=1), (second - nearest) * counts, len(kept))
+        kept = np.delete(kept, lost.argmin())
+    return kept
 
 
 def encode_colours(images: torch.Tensor) -> torch.Tensor:

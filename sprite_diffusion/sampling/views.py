@@ -3,6 +3,7 @@
 import argparse
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,10 @@ def choose_finish(
     num_channels = pipeline.sample_shape[0]
     if args.binary_alpha and num_channels != 4:
         raise UserInputError(f"--binary_alpha: {args.model} draws no transparency (see --image_mode of the training)")
-    palette = None if args.palette is None else choose_palette(args.palette, args.model, num_channels)
+    palette = None
+    if args.palette is not None:
+        palette = choose_palette(args.palette, args.model, num_channels)
+        palette = replace(palette, colours_per_image=args.colours_per_image)
 
     def finish(images: torch.Tensor) -> torch.Tensor:
         if args.binary_alpha:
