@@ -189,7 +189,7 @@ def _square_distances(points: np.ndarray, palette: np.ndarray) -> np.ndarray:
 
 
 def _choose_columns(distances: np.ndarray, counts: np.ndarray, limit: int) -> np.ndarray:
-    """Returns at most `limit` columns of distances (N, K), so that each row, counted (N,) times, is near to one of them.
+    """Returns at most `limit` columns of distances (N, K), so that each row, counted (N,) times, is near to one.
 
     Of all columns that are the nearest to a row, the one that is missed least is dropped until few enough are left.
     """
