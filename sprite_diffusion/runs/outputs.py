@@ -60,7 +60,9 @@ from sprite_diffusion.sharing.trackers import Trackers
 
 IMAGES_PER_EVALUATION = 500
 SECONDS_BEFORE_ESTIMATE = 10.0  # the first steps are slow
-SHORTEST_PRINTED_EPOCH = 1.0  # seconds: of shorter ones there are too many to read
+# Seconds of an epoch that has a line of its own: of shorter ones there are too many to read, and a run that is counted
+# in steps may have hundreds.
+SHORTEST_PRINTED_EPOCH, SHORTEST_PRINTED_EPOCH_OF_STEPS = 1.0, 20.0
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,8 @@ class RunOutputs:
         self._estimate_time(metrics["images_per_second"], state)
         if state.ends_epoch:
             epoch = summarize_epochs(self.log_entries)[-1]
-            if epoch.seconds >= SHORTEST_PRINTED_EPOCH:
+            counts_steps = self.config.num_epochs is None
+            if epoch.seconds >= (SHORTEST_PRINTED_EPOCH_OF_STEPS if counts_steps else SHORTEST_PRINTED_EPOCH):
                 tqdm.write(str(epoch))
 
     def _estimate_time(self, images_per_second: float, state: TrainState) -> None:
