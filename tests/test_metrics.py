@@ -432,6 +432,9 @@ class TestPixelArt:
         faint[:, :, 2:6, 2:6] *= 0.6  # less opaque, as multiplied colours are then
         assert pixel_art.outline_brightness(faint.round().byte()).item() == pytest.approx(60 / 255, abs=1 / 255)
         assert pixel_art.outline_brightness(torch.zeros(1, 4, 8, 8, dtype=torch.uint8)).item() == 0
+        framed = torch.full((1, 4, 8, 8), 255, dtype=torch.uint8)  # what is outside of an image is transparent
+        framed[:, :3, 1:7, 1:7] = 0
+        assert pixel_art.outline_brightness(framed).item() == 1
 
     def test_grey_is_a_colour(self):
         image = torch.tensor([[[0, 0], [9, 0]]], dtype=torch.uint8)
