@@ -676,7 +676,9 @@ def test_a_damaged_size_costs_neither_memory_nor_time(name, folder):
 
 
 def test_no_traceback_from_the_program_itself(tmp_path):
-    result = finish(start("train_unconditional", f"--train_data_dir {tmp_path / 'missing'}", tmp_path / "run"), 2)
+    flags = f"--train_data_dir {tmp_path / 'missing'}"
+    # An interpreter of its own, as what the imports print, and how it ends, belong to it.
+    result = finish(start("train_unconditional", flags, tmp_path / "run", fork=False), 2)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert result.stderr.startswith("error: --train_data_dir")

@@ -139,8 +139,7 @@ def test_a_folder_belongs_to_one_run_at_a_time(refuses, run_script, tmp_path):
 def test_two_runs_at_once_do_not_mix(tmp_path):
     flags = f"{TINY} --num_epochs 400 --checkpointing_steps 50"
     first = start("train_unconditional", flags, tmp_path)
-    while not (tmp_path / LOCK_OWNER_FILE).exists():
-        assert first.poll() is None
+    assert wait_for(first, tmp_path, LOCK_OWNER_FILE)
     second = start("train_unconditional", f"{flags} --resume_from_checkpoint latest", tmp_path)
     error = finish(second, 2).stderr
     assert f"is in use by process {first.pid} on {socket.gethostname()}" in error
@@ -160,8 +159,7 @@ def test_a_folder_that_another_run_has_used_since_it_was_looked_at_is_refused(tm
 
 def test_a_killed_process_leaves_nothing_unlisted(tmp_path):
     process = start("train_unconditional", f"{TINY} --num_epochs 50", tmp_path)
-    while not list(tmp_path.glob("checkpoint-*")):
-        assert process.poll() is None
+    assert wait_for(process, tmp_path, "checkpoint-*")
     kill(process)
     trackers = tmp_path / "logs"  # the newest of their files may have come after the last look
     others = [path for path in OwnedFiles(tmp_path).others(tmp_path) if trackers not in path.parents]
