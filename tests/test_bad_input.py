@@ -1,6 +1,7 @@
 """Tests that what users get wrong ends in one line on standard error and exit status 2, with no file touched."""
 
 import hashlib
+import os
 import re
 import resource
 import time
@@ -34,8 +35,10 @@ def fingerprint(folder: Path) -> dict[str, str]:
     }
 
 
-def times_of_change(folder: Path) -> dict[Path, int]:
-    return {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
+def times_of_change(folder: Path) -> dict[str, int]:
+    """Returns when each file and folder below a folder was changed; `Path.rglob` would take half of all the time."""
+    names = (os.path.join(root, name) for root, folders, files in os.walk(folder) for name in (*folders, *files))
+    return {name: os.lstat(name).st_mtime_ns for name in names}
 
 
 @pytest.fixture(scope="module")
