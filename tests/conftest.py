@@ -1,6 +1,7 @@
-"""The fixtures that all test files share: a cache that is the tests' own, and the scripts under test."""
+"""The fixtures that all test files share: a cache of the tests' own, a process to fork, and the scripts under test."""
 
 import os
+import sys
 
 # Before torch is loaded: networks of these sizes gain nothing from a second thread, and threads that wait in a loop
 # for each other make a step take a hundred times as long where the machine is busy otherwise.
@@ -9,6 +10,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import launching
 import pytest
+import torch
+from forking import ForkServer
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -16,6 +19,17 @@ def cache_of_its_own(tmp_path_factory):
     """Keeps the tests from using or filling the user's cache."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def fork_server(cache_of_its_own):
+    """Lets programs be forked, in the environment that the tests begin with."""
+    environment = launching.make_environment(launching.PYTHON)
+    with ForkServer(environment) as server, pytest.MonkeyPatch.context() as monkeypatch:
+        # Where there is a GPU, imports may begin to use it, which a fork can't go on with.
+        if sys.platform == "linux" and not torch.accelerator.is_available():
+            monkeypatch.setattr(launching, "fork_server", server)
         yield
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from forking import ForkedProgram, ForkServer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -30,6 +31,8 @@ LAUNCH_TWO = [*LAUNCH, "--multi_gpu", "--num_processes", "2"]  # on CPUs where t
 
 # Threads that wait in a loop would make steps of milliseconds take seconds on a machine that is busy otherwise.
 ENVIRONMENT = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+fork_server: ForkServer | None = None  # pytest has one while a session lasts
 
 
 def run_script(script: str, flags: str, output_dir: Path | None = None) -> None:
@@ -50,24 +53,38 @@ def start(
 
 
 def start_command(
-    command: Sequence[str], environment: Mapping[str, str] | None = None, cwd: Path = REPOSITORY, **options: Any
+    command: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    cwd: Path = REPOSITORY,
+    fork: bool = True,
+    **options: Any,
 ) -> subprocess.Popen[str]:
-    """Starts a program and keeps what it prints. `environment` is added to that of every started process."""
+    """Starts a program and keeps what it prints. `environment` is added to that of every started process.
+
+    Where it can make no difference, the program is forked from a process that has done its imports. `fork=False` is
+    for tests of how a program starts, and of what may differ between two interpreters, as the hashes of strings do.
+    """
+    options |= {
+        "cwd": cwd,
+        "env": make_environment(command, environment),
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        # pytest-xdist's processes ignore Ctrl-C, which a program that they start would inherit.
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    }
+    if fork and fork_server is not None and fork_server.can_run(command, options["env"]):
+        return ForkedProgram(fork_server, command, **options)
+    return subprocess.Popen(command, **options)
+
+
+def make_environment(command: Sequence[str], environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Returns the environment of a program that the tests start."""
     # A user's account at the Hub, and their cache of it, are not for tests.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     # A run repeats bit for bit on the CPU alone; several processes may show what they do on GPUs.
     device = {} if "--multi_gpu" in command else {"ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(
-        command,
-        cwd=cwd,
-        env={**inherited, **ENVIRONMENT, **device, **(environment or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # pytest-xdist's processes ignore Ctrl-C, which a program that they start would inherit.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        **options,
-    )
+    return {**inherited, **ENVIRONMENT, **device, **(environment or {})}
 
 
 def finish(process: subprocess.Popen[str], status: int = 0) -> subprocess.CompletedProcess[str]:

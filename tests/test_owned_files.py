@@ -28,6 +28,8 @@ MINE = (
     *("metrics.json", "src/model.py", "data.partial", "unet/config.json", "pipeline.py", "training_config.yaml"),
 )
 
+ONE_EPOCH = f"{TINY} --num_epochs 1 --snapshot_epochs 1"
+
 
 def fill(folder: Path, names=MINE) -> dict[str, bytes]:
     """Puts files of the user's into a folder. Returns what they hold."""
@@ -39,6 +41,19 @@ def fill(folder: Path, names=MINE) -> dict[str, bytes]:
 
 def read(folder: Path, names=MINE) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in names}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, run_script):
+    """A run of one epoch, for tests to copy."""
+    output_dir = tmp_path_factory.mktemp("trained") / "run"
+    run_script("train_unconditional", ONE_EPOCH, output_dir)
+    return output_dir
+
+
+@pytest.fixture
+def run_dir(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 @pytest.fixture
@@ -92,23 +107,21 @@ def test_a_checkpoint_with_a_file_of_the_users_is_not_removed(run_script, tmp_pa
     assert "checkpoint-3 is kept: notes.txt in it was not written by the run" in capsys.readouterr().err
 
 
-def test_a_file_in_the_way_is_not_replaced(refuses, run_script, tmp_path):
-    run_script("train_unconditional", f"{TINY} --num_epochs 1", tmp_path)
-    (tmp_path / "samples" / "step-000008.png").write_text("mine")
-    error = refuses("--resume_from_checkpoint latest", tmp_path)
-    assert f"{tmp_path}/samples/step-000008.png is in the way and was not written by this run" in error
-    assert (tmp_path / "samples" / "step-000008.png").read_text() == "mine"
+def test_a_file_in_the_way_is_not_replaced(refuses, run_dir):
+    (run_dir / "samples" / "step-000008.png").write_text("mine")
+    error = refuses("--resume_from_checkpoint latest", run_dir)
+    assert f"{run_dir}/samples/step-000008.png is in the way and was not written by this run" in error
+    assert (run_dir / "samples" / "step-000008.png").read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["samples", "snapshots", "unet", "scheduler", "logs"])
-def test_links_are_not_followed(refuses, run_script, tmp_path, name):
-    run_script("train_unconditional", f"{TINY} --num_epochs 1 --snapshot_epochs 1", tmp_path / "run")
-    shutil.move(tmp_path / "run" / name, tmp_path / "elsewhere")
-    (tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere")
+def test_links_are_not_followed(refuses, run_dir, tmp_path, name):
+    shutil.move(run_dir / name, tmp_path / "elsewhere")
+    (run_dir / name).symlink_to(tmp_path / "elsewhere")
     before = sorted(tmp_path.joinpath("elsewhere").rglob("*"))
     for flags in ("--overwrite_output_dir", "--resume_from_checkpoint latest"):
-        assert f"{tmp_path}/run/{name} is a link" in refuses(flags, tmp_path / "run")
-    OwnedFiles(tmp_path / "run").remove(tmp_path / "run")  # whatever the checks let through
+        assert f"{run_dir}/{name} is a link" in refuses(flags, run_dir)
+    OwnedFiles(run_dir).remove(run_dir)  # whatever the checks let through
     assert sorted(tmp_path.joinpath("elsewhere").rglob("*")) == before
 
 
@@ -139,8 +152,7 @@ def test_a_folder_belongs_to_one_run_at_a_time(refuses, run_script, tmp_path):
 def test_two_runs_at_once_do_not_mix(tmp_path):
     flags = f"{TINY} --num_epochs 400 --checkpointing_steps 50"
     first = start("train_unconditional", flags, tmp_path)
-    while not (tmp_path / LOCK_OWNER_FILE).exists():
-        assert first.poll() is None
+    assert wait_for(first, tmp_path, LOCK_OWNER_FILE)
     second = start("train_unconditional", f"{flags} --resume_from_checkpoint latest", tmp_path)
     error = finish(second, 2).stderr
     assert f"is in use by process {first.pid} on {socket.gethostname()}" in error
@@ -160,8 +172,7 @@ def test_a_folder_that_another_run_has_used_since_it_was_looked_at_is_refused(tm
 
 def test_a_killed_process_leaves_nothing_unlisted(tmp_path):
     process = start("train_unconditional", f"{TINY} --num_epochs 50", tmp_path)
-    while not list(tmp_path.glob("checkpoint-*")):
-        assert process.poll() is None
+    assert wait_for(process, tmp_path, "checkpoint-*")
     kill(process)
     trackers = tmp_path / "logs"  # the newest of their files may have come after the last look
     others = [path for path in OwnedFiles(tmp_path).others(tmp_path) if trackers not in path.parents]
@@ -183,15 +194,14 @@ def test_another_runs_checkpoint_is_not_taken_for_this_runs(refuses, run_script,
     assert f"is not in --output_dir {tmp_path}/one" in error
 
 
-def test_weights_that_are_not_finite_are_not_sampled(run_script, tmp_path, capsys):
-    run_script("train_unconditional", f"{TINY} --num_epochs 1", tmp_path / "run")
-    file = tmp_path / "run" / "unet" / "diffusion_pytorch_model.safetensors"
+def test_weights_that_are_not_finite_are_not_sampled(run_script, run_dir, capsys):
+    file = run_dir / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     tensors["conv_in.weight"][0] = torch.nan
     save_file(tensors, file, {"format": "pt"})
     for script in ("sample", "calculate_metrics"):
         with pytest.raises(SystemExit) as ended:
-            run_script(script, f"{tmp_path}/run")
+            run_script(script, str(run_dir))
         assert ended.value.code == 2
         assert "the weights of its network are not finite (conv_in.weight)" in capsys.readouterr().err
 
@@ -288,8 +298,7 @@ def test_trackers_do_not_take_the_names_of_a_runs_files(refuses, tmp_path, name)
     ],
     ids=range(9),
 )
-def test_a_garbled_summary_does_not_stop_a_run_from_going_on(run_script, tmp_path, summary):
-    run_script("train_unconditional", f"{TINY} --num_epochs 1", tmp_path)
-    (tmp_path / "training_summary.json").write_text(summary, encoding="latin-1")
-    run_script("train_unconditional", f"{TINY} --num_epochs 1", tmp_path)
-    assert json.loads((tmp_path / "training_summary.json").read_text())["global_step"] == 4
+def test_a_garbled_summary_does_not_stop_a_run_from_going_on(run_script, run_dir, summary):
+    (run_dir / "training_summary.json").write_text(summary, encoding="latin-1")
+    run_script("train_unconditional", ONE_EPOCH, run_dir)
+    assert json.loads((run_dir / "training_summary.json").read_text())["global_step"] == 4
