@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from inspecting import assert_same_runs, read_scalars, wait_for
+from inspecting import assert_same_runs, assert_same_weights, read_scalars, wait_for, weights
 from launching import LAUNCH_TWO, PYTHON, TINY, complaints, finish, kill, start
 from PIL import Image
 from safetensors.torch import save_file
 
 from sprite_diffusion.common.files import DiskFullError, written_beside
 from sprite_diffusion.common.run_files import list_checkpoints
+from sprite_diffusion.metrics.report import Measurement
 from sprite_diffusion.runs import outputs
 from sprite_diffusion.runs.manifest import find_damage
 from sprite_diffusion.sampling import samplers
@@ -308,6 +309,32 @@ def test_the_best_checkpoint_is_that_of_the_lowest_distance(run_script, tmp_path
     }
     assert find_damage(tmp_path / f"checkpoint-best-{best}") == ""
     run_script("calculate_metrics", f"{tmp_path}/checkpoint-best-{best} --num_images 10 --num_inference_steps 2")
+
+
+def test_a_run_that_copies_ends_at_its_best_checkpoint(run_script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(outputs, "IMAGES_PER_EVALUATION", 10)
+    monkeypatch.setattr(samplers, "FEW_STEPS", 2)
+    asked: list[int] = []
+    # From the fourth evaluation on more than real images do: a network of these seconds copies nothing.
+    monkeypatch.setattr(Measurement, "exceeds_floor", property(lambda self: asked.append(0) or len(asked) > 3))
+    flags = (
+        f"{TINY} --max_train_samples 40 --num_epochs 9 --evaluate_every 1 --keep_best_checkpoint --stop_when_copying"
+    )
+    flags += " --checkpoints_total_limit 2 --checkpointing_steps 4 --learning_rate 1e-2 --use_ema"
+    run_script("train_unconditional", flags, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    distances = {line["global_step"]: line["figures"]["frechet_distance"]["value"] for line in lines}
+    summary = json.loads((tmp_path / "training_summary.json").read_text())
+    best = summary["global_step"]
+    assert summary["total_steps"] == best < 32  # the fourth of nine epochs of 8 steps
+    assert max(distances) == best  # later ones are not of this run any more
+    steps = {p.name for p in tmp_path.glob("checkpoint-*")}
+    assert {f"checkpoint-best-{best}", f"checkpoint-{best}"} <= steps
+    assert max(int(name.rpartition("-")[2]) for name in steps) == best
+    assert_same_weights(weights(tmp_path), weights(tmp_path / f"checkpoint-best-{best}"))
+    with pytest.raises(SystemExit):
+        run_script("train_unconditional", flags, tmp_path)
+    assert "holds a finished run" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -375,6 +375,11 @@ class TestEvaluate:
         assert any((pixels[2:66, x : x + 64] == enlarged(images[12])).all() for x in range(left + 60, left + 80))
 
 
+@pytest.mark.parametrize(("low", "exceeds"), [(0.1, False), (0.11, True)])
+def test_a_figure_exceeds_its_floor_with_its_whole_interval(low, exceeds):
+    assert Measurement(0.2, (low, 0.3), real=0.1, num_images=9).exceeds_floor == exceeds
+
+
 class TestPixelArt:
     RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 

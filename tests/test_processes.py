@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 from inspecting import assert_same_weights, read_scalars, weights
-from launching import LAUNCH, LAUNCH_TWO, REPOSITORY, finish, start
+from launching import LAUNCH, LAUNCH_TWO, REPOSITORY, TINY, finish, start
 from PIL import Image
 
 from sprite_diffusion.training.steps import Step, take_share
@@ -246,6 +246,13 @@ def test_two_processes_go_on_with_the_run_of_one(data, run_script, tmp_path):
     flags = f"{data} --train_batch_size 2 --gradient_accumulation_steps 4 {resume}"
     finish(start("train_conditional", flags, tmp_path / "resumed", LAUNCH_TWO))
     assert_same_but_for_rounding(tmp_path / "one", tmp_path / "resumed", first_step=5)
+
+
+def test_two_processes_keep_the_best_checkpoint(tmp_path):
+    """The main process alone knows which is the best, and all of them have to write it."""
+    flags = f"{TINY} --evaluate_every 1 --keep_best_checkpoint --stop_when_copying"
+    finish(start("train_unconditional", flags, tmp_path / "run", LAUNCH_TWO))
+    assert len(list((tmp_path / "run").glob("checkpoint-best-*"))) == 1
 
 
 @pytest.mark.slow

@@ -50,6 +50,11 @@ class Measurement:
     real: float
     num_images: int
 
+    @property
+    def exceeds_floor(self) -> bool:
+        """Returns whether the whole interval lies above the figure of held-out real images."""
+        return self.interval[0] > self.real
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Measurement":
         """Returns the measurement that `asdict` has made `values` of."""

@@ -51,10 +51,16 @@ class Checkpoints:
 
     def load(self) -> TrainState:
         """Restores weights, optimizer, EMA, schedule and random states in place, and returns where the run stands."""
-        path = self.newest
-        check_same_on_all(path)
-        if path is None:
-            return TrainState()
+        check_same_on_all(self.newest)
+        return TrainState() if self.newest is None else self._restore(self.newest)
+
+    def return_to_best(self) -> TrainState:
+        """Restores the best checkpoint in place of all later ones, and returns where the run stands then."""
+        state = self._restore(list_best(self.output_dir)[-1])
+        self.save(state)
+        return state
+
+    def _restore(self, path: Path) -> TrainState:
         values = json.loads((path / STATE_FILE).read_text())
         check_num_processes(self.config, path, values, self.accelerator.num_processes)
         check_data(path, values.pop("data", None), self.data)

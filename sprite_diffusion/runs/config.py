@@ -214,6 +214,11 @@ class TrainingConfig(DataConfig):
     keep_best_checkpoint: bool = flag(
         False, "Keep the checkpoint of the lowest Frechet distance besides. Needs `evaluate_every`.", changes="nothing"
     )
+    stop_when_copying: bool = flag(
+        False,
+        "End at the best checkpoint once near-copies of training images are more than among real ones. Needs "
+        "`keep_best_checkpoint`.",
+    )
     resume_from_checkpoint: str | None = flag(
         None,
         "'latest', or a checkpoint folder inside `output_dir`; an unfinished run of the same flags needs none.",
@@ -287,6 +292,8 @@ class TrainingConfig(DataConfig):
             raise UserInputError("--evaluate_every does not go with --streaming: metrics need all images at hand")
         if self.keep_best_checkpoint and self.evaluate_every is None:
             raise UserInputError("--keep_best_checkpoint needs --evaluate_every: only then is there a best one")
+        if self.stop_when_copying and not self.keep_best_checkpoint:
+            raise UserInputError("--stop_when_copying needs --keep_best_checkpoint, where the run ends")
 
     def _set_length(self) -> None:
         """Sets the official script's number of epochs if no length is given, and its intervals in a run of epochs."""

@@ -7,9 +7,10 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from sprite_diffusion.common.errors import UserInputError, warn
@@ -39,7 +40,7 @@ from sprite_diffusion.metrics.evaluation import (
 from sprite_diffusion.metrics.extractors import Extractor, make_extractor
 from sprite_diffusion.metrics.flags import CLIP_MODEL
 from sprite_diffusion.metrics.real_images import RealImages
-from sprite_diffusion.metrics.report import append_history, is_lowest, write_report
+from sprite_diffusion.metrics.report import NEAR_COPIES, append_history, is_lowest, write_report
 from sprite_diffusion.runs.base_model import describe_base
 from sprite_diffusion.runs.checkpoint import Checkpoints
 from sprite_diffusion.runs.config import TrainingConfig
@@ -73,6 +74,13 @@ class SampleGrid:
     columns: int
     caption: str
     guidance_scale: float = 1.0
+
+
+class Judgement(NamedTuple):
+    """What an evaluation says of the weights, on every process; nothing where there was none."""
+
+    is_best: bool = False  # its distance is the lowest so far
+    is_copying: bool = False  # near-copies of training images are more than among real ones, beyond chance
 
 
 class RunOutputs:
@@ -201,17 +209,17 @@ class RunOutputs:
         if self.accelerator.is_main_process:
             self.folder.files.claim_all_but(self.logging_dir, self.earlier_logs)
 
-    def write(self, due: Due, state: TrainState) -> bool:
-        """Writes what is due, of the averaged weights, and returns whether their distance is the lowest so far.
+    def write(self, due: Due, state: TrainState) -> Judgement:
+        """Writes what is due, of the averaged weights, and returns what their evaluation says of them.
 
         A signal to stop interrupts sampling: a resumed run writes all of it again.
         """
         self.weights.check_finite(state.global_step, self.checkpoints.describe_newest())
         epochs_done = state.epochs_done(due.end)
-        is_best = False
+        judgement = Judgement()
         with suppress(SamplingInterrupted), self.weights.pipeline() as pipeline:
             if due.metrics:
-                is_best = self._evaluate(pipeline, state)
+                judgement = self._evaluate(pipeline, state)
             if due.samples:
                 self._write_samples(pipeline, state.global_step, epochs_done)
             if due.snapshot:
@@ -219,8 +227,7 @@ class RunOutputs:
             if due.pipeline:  # last, as its summary says that a run is finished
                 self._write_pipeline(pipeline, state, due.end)
         self._claim_logs()
-        self.accelerator.wait_for_everyone()
-        return is_best
+        return broadcast_object_list([judgement])[0]  # which waits for every process
 
     def close(self) -> None:
         """Closes the trackers, and lets other runs have the folder."""
@@ -243,8 +250,11 @@ class RunOutputs:
                 "the same command again"
             )
 
-    def _evaluate(self, pipeline: Pipeline, state: TrainState) -> bool:
-        """Measures some images, sampled by all processes: for the trackers, and for the card."""
+    def _evaluate(self, pipeline: Pipeline, state: TrainState) -> Judgement:
+        """Measures some images, sampled by all processes: for the trackers, and for the card.
+
+        The judgement is that of the main process.
+        """
         config, real = self.config, self.real
         num_images = choose_num_images(real, IMAGES_PER_EVALUATION)
         sampler = make_evaluation_sampler(pipeline, None, None)
@@ -257,7 +267,7 @@ class RunOutputs:
             )
             result = evaluate(real, extractor, images, num_images, judge_classes=pipeline.num_classes > 0)
         if result is None:
-            return False
+            return Judgement()
         report, closest_pairs = result
         facts = {
             "global_step": state.global_step,
@@ -272,7 +282,7 @@ class RunOutputs:
             for path in write_report(report, closest_pairs, self.output_dir, facts):
                 tqdm.write(f"wrote {path}")
         self.trackers.log(report.scalars(), state.global_step)
-        return is_best
+        return Judgement(is_best, is_copying=report.figures[NEAR_COPIES].exceeds_floor)
 
     @cached_property
     def _extractor(self) -> Extractor:

@@ -98,9 +98,13 @@ def training_loop(
             if stops_here(due.checkpoint):
                 break
             if due.outputs:
-                is_best = outputs.write(due, state)
-                if is_best and config.keep_best_checkpoint:
+                judgement = outputs.write(due, state)
+                if judgement.is_best and config.keep_best_checkpoint:
                     checkpoints.save(state, is_best=True)
+                if judgement.is_copying and config.stop_when_copying and not due.end:
+                    state, grad_norm = checkpoints.return_to_best(), None
+                    steps.total = outputs.total_steps = state.global_step
+                    continue
                 if stops_here(checkpoint_is_due=False):
                     break
             if due.end:
@@ -110,13 +114,12 @@ def training_loop(
             step = next(next_steps)
             for batch in step.batches:
                 with nullcontext() if batch is step.batches[-1] else accelerator.no_sync(model):
-                    entropy = (config.seed, state.global_step)
                     draws = draw_randomness(
-                        entropy, batch.images, config.ddpm_num_steps, batch.first_row, total_batch_size
+                        (config.seed, state.global_step),
+                        *(batch.images, config.ddpm_num_steps, batch.first_row, total_batch_size),
                     )
                     loss = loss_fn(train_model, batch, draws)
-                    weight = step.loss_weight(batch, accelerator.num_processes)
-                    accelerator.backward(bad_steps.watch(weight * loss))
+                    accelerator.backward(bad_steps.watch(step.loss_weight(batch, accelerator.num_processes) * loss))
                 meter.add_loss(loss, batch.num_images)
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
             bad_steps.mark(grad_norm)
