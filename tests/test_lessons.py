@@ -8,9 +8,11 @@ import pytest
 from launching import LAUNCH, PYTHON, REPOSITORY, run_command
 from PIL import Image
 
+from sprite_diffusion.data.sprites import draw_sprites
+
 LESSONS = REPOSITORY / "docs" / "lessons"
 MOST_OF_A_LABEL = 40  # pixels
-PAGES = ["README", "t0", "t1", "t2", "t3", "t4"]
+PAGES = ["README", "t0", "t1", "t2", "t3", "t4", "sixty"]
 
 
 def commands(page: str) -> list[str]:
@@ -66,8 +68,12 @@ def run_as_typed(command: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pages", [["t0", "t1"], ["t2"], ["t3"], ["t4"]], ids="+".join)
+@pytest.mark.parametrize("pages", [["t0", "t1"], ["t2"], ["t3"], ["t4"], ["sixty"]], ids="+".join)
 def test_the_commands_of_a_lesson_leave_its_pictures(pages, tmp_path):
+    (tmp_path / "my_pictures").mkdir()  # sixty files of one kind
+    for index, pixels in enumerate(draw_sprites(60, transparent=True)[0]):
+        picture = Image.fromarray(pixels).resize((32, 32), Image.Resampling.NEAREST)
+        picture.save(tmp_path / "my_pictures" / f"{index}.png")
     for page in pages:
         for command in commands(page):
             run_as_typed(command, tmp_path)
