@@ -36,6 +36,8 @@ def parse_config(argv: list[str], default_preset: str) -> TrainingConfig:
         dropped += ("--max_train_samples=",)  # a preset's limit is for its own data
     if flags.num_epochs is not None:
         dropped += ("--max_train_steps=",)
+    if flags.config is None and has_own_data:  # which decide by themselves whether they are transparent
+        preset_argv = [argument for argument in preset_argv if not argument.startswith("--image_mode=")]
 
     def merge(*argvs: list[str]) -> list[str]:
         return [argument for argument in chain(*argvs) if not argument.startswith(dropped)] + argv
