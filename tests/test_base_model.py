@@ -57,8 +57,7 @@ def predict(network, images, label=None):
 def adapt(base, channels=3, names=None, image_size=(8, 8)):
     sides = f"{image_size[1]}x{image_size[0]}"
     config = TrainingConfig(resolution=sides, ddpm_num_steps=20, ddpm_num_inference_steps=20)
-    network, changes = adapt_network(base, config, channels, names)
-    return network, str(changes)
+    return adapt_network(base, config, channels, names)
 
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -173,6 +172,7 @@ def test_process_and_schedule_follow_from_the_model_and_flags_win(tmp_path, caps
     config = start_from(tmp_path / "model", "--resolution 16 --timestep_spacing linspace --num_epochs 3 --seed 1")
     assert (config.resolution, config.timestep_spacing, config.num_epochs) == ("16", "linspace", 3)
     assert config.max_train_steps is None
+    assert start_from(tmp_path / "model", "--no_clip_sample").clip_sample is False
     # The saved file repeats the run, what was chosen against the model too.
     config.save(tmp_path / "saved.yaml")
     assert parse_config(["--config", str(tmp_path / "saved.yaml")], "").differences(config.__dict__) == {}

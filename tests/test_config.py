@@ -166,7 +166,8 @@ def test_advice_is_a_command_that_can_be_typed(tmp_path):
     folder = save_pictures(tmp_path / "my pictures", (32, 32), "RGBA")
     command = [sys.executable, "-m", "sprite_diffusion.data.advise", folder, "--center-crop"]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    facts, command = result.stdout.splitlines()
+    facts, hint, command = result.stdout.splitlines()
+    assert "--init_from MODEL" in hint
     assert facts == f"{folder}: 6 images of 32x32, pixel art of 3 colours each, with transparency"
     accelerate, launch, script, *argv = shlex.split(command)
     assert (accelerate, launch, script) == ("accelerate", "launch", "train_unconditional.py")

@@ -31,6 +31,7 @@ CHANNELS = [32, 64, 128, 256]  # few where pixels are many: docs/quality.md
 PIXEL_ART_COLOURS = 32  # of an image; photographs of as few pixels have hundreds
 PRESET_SIDE = 16  # of the built-in sprites, for which the presets' number of steps was chosen
 STEPS_OF_LARGER = 2000
+FEW_IMAGES = 1000
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,8 @@ def main() -> None:
     assert isinstance(images, StoredImages)  # as they are not streamed
     if near := count_near_doubles(images):
         print(f"{near:,} of them are doubles, or nearly so, of others, which a model copies first")
+    if len(images) < FEW_IMAGES:
+        print("they are few: --init_from MODEL begins with a network that knows other images (docs/finetuning.md)")
     flags = as_argv(chosen)
     command = ["accelerate", "launch", "train_unconditional.py", *argv, *flags]
     print(printable(shlex.join(command)))

@@ -42,8 +42,9 @@ def parse_config(argv: list[str], default_preset: str) -> TrainingConfig:
     def merge(*argvs: list[str]) -> list[str]:
         return [argument for argument in chain(*argvs) if not argument.startswith(dropped)] + argv
 
-    chosen = {*names_of(argv)}
     values = vars(parser.parse_args(merge(preset_argv)))
+    # argparse takes `--no_clip_sample` as well.
+    chosen = {name if name in values else name.removeprefix("no_") for name in names_of(argv)}
     of_model = _flags_of_model(values, chosen, set() if flags.config is None else {*names_of(preset_argv)})
     if of_model and not has_own_data and flags.config is None and "output_dir" not in chosen:
         of_model["output_dir"] = f"runs/{Path(flags.init_from).name}-tuned"

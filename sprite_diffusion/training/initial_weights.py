@@ -1,7 +1,6 @@
 """A network that begins with the weights of another one, which may have other channels, classes or sides."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,20 +13,10 @@ CLASS_COLUMNS = "context_embeddings.{}.0.weight"  # of ContextUNet2DModel: a col
 TIME_BIAS = "time_embedding.linear_2.bias"
 
 
-@dataclass
-class Changes:
-    """What of a network could not be copied as it was, in words."""
-
-    words: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        return "; ".join(self.words) or "every weight as it was"
-
-
 def adapt_network(
     base: Pipeline, config: TrainingConfig, num_channels: int, id2label: Mapping[int, str] | None
-) -> tuple[torch.nn.Module, Changes]:
-    """Returns a network of the shape of a model's, with its weights where they fit, and what was changed.
+) -> tuple[torch.nn.Module, str]:
+    """Returns a network of the shape of a model's, with its weights where they fit, and in words what was changed.
 
     On images that both know, the network is at first the same function as the model's: grey is laid on three channels
     or their mean taken, a new alpha is not looked at, classes keep their names, and a network without classes predicts
@@ -51,20 +40,22 @@ def adapt_network(
         shape |= {"shortcut_seed": None}
         shape["pool_size"] = network["pool_size"] if base.sample_shape[1:] == config.image_size else None
     model = type(base.unet).from_config({**network, **shape})
-    changes = Changes()
+    changes: list[str] = []
     weights = model.state_dict()
     of_classes = _convert_classes(base, id2label, changes)
     before = {**base.unet.state_dict(), **_convert_channels(base, weights, num_channels, changes), **of_classes}
     anew = [name for name in weights if name not in before or before[name].shape != weights[name].shape]
     if anew:
-        changes.words.append(f"{len(anew)} of {len(weights)} weights begin at random ({', '.join(anew[:3])})")
+        changes.append(f"{len(anew)} of {len(weights)} weights begin at random ({', '.join(anew[:3])})")
     model.load_state_dict({name: weights[name] if name in anew else before[name] for name in weights})
     if base.sample_shape[1:] != config.image_size:
-        changes.words.append(f"images of {width}x{height} in place of {base.sample_shape[2]}x{base.sample_shape[1]}")
-    return model, changes
+        changes.append(f"images of {width}x{height} in place of {base.sample_shape[2]}x{base.sample_shape[1]}")
+    return model, "; ".join(changes) or "every weight as it was"
 
 
-def _convert_classes(base: Pipeline, id2label: Mapping[int, str] | None, changes: Changes) -> dict[str, torch.Tensor]:
+def _convert_classes(
+    base: Pipeline, id2label: Mapping[int, str] | None, changes: list[str]
+) -> dict[str, torch.Tensor]:
     """Returns the weights of a network's classes: known names keep theirs, others begin at the mean of all."""
     weights = base.unet.state_dict()
     tables = {name: weights[name] for name in (CLASS_ROWS, *map(CLASS_COLUMNS.format, range(2))) if name in weights}
@@ -73,22 +64,22 @@ def _convert_classes(base: Pipeline, id2label: Mapping[int, str] | None, changes
     if id2label is None:
         if not ids:
             return {}
-        changes.words.append("its classes are left out, and what it knows of no class is kept")
+        changes.append("its classes are left out, and what it knows of no class is kept")
         if CLASS_ROWS in tables:
             return {TIME_BIAS: weights[TIME_BIAS] + tables[CLASS_ROWS][-1]}
         return {name: torch.zeros_like(table[:, :1]) for name, table in tables.items()}
     names = list(id2label.values())
     new = [name for name in names if name not in ids]
     if gone := [name for name in ids if name not in names]:
-        changes.words.append(f"without the classes {', '.join(gone)}")
+        changes.append(f"without the classes {', '.join(gone)}")
     if not ids:
-        changes.words.append(f"the classes {', '.join(names)} begin as the model without classes")
+        changes.append(f"the classes {', '.join(names)} begin as the model without classes")
         width = len(weights[TIME_BIAS]) if TIME_BIAS in weights else 0
         return {name: table.new_zeros(len(table), len(names)) for name, table in tables.items()} or {
             CLASS_ROWS: weights[TIME_BIAS].new_zeros(len(names) + 1, width)
         }
     if new:
-        changes.words.append(f"the classes {', '.join(new)} begin at the mean of its classes")
+        changes.append(f"the classes {', '.join(new)} begin at the mean of its classes")
     converted = {}
     for name, table in tables.items():
         rows = table[:-1] if name == CLASS_ROWS else table.T  # (K, D)
@@ -98,7 +89,7 @@ def _convert_classes(base: Pipeline, id2label: Mapping[int, str] | None, changes
 
 
 def _convert_channels(
-    base: Pipeline, weights: Mapping[str, torch.Tensor], num_channels: int, changes: Changes
+    base: Pipeline, weights: Mapping[str, torch.Tensor], num_channels: int, changes: list[str]
 ) -> dict[str, torch.Tensor]:
     """Returns the first and the last convolution for images of other channels; nothing if they are the same."""
     before = base.sample_shape[0]
@@ -113,7 +104,7 @@ def _convert_channels(
             converted[name] = torch.tensordot(channel_map(before, num_channels), old, dims=1)
             if num_channels == 4 and old.ndim == 1 and base.scheduler.config["prediction_type"] == "sample":
                 converted[name][3] = 1.0  # alpha begins opaque
-    changes.words.append(f"images of {num_channels} channel(s) in place of {before}")
+    changes.append(f"images of {num_channels} channel(s) in place of {before}")
     return converted
 
 
