@@ -468,8 +468,8 @@ class TestPixelArt:
     def test_the_palette_and_background_are_those_of_all_reference_images(self, monkeypatch, read_at_once):
         monkeypatch.setattr(pixel_art, "READ_AT_ONCE", read_at_once)
         real = sprites(60)
-        art = PixelArt.of_data(real, 20)
-        assert torch.equal(art.palette, encode(real[real.reference[:20]]).unique())
+        art = PixelArt.of_data(real)
+        assert torch.equal(art.palette, encode(real[real.reference]).unique())
         assert art.background == 0xFFFFFF
 
     def test_images_of_many_colours_are_none(self, tmp_path):
@@ -478,10 +478,10 @@ class TestPixelArt:
         images[:, 0, 4] = 0  # 31 colours and black
         np.save(tmp_path / "images.npy", images)
         files = {"dataset_name": str(tmp_path / "images.npy"), "with_labels": False, "resolution": "8"}
-        assert PixelArt.of_data(sprites(None, **files), 20) is not None
+        assert PixelArt.of_data(sprites(None, **files)) is not None
         images[:, 0, 4] = (1, 2, 3)
         np.save(tmp_path / "images.npy", images)
-        assert PixelArt.of_data(sprites(None, **files), 20) is None
+        assert PixelArt.of_data(sprites(None, **files)) is None
 
 
 def enlarged(image: torch.Tensor) -> np.ndarray:

@@ -94,7 +94,7 @@ def evaluate(
     on the main process.
     """
     state = PartialState()
-    pixel_art = PixelArt.of_data(real, num_images)
+    pixel_art = PixelArt.of_data(real)
     parts = gather_object([_measure(real, extractor, pixel_art, images, state.device, judge_classes)])
     result = None
     if state.is_main_process:

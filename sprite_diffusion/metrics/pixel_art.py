@@ -8,6 +8,7 @@ from sprite_diffusion.metrics.real_images import RealImages
 from sprite_diffusion.sampling.palettes import encode_colours
 
 READ_AT_ONCE = 512  # images; the first of them say whether the data are pixel art
+LOOKED_AT = 10_000  # images: more than are measured, as a colour may stand in one of a thousand
 HALF_OPAQUE = 128  # alpha from which a pixel counts as one of the sprite
 CLEAR = 2**24  # the code of a transparent pixel, whatever colour is hidden there: that of no colour
 
@@ -20,11 +21,11 @@ class PixelArt:
         self.background = background
 
     @classmethod
-    def of_data(cls, real: RealImages, num_images: int) -> "PixelArt | None":
-        """Returns the palette and background of the first reference images; None if these are no pixel art."""
+    def of_data(cls, real: RealImages) -> "PixelArt | None":
+        """Returns the palette and background of the reference images; None if the first of them are no pixel art."""
         palettes: list[torch.Tensor] = []
         borders: list[torch.Tensor] = []
-        for images in real.in_batches(real.reference[:num_images], READ_AT_ONCE):
+        for images in real.in_batches(real.reference[:LOOKED_AT], READ_AT_ONCE):
             codes = encode(images)
             if not palettes and median(count_colours(codes)) > PIXEL_ART_COLOURS:
                 return None
