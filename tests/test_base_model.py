@@ -144,6 +144,14 @@ def test_alpha_of_a_network_that_predicts_noise_begins_at_zero():
     assert predict(network, torch.randn(2, 4, 8, 8))[:, 3].abs().max() == 0
 
 
+def test_dropout_is_the_models_unless_a_flag_says_otherwise():
+    base = make_pipeline()
+    base.unet.register_to_config(dropout=0.2)
+    for flag, expected in ((0.0, 0.2), (0.1, 0.1)):
+        network, _ = adapt_network(base, TrainingConfig(resolution="8", dropout=flag), 3, None)
+        assert network.config.dropout == expected
+
+
 def test_other_sides_are_taken_by_a_network_of_convolutions_and_named_where_weights_have_them():
     base = make_pipeline()
     network, changes = adapt(base, image_size=(16, 12))

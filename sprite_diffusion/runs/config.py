@@ -86,7 +86,12 @@ class TrainingConfig(DataConfig):
     )
     attention_levels: list[int] = flag([5], "Levels with self-attention, 1 = full resolution; 0 = none.")
     layers_per_block: int = flag(2, "Residual blocks per level.", at_least=1, at_most=MAX_LAYERS)
-    dropout: float = flag(0.0, "Share of the features that UNet2DModel's blocks leave out.", at_least=0, below=1)
+    dropout: float = flag(
+        0.0,
+        "Share of the features that UNet2DModel's blocks leave out; 0 leaves it to a given model or config.",
+        at_least=0,
+        below=1,
+    )
     attention_head_dim: int = flag(
         8, "Channels per attention head; 32 or 64 is faster than the default.", at_least=1, at_most=MAX_CHANNELS
     )

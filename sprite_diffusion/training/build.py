@@ -96,11 +96,12 @@ def _build_unet2d(config: TrainingConfig, num_channels: int, num_classes: int | 
         "sample_size": config.image_size,
         "in_channels": num_channels,
         "out_channels": num_channels,
-        "dropout": config.dropout,
         "num_class_embeds": None if num_classes is None else num_classes + 1,
     }
     if config.model_config_name_or_path is not None:
         model_config = _load_unet2d_config(config.model_config_name_or_path)
+        if config.dropout:
+            shape["dropout"] = config.dropout
         try:
             model = UNet2DModel.from_config({**model_config, **shape})
         except Exception as error:  # whatever its values lead diffusers to
@@ -118,6 +119,7 @@ def _build_unet2d(config: TrainingConfig, num_channels: int, num_classes: int | 
             up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
             attention_head_dim=config.attention_head_dim,
             norm_num_groups=_choose_num_groups(channels),
+            dropout=config.dropout,
         )
     return _finish_unet2d(model, config)
 

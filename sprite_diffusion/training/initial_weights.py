@@ -34,7 +34,7 @@ def adapt_network(
     shape: dict[str, Any] = {"in_channels": num_channels, "out_channels": num_channels, "sample_size": [height, width]}
     if "num_class_embeds" in network:
         shape["num_class_embeds"] = None if id2label is None else len(id2label) + 1
-        shape["dropout"] = config.dropout
+        shape["dropout"] = config.dropout or network.get("dropout", 0.0)
     if "context_dim" in network:
         shape |= {"context_dim": len(id2label or "_"), "num_train_timesteps": config.ddpm_num_steps}
         shape |= {"shortcut_seed": None}
