@@ -25,6 +25,7 @@ from sprite_diffusion.metrics.report import Measurement
 from sprite_diffusion.runs import outputs
 from sprite_diffusion.runs.manifest import find_damage
 from sprite_diffusion.sampling import samplers
+from sprite_diffusion.sharing.card import make_card
 
 EVERYTHING = (
     f"{TINY} --num_epochs 6 --save_images_steps 5 --save_images_epochs 1 --save_model_epochs 1 --snapshot_epochs 2"
@@ -332,6 +333,7 @@ def test_a_run_that_copies_ends_at_its_best_checkpoint(run_script, tmp_path, mon
     assert {f"checkpoint-best-{best}", f"checkpoint-{best}"} <= steps
     assert max(int(name.rpartition("-")[2]) for name in steps) == best
     assert_same_weights(weights(tmp_path), weights(tmp_path / f"checkpoint-best-{best}"))
+    assert f"samples/step-{best:06d}.png" in make_card(tmp_path, None, None)
     with pytest.raises(SystemExit):
         run_script("train_unconditional", flags, tmp_path)
     assert "holds a finished run" in capsys.readouterr().err

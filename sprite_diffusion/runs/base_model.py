@@ -26,7 +26,7 @@ SHAPE_FLAGS = (
 # Of the flags of the process, those that name its options as they are called.
 SAME_OPTIONS = ("beta_start", "beta_end", "noise_type")
 SAMPLE_STEPS = 50  # of the sample grids
-# A trained network needs few steps, and small ones at first, since its optimizer knows nothing of it: docs/quality.md
+# A trained network needs few steps, and small ones at first, as its optimizer knows nothing of it: docs/finetuning.md
 SHORT_SCHEDULE = {"max_train_steps": 400, "learning_rate": 5e-4, "lr_warmup_steps": 20}
 
 
@@ -75,7 +75,7 @@ def flags_of_model(base: Pipeline) -> dict[str, Any]:
         }
     elif "num_features" in network:
         flags |= {"block_out_channels": [network["num_features"]], "norm_type": network["norm_type"]}
-    options = {**PROCESS_OPTIONS, **SAMPLING_OPTIONS, **dict(zip(SAME_OPTIONS, SAME_OPTIONS, strict=True))}
+    options = PROCESS_OPTIONS | SAMPLING_OPTIONS | {name: name for name in SAME_OPTIONS}
     return flags | {flag: process[option] for flag, option in options.items() if process.get(option) is not None}
 
 

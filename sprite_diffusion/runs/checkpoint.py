@@ -55,8 +55,17 @@ class Checkpoints:
         return TrainState() if self.newest is None else self._restore(self.newest)
 
     def return_to_best(self) -> TrainState:
-        """Restores the best checkpoint in place of all later ones, and returns where the run stands then."""
-        state = self._restore(list_best(self.output_dir)[-1])
+        """Restores the best checkpoint in place of all later ones, and returns where the run stands then.
+
+        Raises `UserInputError` if there is none, since the disk was full.
+        """
+        best = max(list_best(self.output_dir), key=step_of, default=None)  # the last of several is the best of them
+        if best is None:
+            raise UserInputError(
+                f"--stop_when_copying: {self.output_dir} has no best checkpoint to end at, as the disk was full; free "
+                "some, and give the same command again"
+            )
+        state = self._restore(best)
         self.save(state)
         return state
 

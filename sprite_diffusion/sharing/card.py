@@ -91,14 +91,16 @@ def read_run(run_dir: Path) -> RunRecord:
         saved = {**read_yaml(run_dir / CONFIG_FILE, typed=True), **_read_json(run_dir / SUMMARY_FILE)}
         index = _read_json(run_dir / INDEX_FILE)
         metrics = _read_metrics(run_dir / METRICS_FILE, saved["global_step"])
+        # A run that went back to an earlier step has grids of later ones, which are not of its weights.
+        grids = [path for path in grids if int(path.stem.removeprefix("step-")) <= saved["global_step"]]
         combined: dict[str, Any] = {
             "versions": {name: str(version) for name, version in saved["versions"].items()},
             "class_names": [_check_type("id2label", name, str) for name in index.get("id2label", {}).values()],
             "needs_remote_code": not isinstance(index["_class_name"], str),
             "is_transparent": _read_json(run_dir / NETWORK_CONFIG_FILE)["in_channels"] == 4,
-            "base": saved.get("base"),
-            "base_is_on_hub": saved.get("base_is_on_hub", False),
-            "base_license": saved.get("base_license"),
+            "base": _check_type("base", saved.get("base"), str | None),
+            "base_is_on_hub": _check_type("base_is_on_hub", saved.get("base_is_on_hub", False), bool),
+            "base_license": _check_type("base_license", saved.get("base_license"), str | None),
             "newest_grid": f"{SAMPLES_DIR}/{grids[-1].name}" if grids else None,
             "report": Report.from_dict(metrics) if metrics else None,
             "sampler": _check_type("sampler", metrics["sampler"], str) if metrics else None,

@@ -86,11 +86,11 @@ def augment(
     shift_x, shift_y = (is_shifted * draw * LARGEST_SHIFT for draw in signed[4:6])
     if is_pixel_art:
         shift_x, shift_y = (shift_x * width).round() / width, (shift_y * height).round() / height
-    is_last = draws[6] < probability
-    power = signed[7] * LARGEST_SCALE * (is_last & (not is_pixel_art))
+    is_chosen = draws[6] < probability  # for the change that one of the two sets has alone: colours, or scale
+    power = signed[7] * LARGEST_SCALE * (is_chosen & (not is_pixel_art))
     orders = torch.zeros_like(draws[7], dtype=torch.long)
     if is_pixel_art and images.shape[1] >= 3:
-        orders = (1 + (5 * draws[7]).floor()).long() * is_last
+        orders = (1 + (5 * draws[7]).floor()).long() * is_chosen
     changed = _move(images, 1 - 2.0 * mirrored, angle, shift_x, shift_y, power, is_pixel_art)
     if images.shape[1] >= 3:
         index = COLOUR_ORDERS.to(images.device)[orders][..., None, None].expand(-1, -1, height, width)
