@@ -1,3 +1,3 @@
-from pipelines.pipeline_ddpm import ConditionalDDPMPipeline, UnconditionalDDPMPipeline, to_straight_alpha
+from pipelines.pipeline_ddpm import ConditionalDDPMPipeline, UnconditionalDDPMPipeline, to_oklab, to_straight_alpha
 
-__all__ = ["ConditionalDDPMPipeline", "UnconditionalDDPMPipeline", "to_straight_alpha"]
+__all__ = ["ConditionalDDPMPipeline", "UnconditionalDDPMPipeline", "to_oklab", "to_straight_alpha"]

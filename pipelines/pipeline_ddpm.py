@@ -14,6 +14,18 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, ImagePipel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
+# From linear sRGB to the responses of the eye's cones, and from their cube roots to OKLab: Ottosson 2020.
+TO_CONES = (
+    (0.4122214708, 0.5363325363, 0.0514459929),
+    (0.2119034982, 0.6806995451, 0.1073969566),
+    (0.0883024619, 0.2817188376, 0.6299787005),
+)
+TO_OKLAB = (
+    (0.2104542553, 0.7936177850, -0.0040720468),
+    (1.9779984951, -2.4285922050, 0.4505937099),
+    (0.0259040371, 0.7827717662, -0.8086757660),
+)
+
 # The `pipeline.py` of a stock folder. diffusers takes the one pipeline class in it, hence the name is used again.
 CUSTOM_PIPELINE = '''"""This model with its own pipeline and scheduler in place of the stock ones that its index names:
 
@@ -85,6 +97,7 @@ class _DDPMPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, torch.Tensor, dict], dict] | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
         eta: float = 0.0,
+        palette: Sequence[str] | None = None,
     ) -> Any:
         r"""
         Generates images by Algorithm 2 of Ho et al. 2020.
@@ -114,6 +127,9 @@ class _DDPMPipeline(DiffusionPipeline):
             eta (`float`, defaults to 0):
                 For [`~diffusers.DDIMScheduler`]: the share of DDPM's noise that each step adds, 0 to 1; equation 16
                 of https://huggingface.co/papers/2010.02502. Other schedulers ignore it.
+            palette (`Sequence[str]`, *optional*):
+                Colours such as `"#d02c30"`, or without the `#` as in a `palette.hex`: every pixel takes the nearest,
+                in OKLab. Alpha stays as it is.
 
         Returns:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: the images.
@@ -123,6 +139,7 @@ class _DDPMPipeline(DiffusionPipeline):
         """
         self._check_inputs(batch_size, generator, latents, output_type, callback_on_step_end_tensor_inputs)
         device = self._execution_device
+        colours = None if palette is None else _read_colours(palette).to(device)
         self.scheduler.set_timesteps(num_inference_steps or len(self.scheduler), device=device)
 
         # 1. x_T ~ N(0, I): float32 whatever the network's dtype, or bf16 noise would have 2^8 levels
@@ -151,6 +168,8 @@ class _DDPMPipeline(DiffusionPipeline):
 
         # 4. [-1, 1] -> images
         images = to_straight_alpha((latents / 2 + 0.5).clamp(0, 1))
+        if colours is not None:
+            images = snap_colours(images, colours)
         images = VaeImageProcessor(do_normalize=False).postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -378,6 +397,39 @@ def to_straight_alpha(images: torch.Tensor) -> torch.Tensor:
     alpha = images[..., 3:, :, :]
     colours = torch.where((255 * alpha).round() > 0, images[..., :3, :, :] / alpha, 0).clamp(max=1)
     return torch.cat([colours, alpha], dim=-3)
+
+
+def to_oklab(colours: torch.Tensor) -> torch.Tensor:
+    """Returns sRGB colours (..., 3) in [0, 1] in OKLab, where equal distances look about equally far."""
+    linear = torch.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+    cones, oklab = (
+        torch.tensor(matrix, dtype=colours.dtype, device=colours.device) for matrix in (TO_CONES, TO_OKLAB)
+    )
+    return (linear @ cones.T) ** (1 / 3) @ oklab.T
+
+
+def snap_colours(images: torch.Tensor, palette: torch.Tensor) -> torch.Tensor:
+    """Returns images (B, C, H, W) in [0, 1], each pixel's colour the nearest of a palette (K, 3) in [0, 1], in OKLab.
+
+    The first channel or the first three are the colour, as one of 256 levels. Alpha stays as it is.
+    """
+    num_channels = 1 if images.shape[1] == 1 else 3
+    pixels = (255 * images[:, :num_channels]).round().expand(-1, 3, -1, -1).movedim(1, -1) / 255  # (B, H, W, 3)
+    distances = torch.cdist(
+        to_oklab(pixels).flatten(0, 2), to_oklab(palette), compute_mode="donot_use_mm_for_euclid_dist"
+    )
+    colours = palette[distances.argmin(dim=1)].view_as(pixels).movedim(-1, 1)
+    return torch.cat([colours[:, :num_channels], images[:, num_channels:]], dim=1)
+
+
+def _read_colours(palette: Sequence[str]) -> torch.Tensor:
+    """Returns colours (K, 3) in [0, 1] from their hexadecimal digits. Raises a ValueError for what are none."""
+    for colour in palette:
+        if re.fullmatch("#?[0-9a-fA-F]{6}", colour) is None:
+            raise ValueError(f"`palette` has {colour!r}: a colour is written as '#d02c30'")
+    if len(palette) == 0:
+        raise ValueError("`palette` has no colours")
+    return torch.tensor([list(bytes.fromhex(colour.removeprefix("#"))) for colour in palette]) / 255
 
 
 def _is_in_diffusers(part: Any) -> bool:

@@ -20,6 +20,7 @@ from launching import PYTHON, run_command
 from models import BasicUNet2DModel, ContextUNet2DModel
 from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline, to_straight_alpha
 from schedulers import ClosedFormDDPMScheduler, LinearCorruptionScheduler
+from sprite_diffusion.sampling.palettes import Palette
 
 ID2LABEL = {0: "hero", 1: "food", 2: "spell"}
 
@@ -381,3 +382,25 @@ def test_conditional_folder_carries_its_code(conditional, tmp_path):
         assert classes.split()[0] == "ConditionalDDPMPipeline"
         assert classes.split()[2] == "ClosedFormDDPMScheduler"
         np.testing.assert_array_equal(images, expected)
+
+
+class TestPalette:
+    COLOURS = ("#000000", "ffffff", "#D02c30", "2050a0", "60c040")
+
+    @pytest.mark.parametrize("channels", [1, 3, 4])
+    def test_is_that_of_sample_py(self, channels):
+        """As what scipy's search finds nearest, for `sample.py --palette FILE`; grey images have greys."""
+        colours = ("#000000", "#ffffff", "808080") if channels == 1 else self.COLOURS
+        unet = tiny_unet(in_channels=channels, out_channels=channels)
+        pipeline = quiet(UnconditionalDDPMPipeline(unet, ClosedFormDDPMScheduler()))
+        kwargs = {"batch_size": 3, "num_inference_steps": 3, "output_type": "pt"}
+        raw = pipeline(**kwargs, generator=seeds(0, 1, 2)).images
+        snapped = pipeline(**kwargs, generator=seeds(0, 1, 2), palette=colours).images
+        levels = np.array([list(bytes.fromhex(colour.removeprefix("#"))) for colour in colours], np.uint8)
+        assert torch.equal(snapped, Palette(levels, "").snap(raw))
+        assert not torch.equal(snapped, raw)
+
+    @pytest.mark.parametrize("palette", [[], ["red"], ["#12345"], ["#1234567"], ["#12 456"]])
+    def test_what_is_no_colour_is_an_error(self, unconditional, palette):
+        with pytest.raises(ValueError, match="`palette` has"):
+            unconditional(num_inference_steps=1, palette=palette)

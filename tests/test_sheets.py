@@ -14,13 +14,14 @@ from launching import TINY
 from PIL import Image
 from tiny_network import make_tiny_network
 
+import pipelines
 from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline
 from schedulers import ClosedFormDDPMScheduler
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.config import DataConfig
 from sprite_diffusion.data.dataset import load_image_data, load_tensor
 from sprite_diffusion.sampling.flags import parse_args
-from sprite_diffusion.sampling.palettes import Palette, learn_palette, learn_pixel_art, read_palette, to_oklab
+from sprite_diffusion.sampling.palettes import Palette, learn_palette, learn_pixel_art, read_palette
 from sprite_diffusion.sampling.sheets import draw_sheet, write_sheet
 from sprite_diffusion.sampling.views import choose_finish
 
@@ -286,6 +287,11 @@ class TestCutSheets:
         Image.fromarray(rng.integers(0, 256, (16, 160, 3), np.uint8)).save("sheet.png")
         run_script("train_unconditional", f"{flags} --resume_from_checkpoint latest", tmp_path / "run")
         assert not Path("run/palette.hex").exists()
+
+
+def to_oklab(colours: np.ndarray) -> np.ndarray:
+    """Returns colours (..., 3) uint8 in OKLab."""
+    return pipelines.to_oklab(torch.from_numpy(colours / 255)).numpy()
 
 
 class TestPalettes:

@@ -13,6 +13,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError
 from PIL import Image
 
+from pipelines import to_oklab
 from sprite_diffusion.common.errors import UserInputError, first_line
 from sprite_diffusion.common.run_files import CONFIG_FILE, PALETTE_FILE, find_run
 from sprite_diffusion.data.advise import PIXEL_ART_COLOURS
@@ -26,22 +27,6 @@ READ_AT_ONCE = 4096  # images whose colours are in memory at a time
 CLUSTERED_PIXELS = 2**17  # drawn at random, so that the clusters of a large set take seconds
 CLUSTER_STEPS = 30
 MAX_FILE_SIZE = 2**16  # bytes of a text file of colours; 256 named ones take about ten thousand
-
-# From linear sRGB to the responses of the eye's cones, and from their cube roots to OKLab: Ottosson 2020.
-TO_CONES = np.array(
-    [
-        [0.4122214708, 0.5363325363, 0.0514459929],
-        [0.2119034982, 0.6806995451, 0.1073969566],
-        [0.0883024619, 0.2817188376, 0.6299787005],
-    ]
-)
-TO_OKLAB = np.array(
-    [
-        [0.2104542553, 0.7936177850, -0.0040720468],
-        [1.9779984951, -2.4285922050, 0.4505937099],
-        [0.0259040371, 0.7827717662, -0.8086757660],
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -73,26 +58,19 @@ class Palette:
     def _snap_pixels(self, pixels: np.ndarray, is_seen: np.ndarray) -> np.ndarray:
         """Returns pixels (P, 3) uint8 in colours of the palette; those that `is_seen` (P,) decide on which of them."""
         found, index = np.unique(pixels, axis=0, return_inverse=True)
-        lab, palette = to_oklab(found), self.colours
+        lab, palette = _to_oklab(found), self.colours
         if self.colours_per_image is not None:
             counts = np.bincount(index.ravel(), is_seen)
             palette = palette[
-                _choose_columns(_square_distances(lab, to_oklab(palette)), counts, self.colours_per_image)
+                _choose_columns(_square_distances(lab, _to_oklab(palette)), counts, self.colours_per_image)
             ]
-        return palette[_find_nearest(lab, to_oklab(palette))][index.ravel()]
+        return palette[_find_nearest(lab, _to_oklab(palette))][index.ravel()]
 
     @property
     def record(self) -> dict[str, object]:
         """The entry about the palette in the record of a picture."""
         limit = {} if self.colours_per_image is None else {"colours_per_image": self.colours_per_image}
         return {"source": self.source, "colours": [f"#{bytes(colour).hex()}" for colour in self.colours], **limit}
-
-
-def to_oklab(colours: np.ndarray) -> np.ndarray:
-    """Returns colours (..., 3) uint8 sRGB in OKLab, float64, where equal distances look about equally far."""
-    values = colours / 255
-    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
-    return np.cbrt(linear @ TO_CONES.T) @ TO_OKLAB.T
 
 
 def choose_palette(text: str, model: str, num_channels: int) -> Palette:
@@ -169,11 +147,16 @@ def learn_palette(images: StoredImages, num_colours: int | None) -> np.ndarray:
     from scipy.cluster.vq import kmeans2  # here, as most commands have no use for it
 
     rng = np.random.default_rng(0)
-    lab = to_oklab(colours)
+    lab = _to_oklab(colours)
     drawn = rng.choice(len(lab), min(CLUSTERED_PIXELS, int(counts.sum())), p=counts / counts.sum())
     centres, _ = kmeans2(lab[drawn], num_colours or NUM_CLUSTERS, CLUSTER_STEPS, minit="++", rng=rng)
     # Not the centre itself: white pixels and some of nearly white would make a ground that is not white.
     return colours[np.unique(_find_nearest(centres, lab))]
+
+
+def _to_oklab(colours: np.ndarray) -> np.ndarray:
+    """Returns colours (..., 3) uint8 in OKLab, float64."""
+    return to_oklab(torch.from_numpy(colours / 255)).numpy()
 
 
 def _find_nearest(points: np.ndarray, palette: np.ndarray) -> np.ndarray:
