@@ -125,10 +125,10 @@ def poisoned(monkeypatch):
     def poison(steps: range) -> None:
         draw = training_loop.draw_randomness
 
-        def draw_and_poison(entropy, clean_images, *args):
+        def draw_and_poison(entropy, batch, *args):
             if entropy[1] in steps:
-                clean_images[0, 0, 0, 0] = torch.nan
-            return draw(entropy, clean_images, *args)
+                batch.images[0, 0, 0, 0] = torch.nan
+            return draw(entropy, batch, *args)
 
         monkeypatch.setattr(training_loop, "draw_randomness", draw_and_poison)
 

@@ -17,8 +17,8 @@ from inspecting import assert_same_weights, read_scalars, weights
 from launching import LAUNCH, LAUNCH_TWO, REPOSITORY, TINY, finish, start
 from PIL import Image
 
-from sprite_diffusion.training.steps import Step, take_share
-from sprite_diffusion.training.training_loop import draw_randomness
+from sprite_diffusion.training.randomness import draw_randomness
+from sprite_diffusion.training.steps import Batch, Step, take_share
 
 NUM_IMAGES = 37  # the last of an epoch's steps of 16 has 5, of which the second of two processes gets none
 STEPS_PER_EPOCH, NUM_STEPS = 3, 27
@@ -194,8 +194,8 @@ def test_shares_of_a_stream_are_what_it_gives():
 
 def test_processes_and_micro_batches_draw_what_one_batch_draws():
     images = torch.zeros(6, 3, 4, 4)
-    whole = draw_randomness((7, 100), images, 1000, 0, 6)
-    parts = [draw_randomness((7, 100), images[:2], 1000, first_row, 6) for first_row in (0, 2, 4)]
+    whole = draw_randomness((7, 100), Batch(images, None, 0, 6, 6), 1000, 6)
+    parts = [draw_randomness((7, 100), Batch(images[:2], None, row, 2, 6), 1000, 6) for row in (0, 2, 4)]
     for expected, *drawn in zip(whole, *parts, strict=True):
         assert torch.equal(expected, torch.cat(drawn))
 

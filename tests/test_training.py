@@ -14,7 +14,8 @@ from PIL import Image
 
 from sprite_diffusion.sampling.pipeline_loading import load_pipeline
 from sprite_diffusion.sharing.report import read_training_log
-from sprite_diffusion.training.training_loop import draw_randomness
+from sprite_diffusion.training.randomness import draw_randomness
+from sprite_diffusion.training.steps import Batch
 
 
 @pytest.mark.parametrize("script", [pytest.param("train_unconditional", marks=pytest.mark.slow), "train_conditional"])
@@ -186,8 +187,8 @@ def test_overwriting_removes_only_what_runs_write(run_script, tmp_path):
 
 
 def test_randomness_is_that_of_the_named_distributions_and_differs_by_step():
-    images = torch.zeros(4000, 1, 2, 2, dtype=torch.bfloat16)
-    noise, timesteps, uniform, _ = draw_randomness((0, 0), images, 10, 0, 4000)
+    batch = Batch(torch.zeros(4000, 1, 2, 2, dtype=torch.bfloat16), None, 0, 4000, 4000)
+    noise, timesteps, uniform, _ = draw_randomness((0, 0), batch, 10, 4000)
     assert noise.dtype == torch.float32
     # The bounds are five standard errors of 16,000 normal numbers, and of 4,000 of the others.
     assert abs(noise.mean()) < 5 / 16000**0.5
@@ -197,4 +198,4 @@ def test_randomness_is_that_of_the_named_distributions_and_differs_by_step():
     assert (counts - 400).abs().max() < 5 * (4000 * 0.09) ** 0.5
     assert abs(uniform.mean() - 0.5) < 5 / (12 * 4000) ** 0.5
     for other in [(1, 0), (0, 1)]:
-        assert not torch.equal(draw_randomness(other, images, 10, 0, 4000)[0], noise)
+        assert not torch.equal(draw_randomness(other, batch, 10, 4000)[0], noise)

@@ -48,6 +48,7 @@ class ImageData:
     source: str  # the name of the data, for messages and the model card
     license: str | None = None  # if the data names one
     num_available: int | None = None  # of which `max_train_samples` are used; None for a stream
+    held_out: "StoredImages | None" = None  # images that are not trained on
 
     @property
     def identity(self) -> str | None:
@@ -91,6 +92,11 @@ class StoredImages(Dataset):
         """A hash of all pixels and labels."""
         labels = b"" if self.class_labels is None else self.class_labels.tobytes()
         return xxhash.xxh3_128(self.store.digest.encode() + labels).hexdigest()
+
+    def select(self, rows: np.ndarray) -> "StoredImages":
+        """Returns the images of some rows."""
+        labels = None if self.class_labels is None else self.class_labels[rows]
+        return StoredImages(self.store.select(rows), labels, self.image_size)
 
     def begin_epoch(self, epoch: int, seed: int = 0, random_flip: bool = False) -> None:
         """Chooses the crops and flips of an epoch."""
@@ -259,6 +265,32 @@ def load_tensor(
         ids, class_names = to_class_ids(values, None, config, "class_labels")
     dataset = StoredImages(ImageStore.from_array(premultiply(images.cpu()).numpy()), ids, config.image_size)
     return ImageData(dataset, class_names, [], "images in memory")
+
+
+def hold_out(data: ImageData, fraction: float) -> ImageData:
+    """Returns images without a share of them, by chance but always the same, which are its `held_out`.
+
+    Of each class the share is held out, rounded down, so that no class is without images. Raises `UserInputError` if
+    no image would be held out.
+    """
+    if fraction == 0:
+        return data
+    assert isinstance(data.dataset, StoredImages)  # as --evaluate_every does not go with a stream
+    num_images = len(data.dataset)
+    labels = data.dataset.class_labels if data.class_names is not None else None
+    labels = np.zeros(num_images, np.int64) if labels is None else labels
+    order = np.random.default_rng(0).permutation(num_images)
+    order = order[np.argsort(labels[order], kind="stable")]
+    sorted_labels = labels[order]
+    rank = np.arange(num_images) - np.searchsorted(sorted_labels, sorted_labels)  # among those of the same class
+    is_held_out = np.zeros(num_images, bool)
+    is_held_out[order] = rank < np.floor(fraction * np.bincount(labels)[sorted_labels])
+    if not is_held_out.any():
+        raise UserInputError(
+            f"--validation_fraction {fraction:g} is less than one image of each class of {data.source}: give more"
+        )
+    kept, held_out = (data.dataset.select(np.flatnonzero(rows)) for rows in (~is_held_out, is_held_out))
+    return replace(data, dataset=kept, held_out=held_out)
 
 
 def make_dataloader(data: ImageData, batch_size: int, num_workers: int = 0) -> DataLoader:

@@ -77,6 +77,11 @@ class ImageStore:
             digest.update(np.ascontiguousarray(images[start : start + HASHED_AT_ONCE].transpose(0, 2, 3, 1)).data)
         return cls(table, images.__getitem__, digest.hexdigest(), [])
 
+    def select(self, rows: np.ndarray) -> "ImageStore":
+        """Returns a store of some of the rows, which reads them where they are."""
+        digest = xxhash.xxh3_128(self.digest.encode() + rows.tobytes()).hexdigest()
+        return ImageStore(self.table[rows], lambda row: self._read(int(rows[row])), digest, self.skipped)
+
     def __len__(self) -> int:
         return len(self.table)
 

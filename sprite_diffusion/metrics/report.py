@@ -5,7 +5,7 @@ import math
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -132,6 +132,33 @@ def append_history(report: Report, folder: Path, facts: dict[str, Any]) -> None:
         warn(f"{folder / HISTORY_FILE}: {num_damaged} line(s) can't be read and are left out")
     earlier = [json.dumps(line) for line in lines if line["global_step"] < facts["global_step"]]
     write_text(folder / HISTORY_FILE, "\n".join([*earlier, json.dumps({**facts, **report.to_dict()})]) + "\n")
+
+
+class Losses(NamedTuple):
+    """The mean losses of images that are trained on and of others, of the same noise and timesteps."""
+
+    training: float
+    held_out: float
+    gap_error: float  # the standard error of their difference
+
+    @property
+    def gap(self) -> float:
+        """The loss of images that are held out, less that of those that are trained on."""
+        return self.held_out - self.training
+
+    def to_dict(self) -> dict[str, float]:
+        """Returns the losses for trackers and the history of a run, by name."""
+        return {
+            "loss_of_training_images": self.training,
+            "loss_of_held_out_images": self.held_out,
+            "loss_gap": self.gap,
+        }
+
+    def gap_grows(self, folder: Path, global_step: int) -> bool:
+        """Returns whether the gap is above 0 and above the smallest of a run so far, by more than chance makes it."""
+        lines, _ = _read_history(folder / HISTORY_FILE)
+        earlier = [line["loss_gap"] for line in lines if line["global_step"] < global_step and "loss_gap" in line]
+        return bool(earlier) and self.gap - max(0.0, min(earlier)) > 3 * self.gap_error
 
 
 def is_lowest(report: Report, folder: Path, global_step: int) -> bool:

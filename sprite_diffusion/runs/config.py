@@ -206,6 +206,13 @@ class TrainingConfig(DataConfig):
         at_least=1,
         changes="nothing",
     )
+    validation_fraction: float = flag(
+        0.0,
+        "Share of the images, of each class, that are not trained on: each evaluation has their loss beside that of "
+        "the others.",
+        at_least=0,
+        below=1,
+    )
     snapshot_epochs: int | None = flag(
         None,
         "Keep a pipeline under `snapshots/` after epochs 1, 1 + N, 1 + 2 N, ... and the last.",
@@ -297,6 +304,8 @@ class TrainingConfig(DataConfig):
             raise UserInputError("--evaluate_every does not go with --streaming: metrics need all images at hand")
         if self.keep_best_checkpoint and self.evaluate_every is None:
             raise UserInputError("--keep_best_checkpoint needs --evaluate_every: only then is there a best one")
+        if self.validation_fraction and self.evaluate_every is None:
+            raise UserInputError("--validation_fraction needs --evaluate_every, which measures the loss of its images")
         if self.stop_when_copying and not self.keep_best_checkpoint:
             raise UserInputError("--stop_when_copying needs --keep_best_checkpoint, where the run ends")
 

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -40,7 +41,7 @@ from sprite_diffusion.metrics.evaluation import (
 from sprite_diffusion.metrics.extractors import Extractor, make_extractor
 from sprite_diffusion.metrics.flags import CLIP_MODEL
 from sprite_diffusion.metrics.real_images import RealImages
-from sprite_diffusion.metrics.report import NEAR_COPIES, append_history, is_lowest, write_report
+from sprite_diffusion.metrics.report import NEAR_COPIES, Losses, append_history, is_lowest, write_report
 from sprite_diffusion.runs.base_model import describe_base
 from sprite_diffusion.runs.checkpoint import Checkpoints
 from sprite_diffusion.runs.config import TrainingConfig
@@ -96,6 +97,7 @@ class RunOutputs:
         total_steps: int,
         checkpoints: Checkpoints,
         signals: Signals,
+        measure_losses: Callable[[], Losses | None],
     ) -> None:
         self.accelerator = accelerator
         self.config = config
@@ -106,6 +108,7 @@ class RunOutputs:
         self.total_steps = total_steps
         self.checkpoints = checkpoints
         self.signals = signals
+        self.measure_losses = measure_losses
         self.disk = FullDiskWarning()
         self.uploader: HubUploader | None = None
 
@@ -269,11 +272,19 @@ class RunOutputs:
         if result is None:
             return Judgement()
         report, closest_pairs = result
+        losses = self.measure_losses()
+        scalars = {} if losses is None else losses.to_dict()
+        if losses is not None and losses.gap_grows(self.output_dir, state.global_step):
+            tqdm.write(
+                f"step {state.global_step}: the loss is {losses.training:.4g} for images that are trained on and "
+                f"{losses.held_out:.4g} for others, and the gap grows: the network learns its images by heart"
+            )
         facts = {
             "global_step": state.global_step,
             "data": Path(real.source).name,
             "num_training_images": len(real),
             **sampling_facts(pipeline, sampler, config.guidance_scale, config.seed),
+            **scalars,
         }
         is_best = is_lowest(report, self.output_dir, state.global_step)
         with self.disk.instead_of_error("metrics"):
@@ -281,7 +292,8 @@ class RunOutputs:
             append_history(report, self.output_dir, facts)
             for path in write_report(report, closest_pairs, self.output_dir, facts):
                 tqdm.write(f"wrote {path}")
-        self.trackers.log(report.scalars(), state.global_step)
+        scalars = {f"metrics/{name}": value for name, value in scalars.items()}
+        self.trackers.log(report.scalars() | scalars, state.global_step)
         return Judgement(is_best, is_copying=report.figures[NEAR_COPIES].exceeds_floor)
 
     @cached_property

@@ -29,10 +29,13 @@ def print_summary(
     """Prints what is about to be trained, on what and for how long; `start` names the checkpoint if there is one."""
     height, width = config.image_size
     available = data.num_available or 0
-    is_limited = data.num_images is not None and data.num_images + len(data.skipped_images) < available
+    num_held_out = 0 if data.held_out is None else len(data.held_out)
+    is_limited = data.num_images is not None and data.num_images + num_held_out + len(data.skipped_images) < available
     of_all = f" of {available:,}" if is_limited else ""
     images = "a stream of images" if data.num_images is None else f"{data.num_images:,}{of_all} images"
     others = f", {len(data.skipped_images)} skipped" if data.skipped_images else ""
+    if num_held_out:
+        others += f", {num_held_out:,} held out"
     if isinstance(data.dataset, StoredImages) and (doubles := count_doubles(data.dataset)):
         others += f", {doubles:,} doubles of others"
     classes = "" if data.id2label is None else f", {len(data.id2label)} classes"

@@ -16,8 +16,9 @@ from sprite_diffusion.sampling.conditions import Condition, one_hot
 from sprite_diffusion.training.augmentation import augment_as_asked
 from sprite_diffusion.training.build import build_model, build_noise_scheduler
 from sprite_diffusion.training.loss import ddpm_loss
+from sprite_diffusion.training.randomness import Draws
 from sprite_diffusion.training.steps import Batch
-from sprite_diffusion.training.training_loop import Draws, begin_run, training_loop
+from sprite_diffusion.training.training_loop import begin_run, training_loop
 
 MAX_GRID_ROWS = 16  # classes in a sample grid, one per row
 

@@ -62,7 +62,7 @@ class Steps:
         self._dataloader = accelerator.prepare(
             make_dataloader(data, config.train_batch_size, config.dataloader_num_workers)
         )
-        self._images_of_a_step = config.total_batch_size(accelerator.num_processes)
+        self.size = config.total_batch_size(accelerator.num_processes)  # images of all processes in a step
         # accelerate's own count of the images that are left is lost where `skip_first_batches` skips some.
         self._num_images = len(data.dataset) if isinstance(data.dataset, Sized) else None
         if self._num_images is None:  # a stream, for which the configuration has made sure of `max_train_steps`
@@ -97,7 +97,7 @@ class Steps:
         """Returns how many different images all processes were given: accelerate fills up an epoch's last batch."""
         given = len(rows["images"]) * self._accelerator.num_processes
         if self._num_images is not None:
-            return min(given, self._num_images - index * self._images_of_a_step - first_row)
+            return min(given, self._num_images - index * self.size - first_row)
         state = self._accelerator.gradient_state
         return state.remainder if state.end_of_dataloader and state.remainder > 0 else given
 

@@ -4,9 +4,9 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
@@ -14,7 +14,7 @@ from diffusers.optimization import get_scheduler
 
 from sprite_diffusion.common.flags import check_tracker
 from sprite_diffusion.common.machine import join_processes
-from sprite_diffusion.data.dataset import ImageData
+from sprite_diffusion.data.dataset import ImageData, hold_out
 from sprite_diffusion.runs.base_model import check_same_prediction, load_base
 from sprite_diffusion.runs.checkpoint import Checkpoints
 from sprite_diffusion.runs.config import TrainingConfig
@@ -24,9 +24,9 @@ from sprite_diffusion.runs.signals import EXIT_STATUS, Signals
 from sprite_diffusion.runs.state import find_due
 from sprite_diffusion.runs.weights import Weights
 from sprite_diffusion.sampling.pipeline_loading import Pipeline
-from sprite_diffusion.training.augmentation import NUM_UNIFORM
 from sprite_diffusion.training.bad_steps import BadSteps
 from sprite_diffusion.training.build import check_network
+from sprite_diffusion.training.held_out import measure_losses
 from sprite_diffusion.training.meter import Meter
 from sprite_diffusion.training.muon import Muon
 from sprite_diffusion.training.performance import (
@@ -35,16 +35,8 @@ from sprite_diffusion.training.performance import (
     make_accelerator,
     prepare_attention,
 )
+from sprite_diffusion.training.randomness import Draws, draw_randomness
 from sprite_diffusion.training.steps import Batch, Steps
-
-
-class Draws(NamedTuple):
-    """The random numbers of a micro-batch, a row for each image."""
-
-    noise: torch.Tensor  # (B, C, H, W), standard normal, float32
-    timesteps: torch.Tensor  # (B,) in 0..T-1
-    uniform: torch.Tensor  # (B,) in [0, 1), to drop labels by
-    augmentation: torch.Tensor  # (B, 8) in [0, 1), to change images by
 
 
 def training_loop(
@@ -62,6 +54,7 @@ def training_loop(
     """
     accelerator = make_accelerator(config)
     prepare_attention(model, accelerator)
+    data = hold_out(data, config.validation_fraction)
     model, optimizer = accelerator.prepare(model, make_optimizer(model, config))
     steps = Steps(data, config, accelerator)
     lr_scheduler = make_lr_scheduler(optimizer, config, steps)
@@ -71,11 +64,11 @@ def training_loop(
     checkpoints = Checkpoints(accelerator, config, data, weights, lr_scheduler)
     state = checkpoints.load()
     signals = Signals(accelerator, config.shutdown_grace, checkpoints.describe_newest)
-    outputs = RunOutputs(accelerator, config, data, weights, grid, steps.total, checkpoints, signals)
+    losses = partial(measure_losses, accelerator.unwrap_model(model), data, config, loss_fn)
+    outputs = RunOutputs(accelerator, config, data, weights, grid, steps.total, checkpoints, signals, losses)
     outputs.begin(state)
     meter = Meter(accelerator, steps.total, state)
     next_steps = steps.after(state)
-    total_batch_size = config.total_batch_size(accelerator.num_processes)
     grad_norm: Any = None
     lr = 0.0
 
@@ -114,10 +107,7 @@ def training_loop(
             step = next(next_steps)
             for batch in step.batches:
                 with nullcontext() if batch is step.batches[-1] else accelerator.no_sync(model):
-                    draws = draw_randomness(
-                        (config.seed, state.global_step),
-                        *(batch.images, config.ddpm_num_steps, batch.first_row, total_batch_size),
-                    )
+                    draws = draw_randomness((config.seed, state.global_step), batch, config.ddpm_num_steps, steps.size)
                     loss = loss_fn(train_model, batch, draws)
                     accelerator.backward(bad_steps.watch(step.loss_weight(batch, accelerator.num_processes) * loss))
                 meter.add_loss(loss, batch.num_images)
@@ -187,28 +177,3 @@ def make_lr_scheduler(optimizer: Any, config: TrainingConfig, steps: Steps) -> A
         rates = scheduler.lr_lambdas
         scheduler.lr_lambdas = [lambda step, rate=rate: rate(step - step % steps.per_epoch) for rate in rates]
     return scheduler
-
-
-def draw_randomness(
-    entropy: tuple[int, int],
-    clean_images: torch.Tensor,
-    num_train_timesteps: int,
-    first_row: int,
-    total_batch_size: int,
-) -> Draws:
-    """Returns the random numbers of a micro-batch of images (B, C, H, W).
-
-    They are a function of `entropy` = (seed, step) and the image's row among the `total_batch_size` of the step: all
-    rows are drawn and the B from `first_row` on are kept, so that it does not matter how a step is divided among
-    processes and micro-batches.
-    """
-    seed, model_seed = (int(s) for s in np.random.SeedSequence(entropy).generate_state(2, np.uint64))
-    device = clean_images.device
-    generator = torch.Generator(device).manual_seed(seed)
-    noise = torch.randn((total_batch_size, *clean_images.shape[1:]), generator=generator, device=device)  # float32
-    timesteps = torch.randint(num_train_timesteps, (total_batch_size,), generator=generator, device=device)
-    uniform = torch.rand(total_batch_size, generator=generator, device=device)
-    augmentation = torch.rand(total_batch_size, NUM_UNIFORM, generator=generator, device=device)
-    torch.manual_seed((model_seed >> 1) + first_row)  # dropout inside the network
-    rows = slice(first_row, first_row + len(clean_images))
-    return Draws(noise[rows], timesteps[rows], uniform[rows], augmentation[rows])

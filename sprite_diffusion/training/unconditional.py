@@ -13,8 +13,9 @@ from sprite_diffusion.sampling.conditions import Condition
 from sprite_diffusion.training.augmentation import augment_as_asked
 from sprite_diffusion.training.build import build_model, build_noise_scheduler
 from sprite_diffusion.training.loss import corruption_loss, ddpm_loss
+from sprite_diffusion.training.randomness import Draws
 from sprite_diffusion.training.steps import Batch
-from sprite_diffusion.training.training_loop import Draws, begin_run, training_loop
+from sprite_diffusion.training.training_loop import begin_run, training_loop
 
 
 def train(config: TrainingConfig, data: ImageData | None = None) -> UnconditionalDDPMPipeline:
