@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Self
 IMPORTED = """
 sprite_diffusion.training.unconditional sprite_diffusion.training.conditional sprite_diffusion.sampling.views
 sprite_diffusion.metrics.calculation
-matplotlib.figure matplotlib.backends.backend_agg matplotlib.backends.backend_svg torch.utils.tensorboard
+matplotlib.figure matplotlib.backends.backend_agg torch.utils.tensorboard
 """.split()
 # Variables that are read later, by what is not imported here or when it is used. Any other may matter to an import.
 # torch sets the last one when it is imported, in pytest's own process too.

@@ -149,14 +149,14 @@ def test_resumed_run_logs_each_step_once(run, run_script, tmp_path, monkeypatch)
 
 def draw(entries: list[dict]) -> bytes:
     file = io.BytesIO()
-    draw_losses(entries, file, "png")
+    draw_losses(entries, file)
     return file.getvalue()
 
 
 def test_picture_of_the_losses_shows_the_log_and_nothing_else(run):
     assert (run / "loss.png").read_bytes() == draw(read_lines(run))
     picture = np.asarray(Image.open(run / "loss.png").convert("RGB"))
-    assert picture.shape == (350, 1200, 3)
+    assert picture.shape == (525, 1800, 3)
     losses, logarithms, rates = np.split(picture, 3, axis=1)
     for part, color in ((losses, "tab:orange"), (logarithms, "tab:orange"), (rates, "tab:green")):
         distance = np.abs(part - np.multiply(to_rgb(color), 255)).max(axis=-1)

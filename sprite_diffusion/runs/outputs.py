@@ -377,7 +377,7 @@ class RunOutputs:
         """Writes the picture of the losses, and the page of the whole run."""
         files = self.folder.files
         with files.writing(self.output_dir / LOSS_FILE) as partial:
-            draw_losses(self.log_entries, partial, "png")
+            draw_losses(self.log_entries, partial)
         with self.signals.interruptible():
             page = make_report(self.output_dir, pipeline, summary)
         files.write_text(self.output_dir / REPORT_FILE, page)

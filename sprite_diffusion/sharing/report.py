@@ -77,7 +77,7 @@ h1, h2, p {{ margin: 1rem 0; }}
 figure {{ margin: 0 0 2rem; }}
 figure.wide {{ overflow-x: auto; }}
 img {{ image-rendering: pixelated; max-width: 100%; }}
-img.curve {{ image-rendering: auto; min-width: 54rem; background: white; }}
+img.curve {{ image-rendering: auto; width: 72rem; min-width: 54rem; background: white; }}
 img.pairs {{ max-width: none; }}
 input[type=range] {{ width: 100%; max-width: 40rem; }}
 td, th {{ text-align: left; padding: 0.25rem 0.75rem 0.25rem 0; vertical-align: top; }}
@@ -153,16 +153,14 @@ def summarize_epochs(entries: list[dict[str, Any]]) -> list[EpochSummary]:
     return epochs
 
 
-def draw_losses(entries: list[dict[str, Any]], file: Path | BinaryIO, file_format: str) -> None:
+def draw_losses(entries: list[dict[str, Any]], file: Path | BinaryIO) -> None:
     """Draws the loss, its logarithm and the learning rate against the optimizer step, with the mean of each epoch.
 
     Args:
         entries: A run's log.
-        file: Where to write the picture.
-        file_format: "png" or "svg".
+        file: The PNG file to write.
     """
-    from matplotlib import rc_context  # not at the top: a training's start need not wait for it
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # not at the top: a training's start need not wait for it
 
     points = entries[:: max(1, math.ceil(len(entries) / MAX_POINTS))]
     steps = [entry["global_step"] for entry in points]
@@ -173,7 +171,8 @@ def draw_losses(entries: list[dict[str, Any]], file: Path | BinaryIO, file_forma
         if after is None or after["epoch"] != entry["epoch"]
     ]
     means = [epoch.loss for epoch in summarize_epochs(entries)]
-    figure = Figure(figsize=(12, 3.5), layout="constrained")  # 1152x336 pixels of a page: whole ones
+    figure = Figure(figsize=(12, 3.5))
+    figure.subplots_adjust(left=0.05, right=0.99, bottom=0.15, top=0.9, wspace=0.2)  # to measure labels takes longer
     plain, logarithmic, rate = figure.subplots(1, 3)
     for axes, title in ((plain, "loss"), (logarithmic, "loss, logarithmic")):
         axes.plot(steps, losses, color="tab:blue", alpha=0.5, linewidth=1, label="each log")
@@ -187,25 +186,21 @@ def draw_losses(entries: list[dict[str, Any]], file: Path | BinaryIO, file_forma
     for axes in (plain, logarithmic, rate):
         axes.set_xlabel("optimizer step")
         axes.grid(alpha=0.3)
-    # No date, version or random ids in the file: the same losses are the same picture.
-    metadata: dict[str, Any] = {"Software": None} if file_format == "png" else {"Date": None, "Creator": None}
-    with rc_context({"svg.hashsalt": "losses"}):
-        figure.savefig(file, format=file_format, dpi=100, metadata=metadata)
+    # No version in the file: the same losses are the same picture.
+    figure.savefig(file, format="png", dpi=150, metadata={"Software": None})
 
 
 def make_report(run_dir: Path, pipeline: Pipeline, summary: dict[str, Any]) -> str:
     """Returns the page of a run as HTML that needs no other file.
 
     Args:
-        run_dir: The run's folder, with its log, sample grids and metrics, as far as there are any.
+        run_dir: The run's folder, with the picture of its losses, sample grids and metrics, as far as there are any.
         pipeline: The run's model, which draws some images for the page.
         summary: The content of the run's summary.
     """
     sections = [_table_section("What was trained", _summary_rows(run_dir, summary))]
-    if entries := read_training_log(run_dir):
-        svg = io.BytesIO()
-        draw_losses(entries, svg, "svg")
-        uri = _data_uri(svg.getvalue(), "svg+xml")
+    if (run_dir / LOSS_FILE).is_file():
+        uri = _data_uri((run_dir / LOSS_FILE).read_bytes(), "png")
         image = f'<img class="curve" alt="loss and learning rate" src="{uri}">'
         sections.append(f'<h2>Loss</h2>\n<figure class="wide">{image}</figure>')
     if grids := _find_grids(run_dir / SAMPLES_DIR):
@@ -315,11 +310,12 @@ def main() -> None:
     if not isinstance(summary, dict):
         raise UserInputError(f"{run_dir / SUMMARY_FILE} is not the summary of a run")
     check_writable("the report", run_dir / REPORT_FILE)
-    page = make_report(run_dir, load_pipeline(str(run_dir)), summary)
+    pipeline = load_pipeline(str(run_dir))
     if entries := read_training_log(run_dir):
         with written_beside(run_dir / LOSS_FILE) as partial:
-            draw_losses(entries, partial, "png")
+            draw_losses(entries, partial)
         print(f"wrote {printable(str(run_dir / LOSS_FILE))}")
+    page = make_report(run_dir, pipeline, summary)
     write_text(run_dir / REPORT_FILE, page)
     print(f"wrote {printable(str(run_dir / REPORT_FILE))}")
 
