@@ -162,17 +162,26 @@ def test_the_official_scripts_defaults_are_a_preset(tmp_path):
     assert (official.num_epochs, official.save_images_epochs, official.save_model_epochs) == (100, 10, 10)
 
 
-def test_advice_is_a_command_that_can_be_typed(tmp_path):
-    folder = save_pictures(tmp_path / "my pictures", (32, 32), "RGBA")
+@pytest.mark.parametrize(("script", "classes"), [("unconditional", []), ("conditional", ["cats", "dogs"])])
+def test_advice_is_a_command_that_can_be_typed(tmp_path, script, classes):
+    folder = tmp_path / "my pictures"
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        save_pictures(folder / name, (32, 32), "RGBA")
+    if not classes:
+        save_pictures(folder, (32, 32), "RGBA")
     command = [sys.executable, "-m", "sprite_diffusion.data.advise", folder, "--center-crop"]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    facts, hint, command = result.stdout.splitlines()
-    assert "--init_from MODEL" in hint
-    assert facts == f"{folder}: 6 images of 32x32, pixel art of 3 colours each, with transparency"
-    accelerate, launch, script, *argv = shlex.split(command)
-    assert (accelerate, launch, script) == ("accelerate", "launch", "train_unconditional.py")
-    typed = parse_config(argv, "sprites_unconditional.yaml")
-    chosen = parse_config(["--train_data_dir", str(folder), "--center_crop"], "sprites_unconditional.yaml")
+    facts, *hints, command = result.stdout.splitlines()
+    number = 12 if classes else 6
+    assert facts == f"{folder}: {number} images of 32x32, pixel art of 3 colours each, with transparency"
+    assert "--init_from MODEL" in hints.pop()
+    doubles = "6 of them are doubles, or nearly so, of others, which a model copies first"
+    assert hints == (["they are in 2 classes: cats, dogs", doubles] if classes else [])
+    accelerate, launch, file, *argv = shlex.split(command)
+    assert (accelerate, launch, file) == ("accelerate", "launch", f"train_{script}.py")
+    typed = parse_config(argv, f"sprites_{script}.yaml")
+    chosen = parse_config(["--train_data_dir", str(folder), "--center_crop"], f"sprites_{script}.yaml")
     assert typed == chosen
 
 

@@ -32,6 +32,7 @@ PIXEL_ART_COLOURS = 32  # of an image; photographs of as few pixels have hundred
 PRESET_SIDE = 16  # of the built-in sprites, for which the presets' number of steps was chosen
 STEPS_OF_LARGER = 2000
 FEW_IMAGES = 1000
+MAX_NAMES = 10  # of classes that are printed
 
 
 @dataclass(frozen=True)
@@ -168,14 +169,19 @@ def main() -> None:
     print(printable(facts.describe()))
     chosen = choose_flags(facts, config, {*names_of(argv)})
     of_images = {flag.name for flag in fields(DataConfig)} & chosen.keys()
-    images = load_image_data(replace(config, **{name: chosen[name] for name in of_images}), with_labels=False).dataset
+    data = load_image_data(replace(config, **{name: chosen[name] for name in of_images}), with_labels=None)
+    images, class_names = data.dataset, data.class_names or []
     assert isinstance(images, StoredImages)  # as they are not streamed
+    script = "train_unconditional.py"
+    if len(class_names) > 1:
+        script = "train_conditional.py"
+        print(printable(f"they are in {len(class_names)} classes: {', '.join(class_names[:MAX_NAMES])}"))
     if near := count_near_doubles(images):
         print(f"{near:,} of them are doubles, or nearly so, of others, which a model copies first")
     if len(images) < FEW_IMAGES:
         print("they are few: --init_from MODEL begins with a network that knows other images (docs/finetuning.md)")
     flags = as_argv(chosen)
-    command = ["accelerate", "launch", "train_unconditional.py", *argv, *flags]
+    command = ["accelerate", "launch", script, *argv, *flags]
     print(printable(shlex.join(command)))
 
 
