@@ -13,12 +13,22 @@ import pytest
 import torch
 from forking import ForkServer
 
+from sprite_diffusion.sharing import report
+
 
 @pytest.fixture(autouse=True, scope="session")
 def cache_of_its_own(tmp_path_factory):
     """Keeps the tests from using or filling the user's cache."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def short_trajectories():
+    """Has the pages of runs show two steps in place of all, but in test_report.py: a fifth of a small run's time."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(report, "TRAJECTORY_STEPS", 2)
         yield
 
 

@@ -31,6 +31,7 @@ from sprite_diffusion.sampling.generation import Request, sample_images, sample_
 from sprite_diffusion.sampling.pictures import make_picture
 from sprite_diffusion.sampling.pipeline_loading import load_pipeline
 from sprite_diffusion.sampling.samplers import make_sampler
+from sprite_diffusion.sharing import report
 from sprite_diffusion.sharing.report import draw_losses, read_training_log, summarize_epochs
 
 SCRIPT = "sprite_diffusion.sharing.report"
@@ -40,6 +41,7 @@ BATCHES = [5, 5, 5, 5, 5, 5, 5, 3]
 GRID_STEPS = [3, 6, 8, 9, 12, 15, 16]
 MARKUP = "<script>document.title = 'run'</script><img alt='x' src='https://example.com/x.png'>"
 HTML_NAME = '<b>&"x' + 60 * "y"
+TRAJECTORY_STEPS = 25
 DESKTOP, PHONE = 1200, 360  # CSS pixels
 
 
@@ -56,8 +58,16 @@ LOG = [
 ]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def whole_trajectories():
+    """Has the pages of this file show all steps, see conftest.py."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(report, "TRAJECTORY_STEPS", TRAJECTORY_STEPS)
+        yield
+
+
 @pytest.fixture(scope="module")
-def trained(run_script, tmp_path_factory) -> tuple[Path, str]:
+def trained(whole_trajectories, run_script, tmp_path_factory) -> tuple[Path, str]:
     """Trains a run. Returns its folder and what it printed."""
     output_dir = tmp_path_factory.mktemp("trained") / "sprites"
     with pytest.MonkeyPatch.context() as monkeypatch, redirect_stdout(io.StringIO()) as printed:
