@@ -7,12 +7,15 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+
+DEFAULT_STRENGTH = 0.6
 
 # From linear sRGB to the responses of the eye's cones, and from their cube roots to OKLab: Ottosson 2020.
 TO_CONES = (
@@ -98,9 +101,12 @@ class _DDPMPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
         eta: float = 0.0,
         palette: Sequence[str] | None = None,
+        image: Image.Image | Sequence[Image.Image] | torch.Tensor | None = None,
+        strength: float | None = None,
+        mask_image: Image.Image | Sequence[Image.Image] | torch.Tensor | None = None,
     ) -> Any:
         r"""
-        Generates images by Algorithm 2 of Ho et al. 2020.
+        Generates images by Algorithm 2 of Ho et al. 2020, or changes given ones.
 
         Args:
             batch_size (`int`, defaults to 1):
@@ -119,7 +125,7 @@ class _DDPMPipeline(DiffusionPipeline):
             return_dict (`bool`, defaults to `True`):
                 Whether to return an [`~diffusers.ImagePipelineOutput`] or a tuple.
             callback_on_step_end (`Callable`, *optional*):
-                Called after each step with the pipeline, the step's index, the timestep and a dict of the tensors
+                Called after each step with the pipeline, the timestep's index, the timestep and a dict of the tensors
                 named by `callback_on_step_end_tensor_inputs`; it returns a dict that may hold changed `latents`.
             callback_on_step_end_tensor_inputs (`tuple[str]`, defaults to `("latents",)`):
                 The tensors to pass to the callback: `"latents"` (x_{t-1}) and, for the schedulers that return it,
@@ -130,6 +136,17 @@ class _DDPMPipeline(DiffusionPipeline):
             palette (`Sequence[str]`, *optional*):
                 Colours such as `"#d02c30"`, or without the `#` as in a `palette.hex`: every pixel takes the nearest,
                 in OKLab. Alpha stays as it is.
+            image (`PIL.Image`, a list of them, or a tensor `(1 or batch_size, channels, height, width)`, *optional*):
+                Images to change, of the model's size; tensors in [0, 1], with straight alpha if the model has it.
+                Noise is added to them up to the level of a timestep, and taken away again: SDEdit,
+                https://huggingface.co/papers/2108.01073.
+            strength (`float`, *optional*):
+                The share of the steps that images are noised by: 0 returns the images themselves, 1 draws others. By
+                default 0.6, and 1 with a mask.
+            mask_image (`PIL.Image`, a list of them, or a tensor `(1 or batch_size, 1, height, width)`, *optional*):
+                White (1) where `image` is drawn anew; elsewhere the result is `image` bit for bit. At each step that
+                part is `image` at the noise level of the step, which the new part is fitted to: equation 8 of RePaint,
+                https://huggingface.co/papers/2201.09865, with the same noise at all steps.
 
         Returns:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: the images.
@@ -140,6 +157,7 @@ class _DDPMPipeline(DiffusionPipeline):
         self._check_inputs(batch_size, generator, latents, output_type, callback_on_step_end_tensor_inputs)
         device = self._execution_device
         colours = None if palette is None else _read_colours(palette).to(device)
+        edit = self._prepare_edit(image, strength, mask_image, batch_size)
         self.scheduler.set_timesteps(num_inference_steps or len(self.scheduler), device=device)
 
         # 1. x_T ~ N(0, I): float32 whatever the network's dtype, or bf16 noise would have 2^8 levels
@@ -148,11 +166,15 @@ class _DDPMPipeline(DiffusionPipeline):
         latents = latents.to(device, torch.float32)
         if hasattr(self.scheduler, "transform_noise"):  # a process whose noise is not Gaussian
             latents = self.scheduler.transform_noise(latents)
-        latents = latents * self.scheduler.init_noise_sigma
+        noise, latents = latents, latents * self.scheduler.init_noise_sigma
+        timesteps, first_step = self.scheduler.timesteps, 0
+        if edit is not None and edit.strength < 1:  # or x_t of the image at the first timestep that is not left out
+            first_step = _find_first_step(self.scheduler, edit.strength)
+            latents = edit.noised(self.scheduler, noise, timesteps[first_step:])
         accepted = inspect.signature(self.scheduler.step).parameters  # they differ among diffusers' schedulers
         step_kwargs = {k: v for k, v in {"generator": generator, "eta": eta}.items() if k in accepted}
 
-        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+        for i, t in enumerate(self.progress_bar(timesteps[first_step:]), first_step):
             # 2. the network's prediction from x_t
             model_input = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
             model_output = self._predict(model_input, t)  # (B, C, H, W) float32
@@ -160,6 +182,8 @@ class _DDPMPipeline(DiffusionPipeline):
             # 3. x_t -> x_{t-1}
             step_output = self.scheduler.step(model_output, t, latents, **step_kwargs)
             latents = step_output.prev_sample
+            if edit is not None and edit.mask is not None:
+                latents = torch.where(edit.mask, latents, edit.noised(self.scheduler, noise, timesteps[i + 1 :]))
 
             if callback_on_step_end is not None:
                 tensors = {"latents": latents, "pred_original_sample": step_output.get("pred_original_sample")}
@@ -170,6 +194,8 @@ class _DDPMPipeline(DiffusionPipeline):
         images = to_straight_alpha((latents / 2 + 0.5).clamp(0, 1))
         if colours is not None:
             images = snap_colours(images, colours)
+        if edit is not None:
+            images = edit.keep(images)
         images = VaeImageProcessor(do_normalize=False).postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -177,6 +203,28 @@ class _DDPMPipeline(DiffusionPipeline):
     def _predict(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """Returns the network's prediction from noisy samples (B, C, H, W), float32."""
         return self.unet(sample, timestep).sample.float()
+
+    def _prepare_edit(self, image: Any, strength: float | None, mask_image: Any, batch_size: int) -> "_Edit | None":
+        """Returns what is to be done to images, if there are any. Raises a ValueError for what does not fit."""
+        if image is None:
+            if strength is not None or mask_image is not None:
+                raise ValueError("`strength` and `mask_image` need an `image`")
+            return None
+        if strength is None:
+            strength = DEFAULT_STRENGTH if mask_image is None else 1.0
+        if not 0 <= strength <= 1:
+            raise ValueError(f"`strength` is {strength}: it must lie between 0 and 1")
+        channels, height, width = self.sample_shape
+        parts = {"image": (image, channels), "mask_image": (mask_image, 1)}
+        tensors = {name: _to_tensor(value, number) for name, (value, number) in parts.items() if value is not None}
+        for name, tensor in tensors.items():
+            expected = (parts[name][1], height, width)
+            if tuple(tensor.shape[1:]) != expected or len(tensor) not in (1, batch_size):
+                shape = tuple(tensor.shape)
+                raise ValueError(f"`{name}` has the shape {shape}: this model takes {(batch_size, *expected)}, or one")
+        tensors = {name: tensor.to(self._execution_device, torch.float32) for name, tensor in tensors.items()}
+        mask = tensors["mask_image"] >= 0.5 if mask_image is not None else None
+        return _Edit(tensors["image"].expand(batch_size, -1, -1, -1), strength, mask)
 
     def _check_inputs(
         self,
@@ -199,6 +247,30 @@ class _DDPMPipeline(DiffusionPipeline):
         shape = (batch_size, *self.sample_shape)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"`latents` has the shape {tuple(latents.shape)}: this model takes {shape}")
+
+
+class _Edit(NamedTuple):
+    """Images to change, and how."""
+
+    images: torch.Tensor  # (B, C, H, W) in [0, 1], with straight alpha
+    strength: float
+    mask: torch.Tensor | None  # (B or 1, 1, H, W): whether a pixel is drawn anew
+
+    def noised(self, scheduler: Any, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Returns the images as x_t (B, C, H, W) at the first of the timesteps; without noise if there is none."""
+        clean_images = self.images
+        if clean_images.shape[1] == 4:
+            clean_images = torch.cat([clean_images[:, :3] * clean_images[:, 3:], clean_images[:, 3:]], dim=1)
+        clean_images = 2 * clean_images - 1
+        if len(timesteps) == 0:
+            return clean_images
+        return scheduler.add_noise(clean_images, noise, timesteps[:1].expand(len(noise)))
+
+    def keep(self, drawn: torch.Tensor) -> torch.Tensor:
+        """Returns what was drawn, (B, C, H, W) in [0, 1], with the images themselves where they were to be kept."""
+        if self.strength == 0:
+            return self.images
+        return drawn if self.mask is None else torch.where(self.mask, drawn, self.images)
 
 
 class UnconditionalDDPMPipeline(_DDPMPipeline):
@@ -385,6 +457,29 @@ class ConditionalDDPMPipeline(_DDPMPipeline):
             yield
         finally:
             hook.remove()
+
+
+def _find_first_step(scheduler: Any, strength: float) -> int:
+    """Returns the index of the timestep to begin at for a share of the steps, and has the scheduler begin there."""
+    if strength == 0:
+        return len(scheduler.timesteps)
+    order = getattr(scheduler, "order", 1)  # calls of the network for each step
+    index = (scheduler.num_inference_steps - max(1, round(strength * scheduler.num_inference_steps))) * order
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(index)
+    return index
+
+
+def _to_tensor(images: Any, num_channels: int) -> torch.Tensor:
+    """Returns images as a tensor (B, C, H, W) in [0, 1]; those of PIL in other channels are converted, on white."""
+    if isinstance(images, torch.Tensor):
+        return images
+    converted = []
+    for image in [images] if isinstance(images, Image.Image) else images:
+        if num_channels != 4 and image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        converted.append(image.convert({1: "L", 3: "RGB", 4: "RGBA"}[num_channels]))
+    return VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy(converted))
 
 
 def to_straight_alpha(images: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Tests the pipelines against diffusers' own, and loads their folders in programs that do not know this project."""
 
 import json
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from diffusers import (
     UNet2DModel,
     UniPCMultistepScheduler,
 )
+from diffusers.image_processor import VaeImageProcessor
 from launching import PYTHON, run_command
+from PIL import Image
 
 from models import BasicUNet2DModel, ContextUNet2DModel
 from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline, to_straight_alpha
@@ -404,3 +407,128 @@ class TestPalette:
     def test_what_is_no_colour_is_an_error(self, unconditional, palette):
         with pytest.raises(ValueError, match="`palette` has"):
             unconditional(num_inference_steps=1, palette=palette)
+
+
+SCHEDULERS = {
+    "ddpm": ClosedFormDDPMScheduler,
+    "stock ddpm": DDPMScheduler,
+    "ddim": DDIMScheduler,
+    "dpmsolver++": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+    "euler": EulerDiscreteScheduler,
+    "heun": HeunDiscreteScheduler,
+    "corruption": LinearCorruptionScheduler,
+}
+
+
+class TestEditing:
+    """Images that are changed: noised in part, or drawn anew in part."""
+
+    KWARGS: ClassVar = {"batch_size": 2, "num_inference_steps": 5, "output_type": "pt"}
+
+    def pipeline(self, scheduler: str, channels: int = 4) -> UnconditionalDDPMPipeline:
+        unet = tiny_unet(in_channels=channels, out_channels=channels)
+        cls = SCHEDULERS[scheduler]
+        config = (
+            {} if cls is LinearCorruptionScheduler else ClosedFormDDPMScheduler(timestep_spacing="trailing").config
+        )
+        return quiet(UnconditionalDDPMPipeline(unet, cls.from_config(config)))
+
+    def images(self, channels: int = 4) -> torch.Tensor:
+        """Images of whole levels, with some pixels transparent that have a colour below."""
+        images = torch.randint(256, (2, channels, 8, 8), generator=torch.Generator().manual_seed(3)) / 255
+        if channels == 4:
+            images[:, 3, :4] = 0
+        return images
+
+    @pytest.mark.parametrize("scheduler", SCHEDULERS)
+    def test_what_is_kept_is_kept_bit_for_bit(self, scheduler):
+        pipeline, images = self.pipeline(scheduler), self.images()
+        same = pipeline(**self.KWARGS, image=images, strength=0, generator=seeds(0, 1)).images
+        assert torch.equal(same, images)
+        mask = torch.zeros(1, 1, 8, 8)
+        mask[..., 3:6, 2:] = 1
+        for strength in (None, 0.4):
+            drawn = pipeline(
+                **self.KWARGS, image=images, mask_image=mask, strength=strength, generator=seeds(0, 1)
+            ).images
+            kept = (mask == 0).expand_as(images)
+            assert torch.equal(drawn[kept], images[kept])
+            assert (drawn != images)[~kept].float().mean() > 0.5
+        pictures = VaeImageProcessor.numpy_to_pil(images.permute(0, 2, 3, 1).numpy())
+        kwargs = {**self.KWARGS, "output_type": "pil"}
+        for picture, before in zip(pipeline(**kwargs, image=pictures, strength=0).images, pictures, strict=True):
+            assert picture.mode == "RGBA"
+            assert picture.tobytes() == before.tobytes()
+
+    @pytest.mark.parametrize("channels", [3, 4])
+    @pytest.mark.parametrize(("strength", "left"), [(0.2, 1), (0.6, 3), (0.5, 2), (0.01, 1), (1, 5)])
+    def test_a_share_of_the_steps_is_done(self, channels, strength, left):
+        """As by hand, in the way of diffusers' image-to-image pipelines, with its DDIM."""
+        pipeline, images = self.pipeline("ddim", channels), self.images(channels)
+        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(5))
+        changed = pipeline(**self.KWARGS, image=images, strength=strength, latents=noise).images
+        scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        scheduler.set_timesteps(5)
+        timesteps = scheduler.timesteps[5 - left :]
+        clean_images = images.clone()
+        if channels == 4:
+            clean_images[:, :3] *= images[:, 3:]
+        x = noise if strength == 1 else scheduler.add_noise(2 * clean_images - 1, noise, timesteps[:1])
+        with torch.no_grad():
+            for t in timesteps:
+                x = scheduler.step(pipeline.unet(x, t).sample, t, x).prev_sample
+        assert torch.equal(changed, to_straight_alpha((x / 2 + 0.5).clamp(0, 1)))
+
+    @pytest.mark.parametrize("scheduler", SCHEDULERS)
+    def test_the_kept_part_is_at_the_level_of_noise_of_each_step(self, scheduler):
+        """As the network sees it: with the right share of the image and of the same noise at each step."""
+        pipeline, images = self.pipeline(scheduler, 3), self.images(3)
+        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(5))
+        mask = torch.zeros(1, 1, 8, 8)
+        mask[..., :4] = 1
+        seen = []
+        hook = pipeline.unet.register_forward_pre_hook(lambda module, args: seen.append((args[1], args[0])))
+        pipeline(**self.KWARGS, image=images, mask_image=mask, strength=0.6, latents=noise, generator=seeds(0, 1))
+        hook.remove()
+        assert len(seen) == (5 if scheduler == "heun" else 3)
+        if scheduler == "corruption":
+            expected = [pipeline.scheduler.add_noise(2 * images - 1, noise, t.expand(2)) for t, _ in seen]
+        else:
+            process = ClosedFormDDPMScheduler()
+            expected = [process.add_noise(2 * images - 1, noise, t.long().expand(2)) for t, _ in seen]
+        for (_, sample), x in zip(seen, expected, strict=True):
+            torch.testing.assert_close(sample[..., 4:], x[..., 4:], atol=1e-5, rtol=1e-5)
+
+    def test_pictures_are_laid_on_white_where_a_model_has_no_alpha(self):
+        picture = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+        changed = self.pipeline("ddim", 3)(image=picture, strength=0).images[0]
+        assert changed.mode == "RGB"
+        assert changed.getcolors() == [(64, (255, 255, 255))]
+
+    @pytest.mark.parametrize(
+        ("kwargs", "message"),
+        [
+            ({"strength": 0.5}, "need an `image`"),
+            ({"mask_image": torch.ones(1, 1, 8, 8)}, "need an `image`"),
+            ({"image": torch.zeros(1, 3, 8, 8), "strength": 1.5}, "between 0 and 1"),
+            (
+                {"image": torch.zeros(1, 4, 8, 8)},
+                r"`image` has the shape \(1, 4, 8, 8\): this model takes \(2, 3, 8, 8\)",
+            ),
+            ({"image": torch.zeros(3, 3, 8, 8)}, "`image` has the shape"),
+            ({"image": torch.zeros(1, 3, 8, 8), "mask_image": torch.ones(1, 3, 8, 8)}, "`mask_image` has the shape"),
+            ({"image": Image.new("RGB", (9, 8))}, "`image` has the shape"),
+        ],
+    )
+    def test_what_does_not_fit_is_an_error(self, kwargs, message):
+        with pytest.raises(ValueError, match=message):
+            self.pipeline("ddim", 3)(**self.KWARGS, **kwargs)
+
+    def test_classes_are_edited_too(self, conditional):
+        image = torch.rand(1, *conditional.sample_shape)
+        kwargs = {"num_inference_steps": 4, "output_type": "pt", "guidance_scale": 2}
+        drawn = conditional(["hero", "food"], image=image, strength=0.5, generator=seeds(0, 0), **kwargs).images
+        assert len(drawn) == 2
+        assert not torch.equal(drawn[0], drawn[1])
+        assert torch.equal(conditional("hero", image=image, strength=0, **kwargs).images, image)
