@@ -460,14 +460,11 @@ class ConditionalDDPMPipeline(_DDPMPipeline):
 
 
 def _find_first_step(scheduler: Any, strength: float) -> int:
-    """Returns the index of the timestep to begin at for a share of the steps, and has the scheduler begin there."""
+    """Returns the index of the timestep that a share of the steps, at least one of them, begins at."""
     if strength == 0:
         return len(scheduler.timesteps)
     order = getattr(scheduler, "order", 1)  # calls of the network for each step
-    index = (scheduler.num_inference_steps - max(1, round(strength * scheduler.num_inference_steps))) * order
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(index)
-    return index
+    return (scheduler.num_inference_steps - max(1, round(strength * scheduler.num_inference_steps))) * order
 
 
 def _to_tensor(images: Any, num_channels: int) -> torch.Tensor:

@@ -462,7 +462,7 @@ class TestEditing:
             assert picture.tobytes() == before.tobytes()
 
     @pytest.mark.parametrize("channels", [3, 4])
-    @pytest.mark.parametrize(("strength", "left"), [(0.2, 1), (0.6, 3), (0.5, 2), (0.01, 1), (1, 5)])
+    @pytest.mark.parametrize(("strength", "left"), [(0.2, 1), (0.6, 3), (0.5, 2), (0.7, 4), (0.01, 1), (1, 5)])
     def test_a_share_of_the_steps_is_done(self, channels, strength, left):
         """As by hand, in the way of diffusers' image-to-image pipelines, with its DDIM."""
         pipeline, images = self.pipeline("ddim", channels), self.images(channels)
