@@ -1,3 +1,8 @@
-from pipelines.pipeline_ddpm import ConditionalDDPMPipeline, UnconditionalDDPMPipeline, to_straight_alpha
+from pipelines.pipeline_ddpm import (
+    ConditionalDDPMPipeline,
+    TextToImageDDPMPipeline,
+    UnconditionalDDPMPipeline,
+    to_straight_alpha,
+)
 
-__all__ = ["ConditionalDDPMPipeline", "UnconditionalDDPMPipeline", "to_straight_alpha"]
+__all__ = ["ConditionalDDPMPipeline", "TextToImageDDPMPipeline", "UnconditionalDDPMPipeline", "to_straight_alpha"]

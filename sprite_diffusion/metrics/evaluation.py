@@ -191,7 +191,7 @@ def _match_conditions(pipeline: Pipeline, real: RealImages, num_images: int) -> 
     except ValueError as error:
         raise UserInputError(f"{real.source} has other classes than the model: {error}; see --class_names") from None
     labels = real.class_labels[real.reference[:num_images]].tolist()
-    return [Condition(real.id2label[label], one_hot(ids[label], pipeline.num_classes)) for label in labels]
+    return [Condition.of_classes(real.id2label[label], one_hot(ids[label], pipeline.num_classes)) for label in labels]
 
 
 @torch.no_grad()

@@ -250,7 +250,7 @@ def _metric_rows(run_dir: Path) -> list[Sequence[Any]]:
 def _draw_trajectory(pipeline: Pipeline) -> list[tuple[str, bytes]]:
     """Samples some images, and returns each step's noisy images over its predictions, as PNG with a caption."""
     ids = [i % pipeline.num_classes for i in range(TRAJECTORY_IMAGES)] if pipeline.num_classes else []
-    conditions = [Condition(str(id), one_hot(id, pipeline.num_classes)) for id in ids]
+    conditions = [Condition.of_classes(str(id), one_hot(id, pipeline.num_classes)) for id in ids]
     request = Request(list(range(TRAJECTORY_IMAGES)), conditions or [Condition()] * TRAJECTORY_IMAGES)
     steps = min(TRAJECTORY_STEPS, len(pipeline.scheduler))
     name = "ddim" if pipeline.scheduler.compatibles else None

@@ -52,11 +52,12 @@ def train(config: TrainingConfig, data: ImageData | None = None) -> ConditionalD
         kwargs["class_labels"] = class_labels
         return ddpm_loss(model, noise_scheduler, images, draws.noise, draws.timesteps, kwargs, config.snr_gamma)
 
-    def make_pipeline(model: Any) -> ConditionalDDPMPipeline:
+    def make_pipeline(unet: Any) -> ConditionalDDPMPipeline:
         scheduler = type(noise_scheduler).from_config(noise_scheduler.config)
-        return ConditionalDDPMPipeline(unet=model, scheduler=scheduler, id2label=id2label)
+        return ConditionalDDPMPipeline(unet=unet, scheduler=scheduler, id2label=id2label)
 
-    rows = [Condition(name, one_hot(id, len(id2label))) for id, name in list(id2label.items())[:MAX_GRID_ROWS]]
+    shown = list(id2label.items())[:MAX_GRID_ROWS]
+    rows = [Condition.of_classes(name, one_hot(id, len(id2label))) for id, name in shown]
     grid = SampleGrid(
         conditions=[condition for condition in rows for _ in range(config.eval_batch_size)],
         columns=config.eval_batch_size,

@@ -41,9 +41,9 @@ def train(config: TrainingConfig, data: ImageData | None = None) -> Unconditiona
         images, kwargs = augment_as_asked(batch.images, draws.augmentation, config)
         return ddpm_loss(model, noise_scheduler, images, draws.noise, draws.timesteps, kwargs, config.snr_gamma)
 
-    def make_pipeline(model: Any) -> UnconditionalDDPMPipeline:
+    def make_pipeline(unet: Any) -> UnconditionalDDPMPipeline:
         scheduler = type(noise_scheduler).from_config(noise_scheduler.config)
-        return UnconditionalDDPMPipeline(unet=model, scheduler=scheduler)
+        return UnconditionalDDPMPipeline(unet=unet, scheduler=scheduler)
 
     grid = SampleGrid(
         conditions=[Condition()] * config.eval_batch_size,
