@@ -2,7 +2,14 @@ from pipelines.pipeline_ddpm import (
     ConditionalDDPMPipeline,
     TextToImageDDPMPipeline,
     UnconditionalDDPMPipeline,
+    find_unknown_words,
     to_straight_alpha,
 )
 
-__all__ = ["ConditionalDDPMPipeline", "TextToImageDDPMPipeline", "UnconditionalDDPMPipeline", "to_straight_alpha"]
+__all__ = [
+    "ConditionalDDPMPipeline",
+    "TextToImageDDPMPipeline",
+    "UnconditionalDDPMPipeline",
+    "find_unknown_words",
+    "to_straight_alpha",
+]

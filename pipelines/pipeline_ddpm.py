@@ -542,19 +542,27 @@ class TextToImageDDPMPipeline(_DDPMPipeline):
     def _warn_of_prompt(self, prompt: str) -> None:
         """Warns of the words of a prompt that the tokenizer has no token for, and of its end if that is cut off."""
         tokenizer = self.tokenizer
-        encoding = tokenizer(prompt, return_offsets_mapping=tokenizer.is_fast, verbose=False)
-        ids, limit = encoding.input_ids, tokenizer.model_max_length
+        ids, limit = tokenizer(prompt, verbose=False).input_ids, tokenizer.model_max_length
         if len(ids) > limit:
             rest = tokenizer.decode(ids[limit - 1 : -1])
             logger.warning(f"the prompt has {len(ids)} tokens, this model takes {limit}: '{rest}' is left out")
-        unknown = tokenizer.unk_token_id
-        if not tokenizer.is_fast or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, None):
-            return  # it takes any word apart into tokens that it has
         known = tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}
-        for start, end in {span: None for id, span in zip(ids, encoding.offset_mapping, strict=True) if id == unknown}:
-            word = prompt[start:end]
-            nearest = ", ".join(get_close_matches(word.lower(), sorted(known))) or "none"
+        for word in find_unknown_words(tokenizer, prompt):
+            nearest = ", ".join(get_close_matches(word, sorted(known))) or "none"
             logger.warning(f"this model has never seen the word '{word}'; words like it that it has seen: {nearest}")
+
+
+def find_unknown_words(tokenizer: Any, text: str) -> list[str]:
+    """Returns the words of a text that a tokenizer has no token for, each once, in lower case.
+
+    There are none for a tokenizer that takes any word apart into tokens which it has.
+    """
+    unknown = tokenizer.unk_token_id
+    if not tokenizer.is_fast or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, None):
+        return []
+    encoding = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    spans = [span for id, span in zip(encoding.input_ids, encoding.offset_mapping, strict=True) if id == unknown]
+    return list(dict.fromkeys(text[start:end].lower() for start, end in spans))
 
 
 def to_straight_alpha(images: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ LOSS_FILE = "loss.png"
 METRICS_FILE = "metrics.json"
 PALETTE_FILE = "palette.hex"  # of pixel art: a colour on each line
 PAIRS_FILE = "closest_pairs.png"
+PROMPT_PICTURE = "prompt-{:02d}.png"  # of the newest samples: the first of each example prompt
 REPORT_FILE = "report.html"
 SKIPPED_IMAGES_FILE = "skipped_images.jsonl"
 SUMMARY_FILE = "training_summary.json"

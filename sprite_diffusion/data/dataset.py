@@ -329,7 +329,7 @@ def _keep_batch(batch: Any) -> Any:
 
 def _open_stream(table: Table, config: DataConfig) -> ImageData:
     """Decodes the first images of a stream, and leaves the others to the training."""
-    class_names = None
+    class_names = captions = None
     columns = [table.image_column]
     if table.label_column is not None:
         columns.append(table.label_column)
@@ -338,11 +338,9 @@ def _open_stream(table: Table, config: DataConfig) -> ImageData:
                 f"{table.labels_name}: a stream's classes are not known in advance: give --class_names"
             )
         class_names = choose_class_names(table.known_class_names, [], config, table.labels_name)
-    captions = None
-    if table.caption_column is not None:
-        columns.append(table.text_column)
     rows = table.rows if config.max_train_samples is None else table.rows.take(config.max_train_samples)
     if table.caption_column is not None:  # all are read once, as the words of the model have to be known in advance
+        columns.append(table.text_column)
         texts = tqdm(rows.select_columns(table.text_column), desc="reading captions", unit="image", dynamic_ncols=True)
         captions = Captions.of(table.caption_of(row, f"an image of {table.name}") for row in texts)
     rows = rows.select_columns(list(dict.fromkeys(columns)))

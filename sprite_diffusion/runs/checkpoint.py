@@ -173,8 +173,13 @@ def check_same_on_all(checkpoint: Path | None) -> None:
 
 
 def describe_data(data: ImageData) -> dict[str, Any]:
-    """Returns the classes, the number and the identity of a run's images, for its checkpoints."""
-    return {"class_names": data.class_names, "num_images": data.num_images, "identity": data.identity}
+    """Returns the facts about a run's images that have to stay, for its checkpoints."""
+    return {
+        "class_names": data.class_names,
+        "has_captions": data.captions is not None,
+        "num_images": data.num_images,
+        "identity": data.identity,
+    }
 
 
 def check_data(path: Path, saved: dict[str, Any] | None, data: ImageData) -> None:
@@ -185,6 +190,8 @@ def check_data(path: Path, saved: dict[str, Any] | None, data: ImageData) -> Non
     """
     if saved is None:
         return
+    if saved.get("has_captions", False) and data.captions is None:
+        raise UserInputError(f"{path} was trained on captions: name their --caption_column, or train anew")
     before, now = saved["class_names"], data.class_names
     if before != now:
         raise UserInputError(

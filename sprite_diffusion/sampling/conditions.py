@@ -104,6 +104,16 @@ def choose_conditions(
     return single + [_read_mix(pipeline, text) for text in mixes or []]
 
 
+def example_conditions(pipeline: Pipeline, count: int) -> list[Condition]:
+    """Returns conditions of some images: the first classes or example prompts, and from the first on again."""
+    if not pipeline.is_conditional:
+        return [Condition()] * count
+    if pipeline.num_classes == 0:
+        prompts = pipeline.example_prompts or [""]
+        return [Condition.of_prompt(prompts[i % len(prompts)]) for i in range(count)]
+    return [_read_class(pipeline, str(i % pipeline.num_classes)) for i in range(count)]
+
+
 def _read_class(pipeline: Pipeline, name: str) -> Condition:
     id = _class_id(pipeline, "--class", name)
     return Condition.of_classes(pipeline.id2label.get(id, str(id)), one_hot(id, pipeline.num_classes))

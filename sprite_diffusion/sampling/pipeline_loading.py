@@ -46,7 +46,10 @@ class Pipeline(Protocol):
     scheduler: SchedulerMixin
     is_conditional: bool  # whether images can be asked for, by class or by prompt
     id2label: dict[int, str]  # of a model with classes, as is `get_class_id`
-    example_prompts: list[str]  # of a model with prompts, as is `encode_prompt`
+    # Of a model with prompts, as is `encode_prompt`.
+    example_prompts: list[str]
+    text_encoder: Any
+    tokenizer: Any
 
     @property
     def device(self) -> torch.device: ...

@@ -61,6 +61,18 @@ def check_network(config: TrainingConfig, base: Pipeline | None = None) -> None:
         _check_attention(config)
 
 
+def check_without_captions(config: TrainingConfig) -> None:
+    """Raises `UserInputError` if a run that reads no captions is given some, or a network that needs them."""
+    if config.caption_column is not None:
+        raise UserInputError(f"--caption_column {config.caption_column}: captions are for train_conditional.py")
+    if config.model_class == "UNet2DConditionModel":
+        raise UserInputError(
+            "--model_class UNet2DConditionModel reads captions: name their --caption_column, in train_conditional.py"
+        )
+    if config.text_encoder is not None:
+        raise UserInputError(f"--text_encoder {config.text_encoder}: there are no captions, leave it out")
+
+
 def build_model(
     config: TrainingConfig,
     num_channels: int,

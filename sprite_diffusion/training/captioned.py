@@ -20,13 +20,7 @@ from sprite_diffusion.training.augmentation import augment_as_asked
 from sprite_diffusion.training.build import build_model, build_noise_scheduler
 from sprite_diffusion.training.loss import ddpm_loss
 from sprite_diffusion.training.steps import Batch
-from sprite_diffusion.training.text_encoder import (
-    build_text_encoder,
-    build_tokenizer,
-    embed,
-    load_text_encoder,
-    tokenize,
-)
+from sprite_diffusion.training.text_encoder import choose_text_encoder, embed, tokenize
 from sprite_diffusion.training.training_loop import Draws, begin_run, training_loop
 
 MAX_GRID_ROWS = 8  # captions in a sample grid, one per row
@@ -69,15 +63,13 @@ def train(config: TrainingConfig, data: ImageData | None = None) -> TextToImageD
         raise UserInputError(f"--model_class {config.model_class} takes no captions: use UNet2DConditionModel")
     config = replace(config, model_class="UNet2DConditionModel")  # UNet2DModel with attention to captions
     base = begin_run(config)
+    if base is not None and not isinstance(base, TextToImageDDPMPipeline):
+        raise UserInputError(f"--init_from {config.init_from} reads no captions: name a model that does")
     data = data or load_image_data(config, with_labels=None, streaming=config.streaming)
     captions = data.captions
     if captions is None:
         raise UserInputError(f"{data.source} have no captions: give them, or train by class")
-    if config.text_encoder is None:
-        tokenizer = build_tokenizer(captions)
-        text_encoder = build_text_encoder(tokenizer)
-    else:
-        tokenizer, text_encoder = load_text_encoder(config.text_encoder, captions)
+    tokenizer, text_encoder = choose_text_encoder(config, captions, base)
     unet = build_model(config, data.num_channels, base=base, cross_attention_dim=text_encoder.config.hidden_size)
     read = tokenize(tokenizer, captions)  # what the network is given of each caption
     if config.text_encoder is None:

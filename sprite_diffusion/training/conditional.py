@@ -14,7 +14,7 @@ from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.runs.outputs import SampleGrid
 from sprite_diffusion.sampling.conditions import Condition, one_hot
 from sprite_diffusion.training.augmentation import augment_as_asked
-from sprite_diffusion.training.build import build_model, build_noise_scheduler
+from sprite_diffusion.training.build import build_model, build_noise_scheduler, check_without_captions
 from sprite_diffusion.training.loss import ddpm_loss
 from sprite_diffusion.training.steps import Batch
 from sprite_diffusion.training.training_loop import Draws, begin_run, training_loop
@@ -36,6 +36,7 @@ def train(config: TrainingConfig, data: ImageData | None = None) -> ConditionalD
         raise UserInputError("--noise_scheduler_class LinearCorruptionScheduler: use train_unconditional.py")
     if config.model_class == "BasicUNet2DModel":
         raise UserInputError("--model_class BasicUNet2DModel takes no class labels: use train_unconditional.py")
+    check_without_captions(config)
     base = begin_run(config)
     data = data or load_image_data(config, with_labels=True, streaming=config.streaming)
     id2label = data.id2label

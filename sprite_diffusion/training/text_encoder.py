@@ -7,11 +7,15 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
+from diffusers import DiffusionPipeline
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm.auto import tqdm
 
-from sprite_diffusion.common.errors import UserInputError, first_line
-from sprite_diffusion.sampling.text_encoders import quiet_transformers
+from pipelines import find_unknown_words
+from sprite_diffusion.common.errors import UserInputError, first_line, warn
+from sprite_diffusion.runs.config import TrainingConfig
+from sprite_diffusion.sampling.pipeline_loading import Pipeline
+from sprite_diffusion.sampling.text_encoders import load_text_parts, quiet_transformers
 
 MAX_TOKENS = 77  # of a caption, as CLIP has it; the rest of a longer one is not read
 MAX_WORDS = 2**15  # the most frequent ones
@@ -82,18 +86,61 @@ def load_text_encoder(name: str, captions: Sequence[str]) -> tuple[Any, Any]:
     of_pipeline = Path(name, "text_encoder").is_dir()
     tokenizer_folder, encoder_folder = ("tokenizer", "text_encoder") if of_pipeline else ("", "")
     try:
-        with quiet_transformers():
-            config = transformers.AutoConfig.from_pretrained(name, subfolder=encoder_folder)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name, subfolder=tokenizer_folder)
-            text_encoder = transformers.AutoModelForTextEncoding.from_pretrained(
-                name, subfolder=encoder_folder, config=config.get_text_config()
-            )
-    except (OSError, ValueError, KeyError) as error:
+        config = transformers.AutoConfig.from_pretrained(name, subfolder=encoder_folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, subfolder=tokenizer_folder)
+        text_encoder = transformers.AutoModelForTextEncoding.from_pretrained(
+            name, subfolder=encoder_folder, config=config.get_text_config()
+        )
+    except Exception as error:  # the values in its files can lead transformers to raise anything
         raise UserInputError(f"--text_encoder {name} can't be loaded: {first_line(error)}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     fit_length(tokenizer, captions)
-    return tokenizer, text_encoder.float().eval().requires_grad_(False)
+    return tokenizer, freeze(text_encoder.float())
+
+
+def freeze(text_encoder: Any) -> Any:
+    """Returns a text encoder that is not trained."""
+    return text_encoder.eval().requires_grad_(False)
+
+
+def choose_text_encoder(config: TrainingConfig, captions: Sequence[str], base: Pipeline | None) -> tuple[Any, Any]:
+    """Returns the tokenizer and the text encoder of a run, which is frozen if `--text_encoder` names it.
+
+    Those of a checkpoint that the run is resumed from, or of the model that it begins from, stay: their words have the
+    numbers that the network has learned. Prints which words of the captions they do not know.
+
+    Raises `UserInputError` if there is no such text encoder, or the network has learned another one.
+    """
+    quiet_transformers()
+    if config.resume_from_checkpoint is not None:
+        checkpoint = str(Path(config.output_dir, config.resume_from_checkpoint))
+        index = DiffusionPipeline.load_config(checkpoint)
+        if "text_encoder" not in index:
+            raise UserInputError(f"{checkpoint} was trained without captions: leave --caption_column out")
+        parts = load_text_parts(checkpoint, index)
+        tokenizer, text_encoder = parts["tokenizer"], parts["text_encoder"]
+    elif config.text_encoder is not None:
+        tokenizer, text_encoder = load_text_encoder(config.text_encoder, captions)
+        if base is not None and not _are_same(text_encoder, base.text_encoder):
+            raise UserInputError(
+                f"--text_encoder {config.text_encoder}: the network of --init_from {config.init_from} has learned "
+                "another one, leave the flag out"
+            )
+    elif base is not None:
+        tokenizer, text_encoder = base.tokenizer, base.text_encoder
+    else:
+        tokenizer = build_tokenizer(captions)
+        text_encoder = build_text_encoder(tokenizer)
+    if unknown := find_unknown_words(tokenizer, " ".join(captions)):
+        warn(f"{len(unknown)} words of the captions are new to the text encoder, as none: {', '.join(unknown[:10])}")
+    return tokenizer, freeze(text_encoder) if config.text_encoder is not None else text_encoder
+
+
+def _are_same(first: torch.nn.Module, second: torch.nn.Module) -> bool:
+    """Returns whether two networks have the same weights."""
+    one, other = first.state_dict(), second.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def tokenize(tokenizer: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:

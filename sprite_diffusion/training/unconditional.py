@@ -11,7 +11,7 @@ from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.runs.outputs import SampleGrid
 from sprite_diffusion.sampling.conditions import Condition
 from sprite_diffusion.training.augmentation import augment_as_asked
-from sprite_diffusion.training.build import build_model, build_noise_scheduler
+from sprite_diffusion.training.build import build_model, build_noise_scheduler, check_without_captions
 from sprite_diffusion.training.loss import corruption_loss, ddpm_loss
 from sprite_diffusion.training.steps import Batch
 from sprite_diffusion.training.training_loop import Draws, begin_run, training_loop
@@ -27,6 +27,7 @@ def train(config: TrainingConfig, data: ImageData | None = None) -> Unconditiona
     Raises:
         UserInputError: For a flag, file or column that has to be changed.
     """
+    check_without_captions(config)
     base = begin_run(config)
     if data is None:
         # The network takes no labels, but images can be judged better where there are some.
