@@ -1,4 +1,4 @@
-"""Trains a diffusion model on images by class: `accelerate launch train_conditional.py`."""
+"""Trains a diffusion model on images by class or caption: `accelerate launch train_conditional.py`."""
 
 import sys
 
@@ -10,7 +10,13 @@ from sprite_diffusion.runs.presets import parse_config
 def main() -> None:
     config = parse_config(sys.argv[1:], default_preset="sprites_conditional.yaml")
     # Imported here, as it takes seconds, which `--help` and a wrong flag need not wait for.
-    from sprite_diffusion.training.conditional import train
+    from sprite_diffusion.data.sources import find_caption_column
+
+    config.caption_column = find_caption_column(config, config.streaming)
+    if config.caption_column is None:
+        from sprite_diffusion.training.conditional import train
+    else:
+        from sprite_diffusion.training.captioned import train
 
     train(config)
 

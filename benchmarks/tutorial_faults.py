@@ -78,7 +78,7 @@ def compare_shortcuts(pipeline: ConditionalDDPMPipeline, num_images: int = 25) -
     torch.nn.init.zeros_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
     sampler = make_sampler("--scheduler", pipeline, "ddim", 25)
-    conditions = [Condition(str(i % 5), one_hot(i % 5, pipeline.num_classes)) for i in range(num_images)]
+    conditions = [Condition.of_classes(str(i % 5), one_hot(i % 5, pipeline.num_classes)) for i in range(num_images)]
     images = []
     for seed in (1, 10**6, None):
         pipeline.unet.register_to_config(shortcut_seed=seed)

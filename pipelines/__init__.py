@@ -1,3 +1,17 @@
-from pipelines.pipeline_ddpm import ConditionalDDPMPipeline, UnconditionalDDPMPipeline, to_oklab, to_straight_alpha
+from pipelines.pipeline_ddpm import (
+    ConditionalDDPMPipeline,
+    TextToImageDDPMPipeline,
+    UnconditionalDDPMPipeline,
+    find_unknown_words,
+    to_oklab,
+    to_straight_alpha,
+)
 
-__all__ = ["ConditionalDDPMPipeline", "UnconditionalDDPMPipeline", "to_oklab", "to_straight_alpha"]
+__all__ = [
+    "ConditionalDDPMPipeline",
+    "TextToImageDDPMPipeline",
+    "UnconditionalDDPMPipeline",
+    "find_unknown_words",
+    "to_oklab",
+    "to_straight_alpha",
+]

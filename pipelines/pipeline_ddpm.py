@@ -1,4 +1,4 @@
-"""Image generation with a denoising diffusion model, from noise to pictures: without classes, and by class."""
+"""Image generation with a denoising diffusion model, from noise to pictures: of anything, by class, and by prompt."""
 
 import hashlib
 import inspect
@@ -6,12 +6,14 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
@@ -28,6 +30,8 @@ TO_OKLAB = (
     (1.9779984951, -2.4285922050, 0.4505937099),
     (0.0259040371, 0.7827717662, -0.8086757660),
 )
+
+logger = logging.get_logger(__name__)
 
 # The `pipeline.py` of a stock folder. diffusers takes the one pipeline class in it, hence the name is used again.
 CUSTOM_PIPELINE = '''"""This model with its own pipeline and scheduler in place of the stock ones that its index names:
@@ -48,12 +52,18 @@ class UnconditionalDDPMPipeline(UnconditionalDDPMPipeline):
         super().__init__(unet, ClosedFormDDPMScheduler.from_config(scheduler.config))
 '''
 
+# Classes that transformers 4 knows under another name than transformers 5, which knows both.
+COMMON_NAMES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
+
 
 class _DDPMPipeline(DiffusionPipeline):
-    """What generation with classes and without has in common: the denoising loop, and saving."""
+    """What generation by class, by prompt and without either has in common: the denoising loop, and saving."""
 
     model_cpu_offload_seq = "unet"
+    is_conditional = False  # whether images can be asked for, so that guidance has a meaning
     _callback_tensor_inputs = ("latents", "pred_original_sample")
+    _model_kwargs: Mapping[str, torch.Tensor] = {}  # what the network is told of the images, besides the timestep
+    _guidance_scale = 1.0
 
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
         super().__init__()
@@ -84,8 +94,8 @@ class _DDPMPipeline(DiffusionPipeline):
         index = json.loads(index_file.read_text())
         for name, part in {"_class_name": self, **self.components}.items():
             subfolder = folder if part is self else folder / name
-            module = "diffusers" if _is_in_diffusers(part) else _save_source(type(part), subfolder)
-            index[name] = [module, type(part).__name__]
+            module = _find_library(part) or _save_source(type(part), subfolder)
+            index[name] = [module, COMMON_NAMES.get(type(part).__name__, type(part).__name__)]
         index_file.write_text(json.dumps(index, indent=2) + "\n")
 
     @torch.no_grad()
@@ -177,7 +187,7 @@ class _DDPMPipeline(DiffusionPipeline):
         for i, t in enumerate(self.progress_bar(timesteps[first_step:]), first_step):
             # 2. the network's prediction from x_t
             model_input = self.scheduler.scale_model_input(latents, t).to(self.unet.dtype)
-            model_output = self._predict(model_input, t)  # (B, C, H, W) float32
+            model_output = self.predict(model_input, t)  # (B, C, H, W) float32
 
             # 3. x_t -> x_{t-1}
             step_output = self.scheduler.step(model_output, t, latents, **step_kwargs)
@@ -200,9 +210,28 @@ class _DDPMPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _predict(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """Returns the network's prediction from noisy samples (B, C, H, W), float32."""
-        return self.unet(sample, timestep).sample.float()
+    @contextmanager
+    def conditioned_on(self) -> Iterator[None]:
+        """Conditions every prediction inside of the `with` on what its arguments name: here on nothing."""
+        yield
+
+    def predict(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        r"""
+        Returns the network's prediction as [`conditioned_on`] says, guided by equation 6 of Ho and Salimans 2022,
+        https://huggingface.co/papers/2207.12598, with w = 1 + their w.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, channels, height, width)`): Noisy images.
+            timestep (`torch.Tensor` of shape `()`): Their timestep.
+
+        Returns:
+            `torch.Tensor`: The prediction, of the shape of `sample`, float32.
+        """
+        if self._guidance_scale == 1:
+            return self.unet(sample, timestep, **self._model_kwargs).sample.float()  # (B, C, H, W)
+        model_input = torch.cat([sample, sample])  # with and without the condition: (2B, C, H, W)
+        conditional, unconditional = self.unet(model_input, timestep, **self._model_kwargs).sample.float().chunk(2)
+        return unconditional + self._guidance_scale * (conditional - unconditional)
 
     def _prepare_edit(self, image: Any, strength: float | None, mask_image: Any, batch_size: int) -> "_Edit | None":
         """Returns what is to be done to images, if there are any. Raises a ValueError for what does not fit."""
@@ -304,7 +333,7 @@ class UnconditionalDDPMPipeline(_DDPMPipeline):
         scheduler = self.scheduler
         if type(scheduler).__name__ == "ClosedFormDDPMScheduler":
             scheduler = DDPMScheduler.from_config(scheduler.config)
-        if not (_is_in_diffusers(self.unet) and _is_in_diffusers(scheduler)):
+        if _find_library(self.unet) is None or _find_library(scheduler) is None:
             super().save_pretrained(save_directory, **kwargs)
             return
         DDPMPipeline(unet=self.unet, scheduler=scheduler).save_pretrained(save_directory, **kwargs)
@@ -335,6 +364,8 @@ class ConditionalDDPMPipeline(_DDPMPipeline):
         id2label (`dict[int, str]`, *optional*):
             The names of the classes, saved with the pipeline.
     """
+
+    is_conditional = True
 
     # `Optional`, as diffusers 0.35 fails to load a pipeline with `dict | None` among its types.
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin, id2label: Optional[dict] = None):  # noqa: UP045
@@ -381,16 +412,8 @@ class ConditionalDDPMPipeline(_DDPMPipeline):
             ValueError: For an unknown class, or an argument that does not fit the others or the model.
         """
         context = self._prepare_context(class_labels, context, batch_size).to(self._execution_device)  # (B, K)
-        with self._conditioned_on(context, guidance_scale):
+        with self.conditioned_on(context, guidance_scale):
             return super().__call__(len(context), **kwargs)
-
-    def _predict(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """Returns the guided prediction for the classes; Ho and Salimans 2022, equation 6, with w = 1 + their w."""
-        if self._guidance_scale == 1:
-            return self.unet(sample, timestep, **self._model_kwargs).sample.float()  # (B, C, H, W)
-        model_input = torch.cat([sample, sample])  # with and without the class: (2B, C, H, W)
-        conditional, unconditional = self.unet(model_input, timestep, **self._model_kwargs).sample.float().chunk(2)
-        return unconditional + self._guidance_scale * (conditional - unconditional)
 
     def get_class_id(self, label: int | str) -> int:
         r"""
@@ -435,8 +458,10 @@ class ConditionalDDPMPipeline(_DDPMPipeline):
         return context.expand(max(batch_size, 0), -1)
 
     @contextmanager
-    def _conditioned_on(self, context: torch.Tensor, guidance_scale: float) -> Iterator[None]:
-        """Conditions every prediction on class weights (B, K)."""
+    def conditioned_on(  # type: ignore[override]  # each pipeline has its own arguments
+        self, context: torch.Tensor, guidance_scale: float = 1.0
+    ) -> Iterator[None]:
+        """Conditions every prediction on class weights (B, K), and guides it there from no class."""
         if guidance_scale != 1:
             context = torch.cat([context, torch.zeros_like(context)])  # (2B, K)
         self._guidance_scale = guidance_scale
@@ -457,6 +482,178 @@ class ConditionalDDPMPipeline(_DDPMPipeline):
             yield
         finally:
             hook.remove()
+
+
+class TextToImageDDPMPipeline(_DDPMPipeline):
+    r"""
+    Pipeline for image generation by prompt, with classifier-free guidance.
+
+    The text encoder turns each prompt into as many vectors as the tokenizer's `model_max_length`, and the
+    cross-attention of the network reads them. A share of the captions was empty while the model was trained, so that
+    its prediction for the empty prompt is the unconditional one that guidance
+    (https://huggingface.co/papers/2207.12598) needs.
+
+    Args:
+        unet ([`~diffusers.UNet2DConditionModel`]):
+            The network, called as `unet(sample, timestep, encoder_hidden_states=...).sample`.
+        scheduler ([`~diffusers.SchedulerMixin`]):
+            `ClosedFormDDPMScheduler`, or any scheduler of diffusers that is made from its config.
+        text_encoder ([`~transformers.PreTrainedModel`]):
+            The text encoder, such as a [`~transformers.CLIPTextModel`]: its last hidden states are what the network
+            is given.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        example_prompts (`list[str]`, *optional*):
+            Some prompts like those that the model was trained on, saved with the pipeline.
+    """
+
+    model_cpu_offload_seq = "text_encoder->unet"
+    is_conditional = True
+
+    # Neither type is transformers', which a folder without a text encoder must do without.
+    def __init__(
+        self,
+        unet: ModelMixin,
+        scheduler: SchedulerMixin,
+        text_encoder: torch.nn.Module,
+        tokenizer: object,
+        example_prompts: Optional[list] = None,  # noqa: UP045  # as for `id2label` above
+    ):
+        super().__init__(unet, scheduler)
+        self.register_modules(text_encoder=text_encoder, tokenizer=tokenizer)
+        self.example_prompts = list(example_prompts or [])
+        self._seen_prompts: set[str] = set()  # what there is to say of a prompt is said once
+        self.register_to_config(example_prompts=self.example_prompts)
+
+    @torch.no_grad()
+    def __call__(  # type: ignore[override]  # the prompt comes first
+        self,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        guidance_scale: float = 1.0,
+        num_images_per_prompt: int = 1,
+        batch_size: int | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        r"""
+        Generates images of prompts.
+
+        Args:
+            prompt (`str` or a sequence of them, *optional*):
+                What the images are to show: one prompt for all images, or one for each. Neither this nor
+                `prompt_embeds`: images of anything.
+            negative_prompt (`str` or a sequence of them, *optional*):
+                What guidance leads away from, in place of images of anything; of use where `guidance_scale` is not 1.
+            guidance_scale (`float`, defaults to 1):
+                `w` in `uncond + w * (cond - uncond)`; above 1 the images obey their prompt more. At 1 the
+                unconditional half is not computed.
+            num_images_per_prompt (`int`, defaults to 1):
+                The number of images of each prompt; they stand beside each other.
+            batch_size (`int`, *optional*):
+                The number of images in all; that of the prompts times `num_images_per_prompt` if not given.
+            prompt_embeds (`torch.Tensor` of shape `(batch_size, tokens, features)`, *optional*):
+                What [`encode_prompt`] returns, in place of `prompt`.
+            negative_prompt_embeds (`torch.Tensor` of shape `(batch_size, tokens, features)`, *optional*):
+                The same in place of `negative_prompt`.
+            **kwargs: The other arguments of [`UnconditionalDDPMPipeline`]'s call.
+
+        Returns:
+            [`~diffusers.ImagePipelineOutput`] or `tuple`: the images.
+
+        Raises:
+            ValueError: If an argument does not fit the others or the model.
+        """
+        if num_images_per_prompt < 1:
+            raise ValueError(f"`num_images_per_prompt` is {num_images_per_prompt}: it must be at least 1")
+        embeds = self._prepare_embeds("prompt", prompt, prompt_embeds)
+        embeds = embeds.repeat_interleave(num_images_per_prompt, dim=0)  # (B, L, D)
+        if len(embeds) == 1 and batch_size is not None:
+            embeds = embeds.expand(max(batch_size, 0), -1, -1)
+        if batch_size not in (None, len(embeds)):
+            raise ValueError(f"{len(embeds)} prompts for a `batch_size` of {batch_size}: give one, or one per image")
+        negative = self._prepare_embeds("negative_prompt", negative_prompt, negative_prompt_embeds)
+        if len(negative) not in (1, len(embeds)):
+            negative = negative.repeat_interleave(num_images_per_prompt, dim=0)
+        if len(negative) not in (1, len(embeds)):
+            raise ValueError(f"{len(negative)} negative prompts for {len(embeds)} images: give one, or one per image")
+        if guidance_scale == 1 and (negative_prompt is not None or negative_prompt_embeds is not None):
+            logger.warning("`negative_prompt` has no effect at a `guidance_scale` of 1")
+        with self.conditioned_on(embeds, guidance_scale, negative):
+            return super().__call__(len(embeds), **kwargs)
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str | Sequence[str]) -> torch.Tensor:
+        r"""
+        Returns the embeddings of prompts, and warns of words that the model has never seen, and of prompts that are
+        longer than it takes.
+
+        Args:
+            prompt (`str` or a sequence of them): The prompts.
+
+        Returns:
+            `torch.Tensor` of shape `(prompts, tokens, features)`: What the cross-attention of the network is given.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        for text in dict.fromkeys(prompts):
+            if text not in self._seen_prompts:
+                self._seen_prompts.add(text)
+                self._warn_of_prompt(text)
+        tokens = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
+        device = self.text_encoder.device
+        return self.text_encoder(tokens.input_ids.to(device), attention_mask=tokens.attention_mask.to(device))[0]
+
+    @contextmanager
+    def conditioned_on(  # type: ignore[override]  # each pipeline has its own arguments
+        self,
+        prompt_embeds: torch.Tensor,
+        guidance_scale: float = 1.0,
+        negative_prompt_embeds: torch.Tensor | None = None,
+    ) -> Iterator[None]:
+        """Conditions every prediction on embeddings (B, L, D), and guides it there from others, the empty prompt's."""
+        if guidance_scale != 1:
+            negative = self.encode_prompt("") if negative_prompt_embeds is None else negative_prompt_embeds
+            prompt_embeds = torch.cat([prompt_embeds, negative.expand_as(prompt_embeds)])  # (2B, L, D)
+        self._guidance_scale = guidance_scale
+        self._model_kwargs = {"encoder_hidden_states": prompt_embeds.to(self._execution_device, self.unet.dtype)}
+        yield
+
+    def _prepare_embeds(self, name: str, prompt: Any, embeds: torch.Tensor | None) -> torch.Tensor:
+        """Returns the embeddings (P, L, D) of prompts, if not given as such; of the empty prompt if neither is."""
+        if embeds is None:
+            return self.encode_prompt("" if prompt is None else prompt)
+        if prompt is not None:
+            raise ValueError(f"pass `{name}` or `{name}_embeds`, not both")
+        features = self.unet.config["cross_attention_dim"]
+        if embeds.ndim != 3 or embeds.shape[2] != features:
+            raise ValueError(f"`{name}_embeds` has the shape {tuple(embeds.shape)}: it must be (B, L, {features})")
+        return embeds
+
+    def _warn_of_prompt(self, prompt: str) -> None:
+        """Warns of the words of a prompt that the tokenizer has no token for, and of its end if that is cut off."""
+        tokenizer = self.tokenizer
+        ids, limit = tokenizer(prompt, verbose=False).input_ids, tokenizer.model_max_length
+        if len(ids) > limit:
+            rest = tokenizer.decode(ids[limit - 1 : -1])
+            logger.warning(f"the prompt has {len(ids)} tokens, this model takes {limit}: '{rest}' is left out")
+        known = tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}
+        for word in find_unknown_words(tokenizer, prompt):
+            nearest = ", ".join(get_close_matches(word, sorted(known))) or "none"
+            logger.warning(f"this model has never seen the word '{word}'; words like it that it has seen: {nearest}")
+
+
+def find_unknown_words(tokenizer: Any, text: str) -> list[str]:
+    """Returns the words of a text that a tokenizer has no token for, each once, in lower case.
+
+    There are none for a tokenizer that takes any word apart into tokens which it has.
+    """
+    unknown = tokenizer.unk_token_id
+    if not tokenizer.is_fast or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, None):
+        return []
+    encoding = tokenizer(text, return_offsets_mapping=True, verbose=False)
+    spans = [span for id, span in zip(encoding.input_ids, encoding.offset_mapping, strict=True) if id == unknown]
+    return list(dict.fromkeys(text[start:end].lower() for start, end in spans))
 
 
 def _find_first_step(scheduler: Any, strength: float) -> int:
@@ -524,9 +721,10 @@ def _read_colours(palette: Sequence[str]) -> torch.Tensor:
     return torch.tensor([list(bytes.fromhex(colour.removeprefix("#"))) for colour in palette]) / 255
 
 
-def _is_in_diffusers(part: Any) -> bool:
-    """Returns whether diffusers itself has the class of a part, so that a folder needs no code of it."""
-    return type(part).__module__.startswith("diffusers.")
+def _find_library(part: Any) -> str | None:
+    """Returns the library that has the class of a part, so that a folder needs no code of it; None if none has."""
+    library = type(part).__module__.split(".")[0]
+    return library if library in ("diffusers", "transformers") else None
 
 
 def _save_source(cls: type, folder: Path) -> str:

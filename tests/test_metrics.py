@@ -741,7 +741,7 @@ class TestCalculateMetrics:
 
     def test_images_that_are_not_finite_are_not_measured(self, runs, run_script, tmp_path, capsys, monkeypatch):
         folder = shutil.copytree(runs / "train_unconditional", tmp_path / "run")
-        monkeypatch.setattr(UnconditionalDDPMPipeline, "_predict", lambda self, sample, timestep: sample * torch.nan)
+        monkeypatch.setattr(UnconditionalDDPMPipeline, "predict", lambda self, sample, timestep: sample * torch.nan)
         before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
         with pytest.raises(SystemExit) as exit:
             run_script("calculate_metrics", f"{folder} {self.FLAGS}")

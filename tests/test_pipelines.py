@@ -250,8 +250,8 @@ def test_unet2d_is_given_the_embedding_of_the_label():
     pipeline = quiet(ConditionalDDPMPipeline(unet, ClosedFormDDPMScheduler()))
     context = torch.tensor([[0.0, 1, 0], [0, 0, 0], [1, 0, 0.6]])
     sample, t = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(500)
-    with torch.no_grad(), pipeline._conditioned_on(context, guidance_scale=1.0):
-        conditioned = pipeline._predict(sample, t)
+    with torch.no_grad(), pipeline.conditioned_on(context, guidance_scale=1.0):
+        conditioned = pipeline.predict(sample, t)
     with torch.no_grad():
         expected = unet(sample, t, class_labels=torch.tensor([1, 3, 0])).sample
         table = unet.class_embedding.weight

@@ -194,8 +194,8 @@ def test_shares_of_a_stream_are_what_it_gives():
 
 def test_processes_and_micro_batches_draw_what_one_batch_draws():
     images = torch.zeros(6, 3, 4, 4)
-    whole = draw_randomness((7, 100), Batch(images, None, 0, 6, 6), 1000, 6)
-    parts = [draw_randomness((7, 100), Batch(images[:2], None, row, 2, 6), 1000, 6) for row in (0, 2, 4)]
+    whole = draw_randomness((7, 100), Batch(images, None, None, 0, 6, 6), 1000, 6)
+    parts = [draw_randomness((7, 100), Batch(images[:2], None, None, row, 2, 6), 1000, 6) for row in (0, 2, 4)]
     for expected, *drawn in zip(whole, *parts, strict=True):
         assert torch.equal(expected, torch.cat(drawn))
 

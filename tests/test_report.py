@@ -348,7 +348,7 @@ def test_trajectory_goes_from_noise_to_samples(run, browser, visit):
     """The upper row begins with the noise of the seeds 0 to 7, and the lower one ends with what they give."""
     pipeline = load_pipeline(str(run))
     noise = sample_noise(pipeline.sample_shape, [torch.Generator().manual_seed(seed) for seed in range(8)])
-    conditions = [Condition(str(id), one_hot(id, 5)) for id in (0, 1, 2, 3, 4, 0, 1, 2)]
+    conditions = [Condition.of_classes(str(id), one_hot(id, 5)) for id in (0, 1, 2, 3, 4, 0, 1, 2)]
     sampler = make_sampler("--scheduler", pipeline, "ddim", 25)
     samples = sample_images(pipeline, sampler, Request(list(range(8)), conditions), show_progress=False)
     visit(run)

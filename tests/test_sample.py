@@ -559,10 +559,10 @@ def test_predictions_of_a_network_that_knows_the_image():
 def test_predictions_are_written_by_class_and_by_snapshot(sample, folders):
     sample("conditional", "--predict sprites --class hero --output one.png")
     record = json.loads(Path("one.json").read_text())
-    assert (record["class"], list(record["mean_squared_errors"])) == (0, ["predicted"])
+    assert (record["class"], list(record["mean_squared_errors"])) == ("hero", ["predicted"])
     sample("conditional", "--predict sprites --output none.png")
     none = json.loads(Path("none.json").read_text())
-    assert none["class"] is None
+    assert none["class"] == "no class"
     assert none["mean_squared_errors"] != record["mean_squared_errors"]
     sample("", f"--predict sprites --snapshots {folders / 'run'} --output learned.png")
     record = json.loads(Path("learned.json").read_text())
@@ -618,7 +618,7 @@ def test_interpolation_goes_from_one_sample_to_the_other():
         ends = sample_images(pipeline, sampler, Request([1, 2], [condition] * 2))
         # another batch size: roundings of the 256 levels' size at most
         torch.testing.assert_close(figure.rows[row][[0, 2]], ends, rtol=0, atol=1 / 255)
-    middle = Condition("middle", (hero.weights + food.weights) / 2)
+    middle = Condition("middle", {"context": (hero.arguments["context"] + food.arguments["context"]) / 2})
     noise = [torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
     centre = sample_images(pipeline, sampler, Request([0], [middle]), slerp(*noise, 0.5)[None])
     torch.testing.assert_close(figure.rows[1][1], centre[0], rtol=0, atol=1 / 255)

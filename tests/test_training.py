@@ -187,7 +187,7 @@ def test_overwriting_removes_only_what_runs_write(run_script, tmp_path):
 
 
 def test_randomness_is_that_of_the_named_distributions_and_differs_by_step():
-    batch = Batch(torch.zeros(4000, 1, 2, 2, dtype=torch.bfloat16), None, 0, 4000, 4000)
+    batch = Batch(torch.zeros(4000, 1, 2, 2, dtype=torch.bfloat16), None, None, 0, 4000, 4000)
     noise, timesteps, uniform, _ = draw_randomness((0, 0), batch, 10, 4000)
     assert noise.dtype == torch.float32
     # The bounds are five standard errors of 16,000 normal numbers, and of 4,000 of the others.

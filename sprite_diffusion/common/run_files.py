@@ -16,14 +16,19 @@ LOSS_FILE = "loss.png"
 METRICS_FILE = "metrics.json"
 PALETTE_FILE = "palette.hex"  # of pixel art: a colour on each line
 PAIRS_FILE = "closest_pairs.png"
+PROMPT_PICTURE = "prompt-{:02d}.png"  # of the newest samples: the first of each example prompt
 REPORT_FILE = "report.html"
 SKIPPED_IMAGES_FILE = "skipped_images.jsonl"
 SUMMARY_FILE = "training_summary.json"
 TRAINING_LOG_FILE = "training_log.jsonl"  # a line for each time that the loss was logged
 NETWORK_CONFIG_FILE = "unet/config.json"
-WEIGHTS_FILE = "unet/diffusion_pytorch_model.safetensors"
+WEIGHTS_FILES = {  # by the parts of a pipeline that are trained
+    "unet": "unet/diffusion_pytorch_model.safetensors",
+    "text_encoder": "text_encoder/model.safetensors",
+}
 SAMPLES_DIR = "samples"
 SNAPSHOTS_DIR = "snapshots"
+PART_FOLDERS = ("unet", "scheduler", "text_encoder", "tokenizer")  # of a pipeline
 RESERVED_NAMES = {
     CARD_FILE,
     CONFIG_FILE,
@@ -40,11 +45,10 @@ RESERVED_NAMES = {
     SAMPLES_DIR,
     SNAPSHOTS_DIR,
     TRAINING_LOG_FILE,
-    "scheduler",
-    "unet",
+    *PART_FOLDERS,
 }
 # A pipeline for others. A `*` goes across folders: `*.py` would take those of snapshots.
-PIPELINE_FILES = [INDEX_FILE, "pipeline*.py", "unet/*", "scheduler/*", PALETTE_FILE, CONFIG_FILE]
+PIPELINE_FILES = [INDEX_FILE, "pipeline*.py", *(f"{part}/*" for part in PART_FOLDERS), PALETTE_FILE, CONFIG_FILE]
 
 
 def find_run(path: Path) -> Path | None:

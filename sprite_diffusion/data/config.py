@@ -31,6 +31,11 @@ class DataConfig:
     cache_dir: str | None = flag(None, "Folder in which `datasets` keeps its downloads.", changes="nothing")
     image_column: str | None = flag(None, "Column of the images; found from the features if not given.")
     label_column: str | None = flag(None, "Column of the class labels; found if not given.")
+    caption_column: str | None = flag(
+        None,
+        "Column of captions to train on in place of classes (train_conditional.py), or 'txt' for a .txt file beside "
+        "each image; found if not given, where there are no classes.",
+    )
     labels_file: str | None = flag(None, ".npy file of the labels, (N,) or one-hot (N, K), of a .npy dataset.")
     class_names: list[str] | None = flag(None, "Names of the classes, in order, where the data has none.")
     cell: str | None = flag(

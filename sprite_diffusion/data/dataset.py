@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.data.captions import NO_CAPTION, Captions
 from sprite_diffusion.data.config import BUILT_IN_DATASET, IMAGE_MODES, DataConfig
 from sprite_diffusion.data.decoding import (
     SkippedImage,
@@ -52,13 +53,18 @@ class ImageData:
 
     @property
     def identity(self) -> str | None:
-        """Returns a hash of all pixels and labels; None for a stream."""
+        """Returns a hash of all pixels, labels and captions; None for a stream."""
         return self.dataset.identity if isinstance(self.dataset, StoredImages) else None
 
     @property
     def num_channels(self) -> int:
         """Returns 1 for grey images, 3 for colour, 4 for colours times alpha, and alpha."""
         return self.dataset.num_channels
+
+    @property
+    def captions(self) -> list[str] | None:
+        """Returns the distinct captions of the images, the empty one first; None for images without captions."""
+        return None if self.dataset.captions is None else self.dataset.captions.texts
 
     @property
     def num_images(self) -> int | None:
@@ -78,9 +84,16 @@ class StoredImages(Dataset):
     changes them, and a resumed run repeats them.
     """
 
-    def __init__(self, store: ImageStore, class_labels: np.ndarray | None, image_size: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        store: ImageStore,
+        class_labels: np.ndarray | None,
+        image_size: tuple[int, int],
+        captions: Captions | None = None,
+    ) -> None:
         self.store = store  # each (C, >= H, >= W)
         self.class_labels = class_labels  # (N,) int64
+        self.captions = captions
         self.image_size = image_size  # (H, W)
         self.num_channels = int(store.table[:, 1].max())
         self.dtype = np.uint16 if store.table[:, 4].max() == 2 else np.uint8
@@ -89,14 +102,19 @@ class StoredImages(Dataset):
 
     @property
     def identity(self) -> str:
-        """A hash of all pixels and labels."""
-        labels = b"" if self.class_labels is None else self.class_labels.tobytes()
-        return xxhash.xxh3_128(self.store.digest.encode() + labels).hexdigest()
+        """A hash of all pixels, labels and captions."""
+        digest = xxhash.xxh3_128(self.store.digest.encode())
+        if self.class_labels is not None:
+            digest.update(self.class_labels.tobytes())
+        if self.captions is not None:
+            digest.update(self.captions.ids.tobytes() + json.dumps(self.captions.texts).encode())
+        return digest.hexdigest()
 
     def select(self, rows: np.ndarray) -> "StoredImages":
         """Returns the images of some rows."""
         labels = None if self.class_labels is None else self.class_labels[rows]
-        return StoredImages(self.store.select(rows), labels, self.image_size)
+        captions = None if self.captions is None else Captions(self.captions.texts, self.captions.ids[rows])
+        return StoredImages(self.store.select(rows), labels, self.image_size, captions)
 
     def begin_epoch(self, epoch: int, seed: int = 0, random_flip: bool = False) -> None:
         """Chooses the crops and flips of an epoch."""
@@ -108,11 +126,17 @@ class StoredImages(Dataset):
         return len(self.store)
 
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        """Returns "images" (B, C, H, W), uint8 or uint16, and "class_labels" (B,) int64 if the images have labels."""
-        batch = {"images": torch.from_numpy(self.gather(indices, self.offsets, self.flips))}
+        """Returns "images" (B, C, H, W), uint8 or uint16, and what `read_ids` does."""
+        return {"images": torch.from_numpy(self.gather(indices, self.offsets, self.flips)), **self.read_ids(indices)}
+
+    def read_ids(self, indices: list[int] | np.ndarray) -> dict[str, torch.Tensor]:
+        """Returns "class_labels" (B,) and "caption_ids" (B,), which number the captions, int64, as far as there are."""
+        ids: dict[str, torch.Tensor] = {}
         if self.class_labels is not None:
-            batch["class_labels"] = torch.from_numpy(self.class_labels[indices])
-        return batch
+            ids["class_labels"] = torch.from_numpy(self.class_labels[indices])
+        if self.captions is not None:
+            ids["caption_ids"] = torch.from_numpy(self.captions.ids[indices])
+        return ids
 
     def gather(self, indices: Iterable[int], offsets: np.ndarray, flips: np.ndarray | None = None) -> np.ndarray:
         """Returns images (B, C, H, W) of the dataset's `dtype`, cropped and flipped.
@@ -145,11 +169,15 @@ class StreamedImages(IterableDataset):
     agree on.
     """
 
-    def __init__(self, table: Table, class_names: list[str] | None, config: DataConfig) -> None:
+    def __init__(
+        self, table: Table, class_names: list[str] | None, captions: Captions | None, config: DataConfig
+    ) -> None:
         self.table = table
         self.class_names = class_names
+        self.captions = captions
+        self._caption_ids = {} if captions is None else {text: id for id, text in enumerate(captions.texts)}
         self.config = config
-        decoded = (pixels for pixels, _ in self._read(table.rows) if isinstance(pixels, np.ndarray))
+        decoded = (pixels for pixels, *_ in self._read(table.rows) if isinstance(pixels, np.ndarray))
         self.num_channels = max(map(len, islice(decoded, STREAM_HEAD_SIZE)), default=0)
         if self.num_channels == 3:
             self.config = replace(config, image_mode="RGB")
@@ -162,10 +190,10 @@ class StreamedImages(IterableDataset):
         self.shuffled.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Yields "images" (C, H, W) float32 in [-1, 1], and "class_labels" () int64 if the images have labels."""
+        """Yields "images" (C, H, W) float32 in [-1, 1], and "class_labels" and "caption_ids" (), int64, if any."""
         image_size = self.config.image_size
         num_skipped = 0
-        for pixels, class_label in self._read(self.shuffled):
+        for pixels, class_label, caption_id in self._read(self.shuffled):
             if isinstance(pixels, SkippedImage):
                 num_skipped += 1
                 continue
@@ -179,19 +207,26 @@ class StreamedImages(IterableDataset):
             item = {"images": to_model_range(torch.from_numpy(pixels))}  # (C, H, W)
             if class_label is not None:
                 item["class_labels"] = torch.tensor(class_label)
+            if caption_id is not None:
+                item["caption_ids"] = torch.tensor(caption_id)
             yield item
         if num_skipped:
             tqdm.write(f"{self.table.name}: {num_skipped} images skipped in this pass", file=sys.stderr)
 
-    def _read(self, rows: datasets.IterableDataset) -> Iterator[tuple[np.ndarray | SkippedImage, int | None]]:
-        """Yields each image, decoded or skipped, and its class id if the images have labels."""
+    def _read(
+        self, rows: datasets.IterableDataset
+    ) -> Iterator[tuple[np.ndarray | SkippedImage, int | None, int | None]]:
+        """Yields each image, decoded or skipped, with the ids of its class and its caption where there are any."""
         image_column, label_column = self.table.image_column, self.table.label_column
         for row in rows:
             name = name_image(row[image_column], f"an image of {self.table.name}")
             class_label = None
             if self.class_names is not None:
                 class_label = to_class_id(row[label_column], self.class_names, f"{name}, column '{label_column}'")
-            yield prepare_or_skip(row[image_column], name, self.config), class_label
+            caption_id = None
+            if self.captions is not None:  # of a row that has appeared since they were read, none
+                caption_id = self._caption_ids.get(self.table.caption_of(row, name), NO_CAPTION)
+            yield prepare_or_skip(row[image_column], name, self.config), class_label, caption_id
 
 
 def load_image_data(config: DataConfig, with_labels: bool | None, streaming: bool = False) -> ImageData:
@@ -231,12 +266,17 @@ def open_images(config: DataConfig, with_labels: bool | None, streaming: bool = 
         raise UserInputError(
             f"--streaming can't be used with {name or '--cell'}, which fits into memory: leave it out"
         )
+    if config.caption_column is not None and name != BUILT_IN_DATASET:
+        raise UserInputError(f"--caption_column: {name or 'the sheets of --cell'} have no captions, leave it out")
     open_source = cut_sheets if config.cell is not None else open_arrays if is_array else draw_built_in
     return open_source(config, with_labels)
 
 
 def load_tensor(
-    images: torch.Tensor, config: DataConfig, class_labels: torch.Tensor | np.ndarray | list[Any] | None = None
+    images: torch.Tensor,
+    config: DataConfig,
+    class_labels: torch.Tensor | np.ndarray | list[Any] | None = None,
+    captions: list[str] | None = None,
 ) -> ImageData:
     """Returns images that are in memory already, to train on: neither resized nor converted to other channels.
 
@@ -246,9 +286,10 @@ def load_tensor(
             `config.resolution` are cropped at random places, others in every epoch.
         config: `resolution`, and `class_names` if the classes have names; its other flags of images are not used.
         class_labels: Ids 0..K-1 or names (N,); None for images without classes.
+        captions: A text for each image (N,); None for images without captions.
 
     Raises:
-        UserInputError: If the images are of another kind, or the labels do not fit them.
+        UserInputError: If the images are of another kind, or the labels or captions do not fit them.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in IMAGE_MODES or len(images) == 0:
         raise UserInputError(
@@ -263,7 +304,10 @@ def load_tensor(
         if len(values) != len(images):
             raise UserInputError(f"{len(values)} class labels for {len(images)} images: give one for each")
         ids, class_names = to_class_ids(values, None, config, "class_labels")
-    dataset = StoredImages(ImageStore.from_array(premultiply(images.cpu()).numpy()), ids, config.image_size)
+    if captions is not None and len(captions) != len(images):
+        raise UserInputError(f"{len(captions)} captions for {len(images)} images: give one for each")
+    store = ImageStore.from_array(premultiply(images.cpu()).numpy())
+    dataset = StoredImages(store, ids, config.image_size, None if captions is None else Captions.of(captions))
     return ImageData(dataset, class_names, [], "images in memory")
 
 
@@ -319,7 +363,7 @@ def _keep_batch(batch: Any) -> Any:
 
 def _open_stream(table: Table, config: DataConfig) -> ImageData:
     """Decodes the first images of a stream, and leaves the others to the training."""
-    class_names = None
+    class_names = captions = None
     columns = [table.image_column]
     if table.label_column is not None:
         columns.append(table.label_column)
@@ -329,7 +373,12 @@ def _open_stream(table: Table, config: DataConfig) -> ImageData:
             )
         class_names = choose_class_names(table.known_class_names, [], config, table.labels_name)
     rows = table.rows if config.max_train_samples is None else table.rows.take(config.max_train_samples)
-    dataset = StreamedImages(replace(table, rows=rows.select_columns(columns)), class_names, config)
+    if table.caption_column is not None:  # all are read once, as the words of the model have to be known in advance
+        columns.append(table.text_column)
+        texts = tqdm(rows.select_columns(table.text_column), desc="reading captions", unit="image", dynamic_ncols=True)
+        captions = Captions.of(table.caption_of(row, f"an image of {table.name}") for row in texts)
+    rows = rows.select_columns(list(dict.fromkeys(columns)))
+    dataset = StreamedImages(replace(table, rows=rows), class_names, captions, config)
     if dataset.num_channels == 0:
         raise UserInputError(f"{table.name} holds no image that can be decoded")
     return ImageData(dataset, class_names, table.skipped_images, table.name, table.rows.info.license or None)
@@ -349,7 +398,10 @@ def _decode_all(source: Source, config: DataConfig, with_labels: bool | None) ->
         class_labels = np.delete(class_labels, [row for row, _ in store.skipped])
         if with_labels:
             check_each_has_images(class_labels, source.class_names, source.name)
-    dataset = StoredImages(store, class_labels, config.image_size)
+    captions = source.captions
+    if captions is not None:
+        captions = Captions(captions.texts, np.delete(captions.ids, [row for row, _ in store.skipped]))
+    dataset = StoredImages(store, class_labels, config.image_size, captions)
     skipped_images = [*source.skipped_images, *(image for _, image in store.skipped)]
     return ImageData(
         dataset, source.class_names, skipped_images, source.name, source.license, num_available=source.num_available

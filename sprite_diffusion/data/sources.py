@@ -14,6 +14,7 @@ import numpy as np
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from sprite_diffusion.common.errors import UserInputError, first_line
+from sprite_diffusion.data.captions import TEXT_FILES, Captions, clean_caption, find_text_column, read_text_beside
 from sprite_diffusion.data.config import BUILT_IN_DATASET, IMAGE_MODES, DataConfig
 from sprite_diffusion.data.decoding import SkippedImage, name_image
 from sprite_diffusion.data.image_folder import LocalFiles, find_local_files, list_image_folder
@@ -21,6 +22,7 @@ from sprite_diffusion.data.labels import choose_class_names, spread_over_classes
 from sprite_diffusion.data.sprites import CLASS_NAMES, draw_sprites
 
 BUILT_IN_SIZE = 8000
+BUILT_IN_CAPTIONS = "caption"
 MAX_BUILT_IN_SIZE = 10**6  # which take 0.8 GB of memory
 STREAM_SHARDS = 64  # of which each reading process takes some
 
@@ -37,6 +39,7 @@ class Source:
     array: np.ndarray | None = None  # (N, H, W, C) uint8, where the images are the rows of one
     class_labels: np.ndarray | None = None  # int64, of these images
     class_names: list[str] | None = None
+    captions: Captions | None = None  # of these images; None if none are wanted
     license: str | None = None
     skipped_images: Sequence[SkippedImage] = ()  # those that are known before any image is decoded
 
@@ -49,6 +52,7 @@ class Table:
     rows: datasets.Dataset | datasets.IterableDataset
     image_column: str
     label_column: str | None  # None if no labels are wanted, or there are none
+    caption_column: str | None  # or `TEXT_FILES`; None if no captions are wanted
     skipped_images: list[SkippedImage]  # files of a folder that are in no row
     files: LocalFiles | None  # None if the rows are not on this machine
 
@@ -56,6 +60,19 @@ class Table:
     def labels_name(self) -> str:
         """Returns the name of the labels, for messages."""
         return f"{self.name}, column '{self.label_column}'"
+
+    @property
+    def text_column(self) -> str:
+        """Returns the column that says which caption an image has: that of the image itself for files beside it."""
+        column = self.caption_column
+        return self.image_column if column is None or column not in self.rows.features else column
+
+    def caption_of(self, row: dict[str, Any], name: str) -> str:
+        """Returns the caption of a row, whose image is called `name`. Raises `UserInputError` if it is no text."""
+        value = row[self.text_column]
+        if self.text_column == self.image_column:
+            return read_text_beside(value) or ""
+        return clean_caption(value, f"{name}, column '{self.text_column}'")
 
     @property
     def known_class_names(self) -> list[str] | None:
@@ -67,8 +84,10 @@ def draw_built_in(config: DataConfig, with_labels: bool | None) -> Source:
     """Draws the built-in sprites. `with_labels` is as in `load_image_data`."""
     if (config.max_train_samples or 0) > MAX_BUILT_IN_SIZE:
         raise UserInputError(f"--max_train_samples {config.max_train_samples}: draw {MAX_BUILT_IN_SIZE:,} at most")
+    if config.caption_column not in (None, BUILT_IN_CAPTIONS):
+        raise UserInputError(f"--caption_column {config.caption_column}: that of '{BUILT_IN_DATASET}' is caption")
     num_images = config.max_train_samples or BUILT_IN_SIZE
-    images, class_labels, _ = draw_sprites(num_images, transparent=config.image_mode == "RGBA")
+    images, class_labels, captions = draw_sprites(num_images, transparent=config.image_mode == "RGBA")
     return Source(
         f"{BUILT_IN_DATASET} (built in)",
         ("sprites", hashlib.sha256(images.tobytes()).hexdigest()),
@@ -79,6 +98,7 @@ def draw_built_in(config: DataConfig, with_labels: bool | None) -> Source:
         class_names=None
         if with_labels is False
         else choose_class_names(list(CLASS_NAMES), [], config, "the built-in sprites"),
+        captions=None if config.caption_column is None else Captions.of(captions),
         license="apache-2.0",
     )
 
@@ -172,10 +192,34 @@ def open_table(config: DataConfig, with_labels: bool | None, streaming: bool) ->
             f"{name} has no label column: name one by --label_column "
             f"(columns: {', '.join(rows.features)}), or put the images of each class into a folder of its own"
         )
+    caption_column = config.caption_column
+    if caption_column not in (None, TEXT_FILES, *rows.features):
+        raise UserInputError(
+            f"--caption_column {caption_column}: {name} has the columns {', '.join(rows.features)}; 'txt' is for .txt "
+            "files beside the images"
+        )
     if isinstance(rows.features[image_column], datasets.Image):
         # `datasets` would decode the images too, but not name the image that it can't decode.
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
-    return Table(name, rows, image_column, label_column, skipped_images, files)
+    return Table(name, rows, image_column, label_column, caption_column, skipped_images, files)
+
+
+def find_caption_column(config: DataConfig, streaming: bool) -> str | None:
+    """Returns the `--caption_column` of the images that `config` names, found if it is not given; None without one.
+
+    It is not looked for where images have classes. Raises `UserInputError` if the dataset can't be read.
+    """
+    name = config.dataset_name or ""
+    if config.caption_column is not None or name == BUILT_IN_DATASET or name.endswith(".npy") or config.cell:
+        return config.caption_column
+    table = open_table(config, with_labels=None, streaming=streaming)
+    if table.label_column is not None:
+        return None
+    found = find_text_column(table.rows.features, table.name)
+    if found is None and config.dataset_name is None:  # a folder
+        images = table.rows.select_columns(table.image_column)
+        found = TEXT_FILES if any(read_text_beside(row[table.image_column]) for row in images) else None
+    return found
 
 
 def _open_dataset(
@@ -302,6 +346,12 @@ def read_table(table: Table, config: DataConfig) -> Source:
     rows = spread_over_classes(class_labels, len(table.rows), config.max_train_samples)
     images = table.rows.select_columns(table.image_column)
     values = (example[table.image_column] for example in (images if len(rows) == len(images) else images.select(rows)))
+    captions = None
+    if table.caption_column is not None:
+        texts = table.rows.select_columns(table.text_column).select(rows)
+        captions = Captions.of(
+            table.caption_of(text, f"row {row} of {table.name}") for row, text in zip(rows, texts, strict=True)
+        )
     return Source(
         table.name,
         (table.rows._fingerprint, "" if table.files is None else table.files.identity, table.image_column),
@@ -310,6 +360,7 @@ def read_table(table: Table, config: DataConfig) -> Source:
         ((name_image(value, f"row {row} of {table.name}"), value) for row, value in zip(rows, values, strict=True)),
         class_labels=None if class_labels is None else class_labels[rows],
         class_names=class_names,
+        captions=captions,
         license=table.rows.info.license or None,
         skipped_images=table.skipped_images,
     )

@@ -65,7 +65,7 @@ def calculate(
         print(
             f"measuring {num_images:,} images{sampled_by} of {args.model}\nagainst {real.source}: {len(real):,} images"
         )
-    judge_classes = pipeline is not None and pipeline.num_classes > 0
+    judge_classes = pipeline is not None and pipeline.is_conditional
     result = evaluate(real, extractor, images, num_images, judge_classes)
     return None if result is None else (*result, facts)
 
@@ -80,7 +80,7 @@ def open_pipeline(args: argparse.Namespace, device: torch.device) -> Pipeline:
     """Loads the pipeline to be measured. Raises `UserInputError` if it can't be loaded, or guided as the flags say."""
     pipeline = load_pipeline(args.model, getattr(torch, args.dtype), args.process).to(device)
     speed_up(pipeline, args.compile, args.num_threads)
-    if args.guidance_scale != 1 and pipeline.num_classes == 0:
+    if args.guidance_scale != 1 and not pipeline.is_conditional:
         raise UserInputError(f"--guidance_scale: {args.model} is unconditional, it has no classes")
     return pipeline
 

@@ -89,9 +89,9 @@ def evaluate(
 ) -> tuple[Report, Image.Image] | None:
     """Measures generated images against as many of the reference half, `num_images`.
 
-    Every process calls this with its share of the images. With `judge_classes`, row i is an image of the class of
-    `real.reference[i]`. Returns the report and a picture of the samples that are closest to training images; None but
-    on the main process.
+    Every process calls this with its share of the images. With `judge_classes`, row i is an image asked for by the
+    class or caption of `real.reference[i]`. Returns the report and a picture of the samples that are closest to
+    training images; None but on the main process.
     """
     state = PartialState()
     pixel_art = PixelArt.of_data(real)
@@ -126,7 +126,7 @@ def make_evaluation_sampler(pipeline: Pipeline, name: str | None, num_inference_
 
 def sampling_facts(pipeline: Pipeline, sampler: Sampler, guidance_scale: float, seed: int) -> dict[str, Any]:
     """Returns the entries about sampling in the record of an evaluation."""
-    guidance = {"guidance_scale": guidance_scale} if pipeline.num_classes > 0 else {}
+    guidance = {"guidance_scale": guidance_scale} if pipeline.is_conditional else {}
     dtype = str(pipeline.unet.dtype).removeprefix("torch.")
     return {"sampler": sampler.label, **guidance, "seed": seed, "dtype": dtype}
 
@@ -142,8 +142,8 @@ def generate(
 ) -> Iterator[Batch]:
     """Yields this process's share of the images to be evaluated; image i is sampled from `seed` + i.
 
-    The classes of a conditional model's images are those of `real.reference`. Raises `UserInputError` if the model and
-    the data have different classes.
+    The classes or captions of a conditional model's images are those of `real.reference`. Raises `UserInputError` if
+    the data has none, or other classes.
     """
     state = PartialState()
     conditions = _match_conditions(pipeline, real, num_images)
@@ -179,9 +179,13 @@ def read_in_order(images: RealImages, num_images: int, batch_size: int) -> Itera
 
 
 def _match_conditions(pipeline: Pipeline, real: RealImages, num_images: int) -> list[Condition]:
-    """Returns for image i the class of `real.reference[i]`, so that classes are as frequent as in the data."""
-    if pipeline.num_classes == 0:
+    """Returns for image i the class or caption of `real.reference[i]`, so that each is as frequent as in the data."""
+    if not pipeline.is_conditional:
         return [Condition()] * num_images
+    if pipeline.num_classes == 0:
+        if real.captions is None:
+            raise UserInputError(f"{real.source} has no captions, which this model reads: name their --caption_column")
+        return [Condition.of_prompt(real.captions[i]) for i in real.reference[:num_images]]
     if real.class_labels is None or real.id2label is None:
         raise UserInputError(
             f"{real.source} has no classes, which this model samples by: name them by --label_column or --labels_file"
@@ -191,7 +195,7 @@ def _match_conditions(pipeline: Pipeline, real: RealImages, num_images: int) -> 
     except ValueError as error:
         raise UserInputError(f"{real.source} has other classes than the model: {error}; see --class_names") from None
     labels = real.class_labels[real.reference[:num_images]].tolist()
-    return [Condition(real.id2label[label], one_hot(ids[label], pipeline.num_classes)) for label in labels]
+    return [Condition.of_classes(real.id2label[label], one_hot(ids[label], pipeline.num_classes)) for label in labels]
 
 
 @torch.no_grad()

@@ -61,6 +61,12 @@ class RealImages:
         return torch.from_numpy(labels[: len(self)])
 
     @cached_property
+    def captions(self) -> list[str] | None:
+        """The caption of each image; None where the data has no captions."""
+        captions = self._dataset.captions
+        return None if captions is None else [captions.texts[id] for id in captions.ids]
+
+    @cached_property
     def key(self) -> str:
         """A hash of every pixel and label, so that of the resolution and the way of resizing too."""
         digest = hashlib.sha256(repr((len(self), self.num_channels, self.image_size)).encode())

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from huggingface_hub import ModelCard
 
@@ -73,6 +74,9 @@ def flags_of_model(base: Pipeline) -> dict[str, Any]:
             # None is one head of all channels.
             "attention_head_dim": network["attention_head_dim"] or network["block_out_channels"][-1],
         }
+        if "cross_attention_dim" in network:  # where what is called so are the heads of each level
+            *_, heads = np.atleast_1d(network["attention_head_dim"]).tolist()
+            flags["attention_head_dim"] = network["block_out_channels"][-1] // heads
     elif "num_features" in network:
         flags |= {"block_out_channels": [network["num_features"]], "norm_type": network["norm_type"]}
     options = PROCESS_OPTIONS | SAMPLING_OPTIONS | {name: name for name in SAME_OPTIONS}

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 from sprite_diffusion.common.errors import UserInputError, warn
 from sprite_diffusion.common.files import PARTIAL, DiskFullError, FullDiskWarning
 from sprite_diffusion.common.owned_files import OwnedFiles
-from sprite_diffusion.common.run_files import WEIGHTS_FILE, list_checkpoints, step_of
+from sprite_diffusion.common.run_files import list_checkpoints, step_of
 from sprite_diffusion.data.dataset import ImageData
 from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.runs.folder import BEST, list_best, read_folder_state
@@ -79,10 +78,7 @@ class Checkpoints:
         if self.weights.ema is not None:
             if ema_optimization_step is None:
                 raise UserInputError(f"{path} was written without --use_ema: resume without it as well")
-            shadow = load_file(path / WEIGHTS_FILE)  # not to the device: "cpu:0" is unknown to it
-            names = self.weights.model.state_dict()
-            self.weights.ema.shadow_params = [shadow[name].to(self.accelerator.device) for name in names]
-            self.weights.ema.optimization_step = ema_optimization_step
+            self.weights.load_average(path, ema_optimization_step)
         return TrainState(**values)
 
     def begin(self, files: OwnedFiles) -> None:
@@ -177,8 +173,13 @@ def check_same_on_all(checkpoint: Path | None) -> None:
 
 
 def describe_data(data: ImageData) -> dict[str, Any]:
-    """Returns the classes, the number and the identity of a run's images, for its checkpoints."""
-    return {"class_names": data.class_names, "num_images": data.num_images, "identity": data.identity}
+    """Returns the facts about a run's images that have to stay, for its checkpoints."""
+    return {
+        "class_names": data.class_names,
+        "has_captions": data.captions is not None,
+        "num_images": data.num_images,
+        "identity": data.identity,
+    }
 
 
 def check_data(path: Path, saved: dict[str, Any] | None, data: ImageData) -> None:
@@ -189,6 +190,8 @@ def check_data(path: Path, saved: dict[str, Any] | None, data: ImageData) -> Non
     """
     if saved is None:
         return
+    if saved.get("has_captions", False) and data.captions is None:
+        raise UserInputError(f"{path} was trained on captions: name their --caption_column, or train anew")
     before, now = saved["class_names"], data.class_names
     if before != now:
         raise UserInputError(

@@ -73,8 +73,15 @@ class TrainingConfig(DataConfig):
         None,
         "Begin with the weights of a trained model: whatever sample.py draws from. Its network and process are taken.",
     )
-    model_class: Literal["UNet2DModel", "ContextUNet2DModel", "BasicUNet2DModel"] = flag(
-        "UNet2DModel", "The network: diffusers' U-Net, the sprite course's, or the toy of three convolutions."
+    model_class: Literal["UNet2DModel", "UNet2DConditionModel", "ContextUNet2DModel", "BasicUNet2DModel"] = flag(
+        "UNet2DModel",
+        "The network: diffusers' U-Net, which is UNet2DConditionModel with captions; the sprite course's; or the toy "
+        "of three convolutions.",
+    )
+    text_encoder: str | None = flag(
+        None,
+        "A trained text encoder of transformers with its tokenizer, a Hub id or a folder, which reads the captions "
+        "and stays as it is. Default: a small one, trained with the network.",
     )
     model_config_name_or_path: str | None = flag(
         None, "A config.json of a UNet2DModel, its folder or its Hub id; in place of the next four."
@@ -148,7 +155,11 @@ class TrainingConfig(DataConfig):
     max_grad_norm: float = flag(1.0, "Gradients are scaled down to this norm.", above=0)
     snr_gamma: float | None = flag(None, "Min-SNR weighting of the loss with this gamma (5 is usual).", above=0)
     label_dropout: float = flag(
-        0.1, "Share of labels replaced by 'no class' (train_conditional.py): what guidance needs.", at_least=0, below=1
+        0.1,
+        "Share of labels or captions left out, so that 'no class' is learned as well (train_conditional.py): what "
+        "guidance needs.",
+        at_least=0,
+        below=1,
     )
     mixed_precision: Literal["no", "fp16", "bf16", "auto"] = flag(
         "no", "'auto': bf16 where the hardware does it well, else fp16 on a GPU, else 'no'."
@@ -189,7 +200,7 @@ class TrainingConfig(DataConfig):
         None, "A sample grid every N optimizer steps as well.", at_least=1, changes="nothing"
     )
     eval_batch_size: int = flag(
-        16, "Images per sample grid (train_conditional.py: per class).", at_least=1, at_most=MAX_GRID
+        16, "Images per sample grid (train_conditional.py: per class or caption).", at_least=1, at_most=MAX_GRID
     )
     guidance_scale: float = flag(
         1.0, "Classifier-free guidance of the sample grids (train_conditional.py); 1 = none.", at_least=1

@@ -17,6 +17,7 @@ from sprite_diffusion.common.owned_files import LOCK_FILE, LOCK_OWNER_FILE, Owne
 from sprite_diffusion.common.run_files import (
     CONFIG_FILE,
     LIST_FILE,
+    PART_FOLDERS,
     SAMPLES_DIR,
     SNAPSHOTS_DIR,
     SUMMARY_FILE,
@@ -129,7 +130,7 @@ def _check_apart_from_inputs(config: TrainingConfig) -> None:
 def _check_links(config: TrainingConfig) -> None:
     """Raises `UserInputError` if a folder that the run writes into is a link to another place."""
     output_dir = Path(config.output_dir)
-    for name in (SAMPLES_DIR, SNAPSHOTS_DIR, "unet", "scheduler", *Path(config.logging_dir).parts[:1]):
+    for name in (SAMPLES_DIR, SNAPSHOTS_DIR, *PART_FOLDERS, *Path(config.logging_dir).parts[:1]):
         if (output_dir / name).is_symlink():
             raise UserInputError(f"{output_dir / name} is a link: a run writes into none, put a folder in its place")
 

@@ -23,6 +23,7 @@ from sprite_diffusion.common.run_files import (
     METRICS_FILE,
     PAIRS_FILE,
     PALETTE_FILE,
+    PROMPT_PICTURE,
     REPORT_FILE,
     SAMPLES_DIR,
     SKIPPED_IMAGES_FILE,
@@ -69,12 +70,17 @@ SHORTEST_PRINTED_EPOCH, SHORTEST_PRINTED_EPOCH_OF_STEPS = 1.0, 20.0
 
 @dataclass(frozen=True)
 class SampleGrid:
-    """A picture of samples: the class of each, how many are in a row, and what the picture shows."""
+    """A picture of samples: the class or prompt of each, how many are in a row, and what the picture shows."""
 
     conditions: list[Condition]
     columns: int
     caption: str
     guidance_scale: float = 1.0
+
+    @property
+    def rows_of_prompts(self) -> range:
+        """Returns the first image of each row, if a row shows a prompt."""
+        return range(0, len(self.conditions) if self.conditions[0].kind == "prompt" else 0, self.columns)
 
 
 class Judgement(NamedTuple):
@@ -268,7 +274,7 @@ class RunOutputs:
             images = generate(
                 pipeline, sampler, real, num_images, config.train_batch_size, config.guidance_scale, config.seed
             )
-            result = evaluate(real, extractor, images, num_images, judge_classes=pipeline.num_classes > 0)
+            result = evaluate(real, extractor, images, num_images, judge_classes=pipeline.is_conditional)
         if result is None:
             return Judgement()
         report, closest_pairs = result
@@ -328,6 +334,9 @@ class RunOutputs:
             captions = [
                 condition.name or f"seed {seed}" for condition, seed in zip(grid.conditions, seeds, strict=True)
             ]
+            for number, i in enumerate(grid.rows_of_prompts):  # for the card, whose text has the prompt
+                with self.folder.files.writing(path.with_name(PROMPT_PICTURE.format(number))) as partial:
+                    singles[i].save(partial, format="PNG")
             self.trackers.log_single_images("samples_one_by_one", singles, captions, global_step)
             tqdm.write(f"wrote {path}")
 

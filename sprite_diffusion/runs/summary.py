@@ -39,6 +39,8 @@ def print_summary(
     if isinstance(data.dataset, StoredImages) and (doubles := count_doubles(data.dataset)):
         others += f", {doubles:,} doubles of others"
     classes = "" if data.id2label is None else f", {len(data.id2label)} classes"
+    if data.captions is not None:
+        classes += f", {len(data.captions) - 1:,} different captions"
     total_batch_size = config.total_batch_size(accelerator.num_processes)
     for line in (
         f"data       {data.source}: {images} of {width}x{height}, {data.num_channels} channel(s){classes}{others}",

@@ -3,29 +3,29 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file
 
 from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.common.run_files import WEIGHTS_FILES
 from sprite_diffusion.runs.config import TrainingConfig
 
 
 class Weights:
-    """The unwrapped network of a run, its moving average if there is one, and the pipeline of them."""
+    """The unwrapped networks of a run, their moving average if there is one, and the pipeline of them."""
 
     def __init__(
         self,
         accelerator: Accelerator,
         model: torch.nn.Module,
         config: TrainingConfig,
-        make_pipeline: Callable[[Any], DiffusionPipeline],
+        make_pipeline: Callable[..., DiffusionPipeline],
     ) -> None:
-        network = accelerator.unwrap_model(model)
-        self.model = getattr(network, "unet", network)  # of an `AugmentedNetwork`, whose own layer is of the training
+        self.model = find_parts(accelerator.unwrap_model(model))
         self.ema = make_ema(self.model, config) if config.use_ema else None
         self._make_pipeline = make_pipeline
 
@@ -53,7 +53,7 @@ class Weights:
         self.model.eval()
         try:
             with ema_weights(self.ema, self.model):
-                yield self._make_pipeline(self.model)
+                yield self._make_pipeline(**self.model)
         finally:
             self.model.train()
 
@@ -66,7 +66,25 @@ class Weights:
         """Returns the pipeline of a trained network, whose weights become the averaged ones for good."""
         if self.ema is not None:
             self.ema.copy_to(ema_tensors(self.model))
-        return self._make_pipeline(self.model.eval())
+        return self._make_pipeline(**self.model.eval())
+
+    def load_average(self, folder: Path, optimization_step: int) -> None:
+        """Takes the moving average, which the pipeline in a folder has as its weights, after so many steps."""
+        assert self.ema is not None
+        files = {part: load_file(folder / WEIGHTS_FILES[part]) for part in self.model}  # "cpu:0" is unknown to it
+        saved = {f"{part}.{name}": weight for part, weights in files.items() for name, weight in weights.items()}
+        self.ema.shadow_params = [saved[name].to(tensor.device) for name, tensor in self.model.state_dict().items()]
+        self.ema.optimization_step = optimization_step
+
+
+def find_parts(network: torch.nn.Module) -> torch.nn.ModuleDict:
+    """Returns the parts of a network by their names in its pipeline: the U-Net, and the text encoder if it has one.
+
+    The layer that an `AugmentedNetwork` adds to the U-Net is of the training alone.
+    """
+    parts = {name: getattr(network, name) for name in WEIGHTS_FILES if hasattr(network, name)} or {"unet": network}
+    parts["unet"] = getattr(parts["unet"], "unet", parts["unet"])
+    return torch.nn.ModuleDict(parts)
 
 
 def ema_tensors(model: torch.nn.Module) -> list[torch.Tensor]:

@@ -14,10 +14,11 @@ from PIL import Image
 
 from schedulers import ClosedFormDDPMScheduler, LinearCorruptionScheduler
 from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.common.run_files import WEIGHTS_FILES
 from sprite_diffusion.data.config import DataConfig, ImageMode
 from sprite_diffusion.data.dataset import load_image_data
 from sprite_diffusion.data.decoding import load_image_file, to_model_range
-from sprite_diffusion.sampling.conditions import Condition
+from sprite_diffusion.sampling.conditions import Condition, join_arguments
 from sprite_diffusion.sampling.generation import Request, StepStills, sample_images, sample_noise, to_unit_range
 from sprite_diffusion.sampling.pictures import labelled_grid, make_single_picture
 from sprite_diffusion.sampling.pipeline_loading import Pipeline, load_pipeline
@@ -44,7 +45,7 @@ def compare_samplers(pipeline: Pipeline, samplers: list[Sampler], request: Reque
     """Returns a row per sampler, all from the same noise, labelled with its time and its calls of the network."""
     generators = [torch.Generator().manual_seed(seed) for seed in request.seeds]
     noise = sample_noise(pipeline.sample_shape, generators)
-    figure = Figure([to_unit_range(noise)], ["noise"], _class_names(request))
+    figure = Figure([to_unit_range(noise)], ["noise"], _column_labels(request))
     figure.record = {**request.record, "samplers": []}
     # The first call of a network is slower than the rest, and would count against the first sampler. The model's own
     # scheduler makes that call, since some samplers take no single step.
@@ -71,13 +72,14 @@ def comparison_table(figure: Figure) -> tuple[list[str], list[list[Any]]]:
     pictures = [[make_single_picture(image) for image in row] for row in figure.rows]
     names = figure.column_labels or [""] * len(pictures[0])
     samplers = [f"{sampler['scheduler']}:{sampler['num_inference_steps']}" for sampler in figure.record["samplers"]]
-    return ["input_noise", *samplers, "class"], [list(cells) for cells in zip(*pictures, names, strict=True)]
+    kind = "prompt" if "prompt" in figure.record["images"][0] else "class"
+    return ["input_noise", *samplers, kind], [list(cells) for cells in zip(*pictures, names, strict=True)]
 
 
 def show_learning(pipeline: Pipeline, snapshots: list[Path], sampler: Sampler, request: Request) -> Figure:
     """Returns a row per snapshot of a run, all from the same noise. The pipeline keeps the last one's network."""
     record = {**sampler.record, **request.record, "snapshots": [str(folder) for folder in snapshots]}
-    figure = Figure([], [], _class_names(request), record)
+    figure = Figure([], [], _column_labels(request), record)
     for folder in snapshots:
         _take_network(pipeline, folder)
         figure.rows.append(sample_images(pipeline, sampler, request))
@@ -86,8 +88,11 @@ def show_learning(pipeline: Pipeline, snapshots: list[Path], sampler: Sampler, r
 
 
 def _take_network(pipeline: Pipeline, snapshot: Path) -> None:
-    """Puts the network of a snapshot into a pipeline, in the pipeline's number format and on its device."""
-    pipeline.unet = load_pipeline(str(snapshot), pipeline.unet.dtype).unet.to(pipeline.device)
+    """Puts the networks of a snapshot into a pipeline, in the pipeline's number format and on its device."""
+    learned = load_pipeline(str(snapshot), pipeline.unet.dtype).to(pipeline.device)
+    for name in WEIGHTS_FILES:
+        if hasattr(learned, name):
+            setattr(pipeline, name, getattr(learned, name))
 
 
 def _name_snapshot(folder: Path) -> str:
@@ -108,7 +113,7 @@ def show_steps(pipeline: Pipeline, sampler: Sampler, request: Request, interval:
     stills = StepStills(interval)
     sample_images(pipeline, sampler, request, trajectory=stills)
     labels = [f"step {number}\nt = {timestep}" for number, timestep in stills.steps]
-    names = _class_names(request) or [""] * len(request.seeds)
+    names = _column_labels(request) or [""] * len(request.seeds)
     columns = [f"{kind}\n{name}".strip() for kind in ("noisy", "predicted") for name in names]
     record = {**sampler.record, **request.record, "steps": [number for number, _ in stills.steps]}
     return Figure(stills.rows, labels, columns, record)
@@ -131,7 +136,7 @@ def show_forward_process(scheduler: Any, clean_images: torch.Tensor, seed: int) 
 
 
 def show_predictions(
-    pipeline: Pipeline, snapshots: list[Path], clean_images: torch.Tensor, class_id: int | None, seed: int
+    pipeline: Pipeline, snapshots: list[Path], clean_images: torch.Tensor, condition: Condition, seed: int
 ) -> Figure:
     """Returns what the network makes of noisy images in one step: a column for each level of noise.
 
@@ -142,7 +147,7 @@ def show_predictions(
         pipeline: The model. It keeps the network of the last snapshot.
         snapshots: The folders of a run's snapshots; none for the model alone.
         clean_images: The images, (N, C, H, W) in [-1, 1].
-        class_id: The class to predict for; None for no class.
+        condition: What to predict.
         seed: Image i gets the noise of `seed` + i.
     """
     process = pipeline.scheduler
@@ -151,20 +156,18 @@ def show_predictions(
     process.set_timesteps(len(process))
     timesteps, shares = _choose_noise_levels(process)
     noisy = _add_noise(process, clean_images, timesteps, seed)
-    kwargs = {}
-    if pipeline.num_classes > 0:
-        id = pipeline.num_classes if class_id is None else class_id
-        kwargs = {"class_labels": torch.full((len(clean_images),), id, device=pipeline.device)}
 
     def predict() -> torch.Tensor:
         """Returns the clean images that are predicted at each level of noise, (levels, N, C, H, W)."""
         predictions = []
+        tensors = join_arguments([condition.encoded(pipeline)] * len(clean_images))
+        arguments = {name: tensor.to(pipeline.device) for name, tensor in tensors.items()}
         for t, images in zip(timesteps, noisy, strict=True):
             model_input = images.to(pipeline.device, pipeline.unet.dtype)
-            with torch.no_grad():
-                output = pipeline.unet(model_input, torch.tensor(t, device=pipeline.device), **kwargs).sample
+            with torch.no_grad(), pipeline.conditioned_on(**arguments):
+                output = pipeline.predict(model_input, torch.tensor(t, device=pipeline.device))
             generator = torch.Generator().manual_seed(seed)  # of the noise of the step, which is not used
-            step = process.step(output.float().cpu(), t, images, generator=generator)
+            step = process.step(output.cpu(), t, images, generator=generator)
             predictions.append(step.pred_original_sample)
         return torch.stack(predictions)
 
@@ -183,7 +186,7 @@ def show_predictions(
         for name, images in rows_by_name.items()
         if name not in ("noisy", "error")
     }
-    record = {"seed": seed, "class": class_id, "timesteps": timesteps, "mean_squared_errors": errors}
+    record = {"seed": seed, condition.kind: condition.name, "timesteps": timesteps, "mean_squared_errors": errors}
     rows = [to_unit_range(images[:, i]) for i in range(len(clean_images)) for images in rows_by_name.values()]
     labels = list(rows_by_name) * len(clean_images)
     return Figure(rows, labels, _label_noise_levels(timesteps, shares), record)
@@ -255,19 +258,19 @@ def show_collapse(pipeline: Pipeline, sampler: Sampler, request: Request) -> Fig
     noiseless = Sampler("no noise", noiseless_scheduler, sampler.num_inference_steps)
     rows = [sample_images(pipeline, s, request) for s in (sampler, noiseless)]
     record = {**sampler.record, **request.record}
-    return Figure(rows, ["with the noise\nof each step", "without it"], _class_names(request), record)
+    return Figure(rows, ["with the noise\nof each step", "without it"], _column_labels(request), record)
 
 
 def interpolate(
     pipeline: Pipeline, sampler: Sampler, seeds: list[int], ends: list[Condition], size: int, request: Request
 ) -> Figure:
-    """Returns images between two seeds, from left to right, and between two classes or mixes, from top to bottom.
+    """Returns images between two seeds, from left to right, and between two conditions, from top to bottom.
 
     Args:
         pipeline: The model.
         sampler: A sampler that adds no noise at its steps, which would hide what changes from image to image.
         seeds: The two seeds whose noise lies at the ends of each row.
-        ends: The classes or mixes at the top and the bottom; one for all rows; or none.
+        ends: The classes, mixes or prompts at the top and the bottom; one for all rows; or none.
         size: The number of images in a row, and of rows between two `ends`.
         request: The options of sampling; its seeds and conditions are not used.
 
@@ -275,25 +278,22 @@ def interpolate(
         UserInputError: For more than two `ends`.
     """
     if len(ends) > 2:
-        raise UserInputError(f"--interpolate goes between 2 classes or mixes: {len(ends)} are given")
+        raise UserInputError(f"--interpolate goes between 2 classes, mixes or prompts: {len(ends)} are given")
     first, last = sample_noise(pipeline.sample_shape, [torch.Generator().manual_seed(seed) for seed in seeds])
     fractions = [k / (size - 1) for k in range(size)]
     noise = torch.stack([slerp(first, last, fraction) for fraction in fractions])
     conditions = ends or [Condition()]
     if len(ends) == 2:
-        top, bottom = (end.weights for end in ends)
-        between = [
-            Condition(f"{fraction:.0%}", torch.lerp(top, bottom, fraction))  # type: ignore  # both have weights
-            for fraction in fractions[1:-1]
-        ]
+        top, bottom = (end.encoded(pipeline) for end in ends)
+        between = [top.between(bottom, fraction) for fraction in fractions[1:-1]]
         conditions = [ends[0], *between, ends[1]]
     column_labels = [f"seed {seeds[0]}", *(f"{fraction:.0%}" for fraction in fractions[1:-1]), f"seed {seeds[1]}"]
     record = {**sampler.record, "seeds": seeds, "guidance_scale": request.guidance_scale}
-    figure = Figure([], [], column_labels, {**record, "classes": [condition.name for condition in conditions]})
+    figure = Figure([], [], column_labels, {**record, "conditions": [condition.name for condition in conditions]})
     for condition in conditions:
         row = replace(request, seeds=[seeds[0]] * size, conditions=[condition] * size)
         figure.rows.append(sample_images(pipeline, sampler, row, noise))
-        figure.row_labels.append(condition.name or "")
+        figure.row_labels.append(condition.label)
     return figure
 
 
@@ -321,7 +321,7 @@ def _counted_calls(module: torch.nn.Module) -> Iterator[Counter]:
         hook.remove()
 
 
-def _class_names(request: Request) -> list[str]:
-    """Returns the column labels of the images' conditions, a line per class of a mix; none without classes."""
-    names = [condition.name for condition in request.conditions]
-    return [] if None in names else [str(name).replace(",", "\n") for name in names]
+def _column_labels(request: Request) -> list[str]:
+    """Returns the labels of the images' conditions; none of a model that can't be asked."""
+    labels = [condition.label for condition in request.conditions]
+    return labels if any(labels) else []

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
-from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.common.errors import UserInputError, first_line
 from sprite_diffusion.common.files import check_writable
 from sprite_diffusion.common.flags import (
     MAX_SEED,
@@ -95,11 +95,14 @@ def parse_args(description: str | None) -> argparse.Namespace:
         help=f"{MODEL_HELP} Left out with --snapshots, and with --forward if there is none.",
     )
     images = parser.add_argument_group("what to sample")
-    images.add_argument("--num_images", type=int, help="Images, for each class if there are any.")
+    images.add_argument("--num_images", type=int, help="Images, for each class or prompt if there are any.")
     images.add_argument("--seed", type=int, default=0, help="Image i is sampled from seed + i.")
     images.add_argument("--class", dest="classes", action="append", help="Name or id; repeatable; default: all.")
-    images.add_argument("--no_class", action="store_true", help="Of no class, from a model that has classes.")
+    images.add_argument("--no_class", action="store_true", help="Of no class or prompt, from a model that takes any.")
     images.add_argument("--mix", dest="mixes", action="append", help="Class weights: hero=1,food=0.6; repeatable.")
+    images.add_argument("--prompt", dest="prompts", action="append", help="What to draw; repeatable.")
+    images.add_argument("--prompts", dest="prompts_file", type=Path, metavar="FILE", help="A prompt on each line.")
+    images.add_argument("--negative_prompt", metavar="PROMPT", help="What guidance leads away from.")
     _add_process_flags(parser)
     _add_view_flags(parser)
     out = parser.add_argument_group("output")
@@ -129,6 +132,8 @@ def parse_args(description: str | None) -> argparse.Namespace:
     args = parser.parse_args(with_underscores(sys.argv[1:]))
     args.view = next((name for name in FIGURES if getattr(args, name) not in (None, False)), "samples")
     args.process = read_process_flags(args)
+    if args.prompts_file is not None:
+        args.prompts = [*(args.prompts or []), *read_prompts(args.prompts_file)]
     args.output = args.output or args.sheet or Path(f"{args.view}.png")
     check_args(args)
     return args
@@ -160,7 +165,11 @@ def _add_view_flags(parser: argparse.ArgumentParser) -> None:
         "--no-noise", "--no_noise", action="store_true", help="DDPM with and without the noise of each step."
     )
     view.add_argument(
-        "--interpolate", nargs=2, type=int, metavar="SEED", help="Between two seeds, and two classes if given; DDIM."
+        "--interpolate",
+        nargs=2,
+        type=int,
+        metavar="SEED",
+        help="Between two seeds, and two classes or prompts if given; DDIM.",
     )
     group.add_argument(
         "--snapshots",
@@ -203,6 +212,17 @@ def read_process_flags(args: argparse.Namespace) -> dict[str, Any]:
     Range(at_least=1, at_most=MAX_TIMESTEPS).check("ddpm_num_steps", args.ddpm_num_steps)
     values = {name: getattr(args, name) for name in ("noise_scheduler_class", *SAMPLING_OPTIONS, *PROCESS_OPTIONS)}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Returns the prompts of a file, one on each line. Raises `UserInputError` if there are none."""
+    try:
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserInputError(f"--prompts {path} can't be read: {first_line(error)}") from None
+    if not prompts:
+        raise UserInputError(f"--prompts {path} holds no prompt: write one on each line")
+    return prompts
 
 
 def with_underscores(argv: list[str]) -> list[str]:
@@ -271,7 +291,8 @@ def _contradictions(args: argparse.Namespace) -> dict[str, bool]:
     allowed_schedulers = (None, SCHEDULERS_OF_FIGURES.get(args.view, args.scheduler))
     samples_with_ddim = args.scheduler == "ddim" or "ddim" in (args.compare or "")
     seeds = args.interpolate or []
-    chosen = bool(args.classes or args.mixes)
+    chosen = bool(args.classes or args.mixes or args.prompts)
+    is_guided = args.guidance_scale not in (None, 1)
     return {
         "name a model (a run's folder or a Hub id), or a run by --snapshots RUN_DIR; one of them": (
             (args.model is None) != (args.snapshots is not None) and args.view != "forward"
@@ -279,9 +300,12 @@ def _contradictions(args: argparse.Namespace) -> dict[str, bool]:
         f"--snapshots does not go with {figure_flag}": (
             args.snapshots is not None and args.view not in ("snapshots", "predict")
         ),
-        "--no_class does not go with --class and --mix": args.no_class and chosen,
-        "--predict takes one --class, and no --mix": (
-            args.view == "predict" and (len(args.classes or []) > 1 or bool(args.mixes))
+        "--no_class does not go with --class, --mix and --prompt": args.no_class and chosen,
+        "--predict takes one --class or --prompt, and no --mix": (
+            args.view == "predict" and (len([*(args.classes or []), *(args.prompts or [])]) > 1 or bool(args.mixes))
+        ),
+        "--negative_prompt needs --guidance_scale above 1, which leads away from it": (
+            args.negative_prompt is not None and not is_guided
         ),
         "--resolution belongs to --forward without a model": (
             args.resolution is not None and (args.view != "forward" or args.model is not None)

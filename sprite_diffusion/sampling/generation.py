@@ -9,7 +9,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from pipelines import to_straight_alpha
 from sprite_diffusion.common.errors import UserInputError
-from sprite_diffusion.sampling.conditions import Condition
+from sprite_diffusion.sampling.conditions import Condition, join_arguments
 from sprite_diffusion.sampling.pipeline_loading import Pipeline
 from sprite_diffusion.sampling.samplers import Sampler
 
@@ -23,12 +23,14 @@ class Request:
     batch_size: int = 64
     guidance_scale: float = 1.0
     eta: float = 0.0  # of DDIM
+    negative: Condition | None = None  # a prompt that guidance leads away from
 
     @property
     def record(self) -> dict[str, Any]:
         """The entries about these images in the record of a picture; "images" is a new list at each call."""
-        images = [{"seed": s, "class": c.name} for s, c in zip(self.seeds, self.conditions, strict=True)]
-        return {"guidance_scale": self.guidance_scale, "eta": self.eta, "images": images}
+        images = [{"seed": s, c.kind: c.name} for s, c in zip(self.seeds, self.conditions, strict=True)]
+        negative = {} if self.negative is None else {"negative_prompt": self.negative.name}
+        return {"guidance_scale": self.guidance_scale, **negative, "eta": self.eta, "images": images}
 
 
 class Recorder(Protocol):
@@ -179,10 +181,11 @@ def _sample_batch(
     latents = sample_noise(pipeline.sample_shape, generators)
     if noise is not None:
         latents = noise
-    kwargs: dict[str, Any] = {}
-    weights = [condition.weights for condition in request.conditions[batch] if condition.weights is not None]
-    if weights:
-        kwargs = {"context": torch.stack(weights), "guidance_scale": request.guidance_scale}
+    kwargs = join_arguments(request.conditions[batch])
+    if kwargs:
+        kwargs["guidance_scale"] = request.guidance_scale
+    if request.negative is not None:
+        kwargs |= {f"negative_{name}": value for name, value in join_arguments([request.negative]).items()}
     if trajectory is not None:
         trajectory.begin_batch(latents)
         kwargs["callback_on_step_end"] = trajectory.record

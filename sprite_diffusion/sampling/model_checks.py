@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline
+from pipelines import ConditionalDDPMPipeline, TextToImageDDPMPipeline, UnconditionalDDPMPipeline
 from sprite_diffusion.common.errors import UserInputError, first_line
 from sprite_diffusion.common.flags import MAX_TIMESTEPS
 from sprite_diffusion.data.config import IMAGE_MODES
@@ -25,7 +25,7 @@ MAY_BE_INFINITE = ("lambda_min_clipped",)  # as diffusers' DPM-Solvers save it
 TRIED_STEPS = 10  # the process is set up for so many steps, of which the first is tried
 
 # Of a network on the meta device.
-WeightlessPipeline = UnconditionalDDPMPipeline | ConditionalDDPMPipeline
+WeightlessPipeline = UnconditionalDDPMPipeline | ConditionalDDPMPipeline | TextToImageDDPMPipeline
 
 
 @contextmanager
@@ -44,11 +44,11 @@ def read_config(model: str, name: str | None, part_class: Any) -> dict[str, Any]
     config = part_class.load_config(model, subfolder=name)
     if not isinstance(config, dict):
         raise ValueError("it has no names and values")
-    _check_numbers("", config)
+    check_numbers("", config)
     return config
 
 
-def _check_numbers(name: str, value: Any) -> None:
+def check_numbers(name: str, value: Any) -> None:
     """Raises ValueError for a number that is not finite, and for sizes and lists beyond `LIMITS`, at any depth.
 
     A part is made of its configuration before its weights can be compared with it, so that a damaged number could
@@ -57,12 +57,12 @@ def _check_numbers(name: str, value: Any) -> None:
     limit = LIMITS.get(name, MAX_NUMBER_OF_LAYERS if "layers" in name else MAX_NUMBER)
     if isinstance(value, dict):
         for key, item in value.items():
-            _check_numbers(key, item)
+            check_numbers(key, item)
     elif isinstance(value, list):
         if len(value) > (MAX_TIMESTEPS if name == "trained_betas" else MAX_LENGTH):
             raise ValueError(f"{name} has {len(value):,} values")
         for item in value:
-            _check_numbers(name, item)
+            check_numbers(name, item)
     # Written so that NaN, which compares as False, is refused as well.
     elif isinstance(value, int | float) and not abs(value) <= limit and name not in MAY_BE_INFINITE:
         raise ValueError(f"{name} is {value}: it must be finite and not exceed {limit:,}")
@@ -81,6 +81,13 @@ def check_network(pipeline: WeightlessPipeline) -> None:
         raise ValueError(f"its images have {channels} channels: grey has 1, colour 3, colour with transparency 4")
     by_labels = pipeline.num_classes > 0 and "context_dim" not in config
     kwargs = {"class_labels": torch.zeros(1, dtype=torch.long, device="meta")} if by_labels else {}
+    if isinstance(pipeline, TextToImageDDPMPipeline):
+        features = pipeline.text_encoder.config.hidden_size
+        if config["cross_attention_dim"] != features:
+            raise ValueError(
+                f"its network attends to {config['cross_attention_dim']} features, its text has {features}"
+            )
+        kwargs = {"encoder_hidden_states": torch.empty(1, 1, features, device="meta")}
     with torch.no_grad():
         image = torch.empty(1, channels, height, width, device="meta")
         prediction = pipeline.unet(image, 0, **kwargs).sample
@@ -107,6 +114,14 @@ def _num_predicted_channels(pipeline: WeightlessPipeline) -> int:
     """Returns the channels that a prediction has: those of an image, and as many of the variance if it is learned."""
     learned = str(pipeline.scheduler.config.get("variance_type")).startswith("learned")
     return pipeline.sample_shape[0] * (2 if learned else 1)
+
+
+def read_examples(index: dict[str, Any]) -> dict[str, list[str]]:
+    """Returns the example prompts as an argument of the pipeline. Raises ValueError unless they are texts."""
+    prompts = index.get("example_prompts") or []
+    if not (isinstance(prompts, list) and all(isinstance(prompt, str) and prompt for prompt in prompts)):
+        raise ValueError("example_prompts must be a list of texts")
+    return {"example_prompts": prompts}
 
 
 def read_names(index: dict[str, Any], num_classes: int) -> dict[str, dict[str, str]]:

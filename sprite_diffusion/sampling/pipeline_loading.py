@@ -4,7 +4,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DModel
 from diffusers.utils import logging
 
 from models import BasicUNet2DModel, ContextUNet2DModel
-from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline
+from pipelines import ConditionalDDPMPipeline, TextToImageDDPMPipeline, UnconditionalDDPMPipeline
 from schedulers import ClosedFormDDPMScheduler, LinearCorruptionScheduler
 from sprite_diffusion.common.errors import DAMAGED_JSON, UserInputError, first_line
 from sprite_diffusion.common.machine import prepare_cpu
@@ -23,7 +23,15 @@ from sprite_diffusion.common.run_files import INDEX_FILE, list_checkpoints
 from sprite_diffusion.data.sprites import CLASS_NAMES
 from sprite_diffusion.sampling.course_checkpoint import course_scheduler, knows_classes, read_course_checkpoint
 from sprite_diffusion.sampling.flags import PROCESS_OPTIONS, SAMPLING_OPTIONS
-from sprite_diffusion.sampling.model_checks import check_network, check_process, naming, read_config, read_names
+from sprite_diffusion.sampling.model_checks import (
+    check_network,
+    check_process,
+    naming,
+    read_config,
+    read_examples,
+    read_names,
+)
+from sprite_diffusion.sampling.text_encoders import load_text_parts
 
 NETWORK_FILE = "config.json"  # of a network that is saved alone
 PROCESS_FILE = "scheduler_config.json"
@@ -32,11 +40,16 @@ COURSE_ENDINGS = (".pth", ".pt")
 
 
 class Pipeline(Protocol):
-    """The part of this project's two pipelines that other modules use."""
+    """The part of this project's pipelines that other modules use."""
 
     unet: ModelMixin
     scheduler: SchedulerMixin
+    is_conditional: bool  # whether images can be asked for, by class or by prompt
     id2label: dict[int, str]  # of a model with classes, as is `get_class_id`
+    # Of a model with prompts, as is `encode_prompt`.
+    example_prompts: list[str]
+    text_encoder: Any
+    tokenizer: Any
 
     @property
     def device(self) -> torch.device: ...
@@ -49,7 +62,13 @@ class Pipeline(Protocol):
 
     def __call__(self, **kwargs: Any) -> Any: ...
 
+    def conditioned_on(self, **kwargs: Any) -> AbstractContextManager[None]: ...
+
+    def predict(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor: ...
+
     def get_class_id(self, label: int | str) -> int: ...
+
+    def encode_prompt(self, prompt: str) -> torch.Tensor: ...
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None: ...
 
@@ -64,6 +83,7 @@ OWN_CLASSES = {
     "ClosedFormDDPMScheduler": ClosedFormDDPMScheduler,
     "LinearCorruptionScheduler": LinearCorruptionScheduler,
     "ConditionalDDPMPipeline": ConditionalDDPMPipeline,
+    "TextToImageDDPMPipeline": TextToImageDDPMPipeline,
     "UnconditionalDDPMPipeline": UnconditionalDDPMPipeline,
     # the stock folder that an unconditional model is saved as: the same configs, our classes
     "DDPMPipeline": UnconditionalDDPMPipeline,
@@ -168,7 +188,7 @@ def _open_pipeline(model: str, dtype: torch.dtype, process: Mapping[str, Any]) -
     with naming(INDEX_FILE):
         index = DiffusionPipeline.load_config(model)
         pipeline_class = _find_class(model, index["_class_name"], DiffusionPipeline)
-        if pipeline_class not in (UnconditionalDDPMPipeline, ConditionalDDPMPipeline):
+        if pipeline_class not in (UnconditionalDDPMPipeline, ConditionalDDPMPipeline, TextToImageDDPMPipeline):
             raise UserInputError(f"{model} holds a {pipeline_class.__name__}: not a pipeline of this project")
         unet_class = _find_class(model, index["unet"], ModelMixin)
         _check_process_is_asked_for(model, process)
@@ -254,16 +274,22 @@ def _assemble(
     Raises `UserInputError`, or whatever error the values in the model's files lead to.
     """
     prefix = "" if unet_folder is None else f"{unet_folder}/"
+    text_parts = {}
+    if pipeline_class is TextToImageDDPMPipeline:
+        text_parts = load_text_parts(model, index)
+        _check_finite(model, text_parts["text_encoder"])
     with naming(f"{prefix}{NETWORK_FILE}"):
         config = read_config(model, unet_folder, unet_class)
         with torch.device("meta"):  # tensors there have shapes and take no memory
-            weightless = pipeline_class(unet=unet_class.from_config(config), scheduler=scheduler)
+            unet = unet_class.from_config(config)
+        weightless = pipeline_class(unet=unet, scheduler=scheduler, **text_parts)
         check_network(weightless)
     with naming(f"scheduler/{PROCESS_FILE}"):
         check_process(weightless)
     with naming(INDEX_FILE):
-        options = read_names(index, weightless.num_classes)
-    return pipeline_class(unet=_load_network(model, unet_folder, unet_class, dtype), scheduler=scheduler, **options)
+        options = read_examples(index) if text_parts else read_names(index, weightless.num_classes)
+    unet = _load_network(model, unet_folder, unet_class, dtype)
+    return pipeline_class(unet=unet, scheduler=scheduler, **text_parts, **options)
 
 
 def _load_network(model: str, unet_folder: str | None, unet_class: Any, dtype: torch.dtype) -> ModelMixin:
@@ -285,14 +311,14 @@ def _load_network(model: str, unet_folder: str | None, unet_class: Any, dtype: t
     return _check_finite(model, unet)
 
 
-def _check_finite(model: str, unet: Any) -> Any:
+def _check_finite(model: str, network: Any) -> Any:
     """Returns a network. Raises `UserInputError` if its weights are not finite."""
-    for name, weight in unet.state_dict().items():
+    for name, weight in network.state_dict().items():
         if not weight.isfinite().all():
             raise UserInputError(
                 f"{model}: the weights of its network are not finite ({name}): take another checkpoint"
             )
-    return unet
+    return network
 
 
 def speed_up(pipeline: Pipeline, compiles: bool, num_threads: int | None) -> None:

@@ -38,10 +38,10 @@ def write_sheet(images: torch.Tensor, path: Path, columns: int, scale: int, reco
 def describe_sheet(
     sheet: Image.Image, name: str, num_images: int, columns: int, record: dict[str, Any]
 ) -> dict[str, Any]:
-    """Returns the JSON of a sheet, in Aseprite's format "json-array": each frame's place, and a tag for each class.
+    """Returns the JSON of a sheet, in Aseprite's format "json-array": each frame's place, a tag for each condition.
 
-    A frame is named by its number, by which engines find the frames of a tag. "seed" and "class" of a frame, and
-    "generation", which says how all of them were sampled, are this project's additions.
+    A frame is named by its number, by which engines find the frames of a tag. "seed" and "class" or "prompt" of a
+    frame, and "generation", which says how all of them were sampled, are this project's additions.
     """
     rows = -(-num_images // columns)
     size = {"w": sheet.width // columns, "h": sheet.height // rows}
@@ -58,11 +58,12 @@ def describe_sheet(
         }
         for i, image_record in enumerate(record["images"])
     ]
+    asked_for = [image.get("prompt", image.get("class")) for image in record["images"]]
     tags = []
-    for class_name, group in groupby(range(num_images), lambda i: record["images"][i]["class"]):
+    for condition, group in groupby(range(num_images), asked_for.__getitem__):
         numbers = list(group)
-        if class_name is not None:
-            tags.append({"name": class_name, "from": numbers[0], "to": numbers[-1], "direction": "forward"})
+        if condition:
+            tags.append({"name": condition, "from": numbers[0], "to": numbers[-1], "direction": "forward"})
     meta = {
         "app": "sprite-diffusion",
         "version": "1.0",

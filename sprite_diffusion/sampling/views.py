@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from PIL import Image
 
+from pipelines import TextToImageDDPMPipeline
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.config import BUILT_IN_DATASET, IMAGE_MODES
-from sprite_diffusion.sampling.conditions import choose_conditions
+from sprite_diffusion.sampling.conditions import Condition, choose_conditions
 from sprite_diffusion.sampling.figures import (
     NOISE_LEVELS,
     Figure,
@@ -42,20 +43,20 @@ from sprite_diffusion.sampling.samplers import make_sampler, parse_samplers
 from sprite_diffusion.sampling.sheets import write_sheet
 
 NUM_CLEAN_IMAGES = 4  # that noise is added to
-NUM_SAMPLES = 16  # for each class, where there are any
+NUM_SAMPLES = 16  # for each class or prompt, where there are any
 MAX_FRAMES = 60
 
 
 def write_samples(args: argparse.Namespace, pipeline: Pipeline) -> None:
-    """Writes samples as a grid, with a class per row, as a sheet or as single files, and their animation if asked for.
+    """Writes samples as a grid, as a sheet or as single files, and their animation if asked for.
 
-    Raises `UserInputError` for what the model or the formats can't do, before anything is sampled.
+    A grid has a class or prompt per row. Raises `UserInputError` for what the model or the formats can't do, before
+    anything is sampled.
     """
     request = make_request(args, pipeline)
     sampler = make_sampler("--scheduler", pipeline, args.scheduler, args.num_inference_steps)
     trajectory = None if args.animate is None else Trajectory(MAX_FRAMES, args.animate_prediction)
-    has_classes = pipeline.num_classes > 0
-    columns = (args.num_images or NUM_SAMPLES) if has_classes else math.ceil(math.sqrt(len(request.seeds)))
+    columns = (args.num_images or NUM_SAMPLES) if pipeline.is_conditional else math.ceil(math.sqrt(len(request.seeds)))
     columns = args.columns or columns
     rows = math.ceil(len(request.seeds) / columns)
     if args.animate is not None:
@@ -72,8 +73,8 @@ def write_samples(args: argparse.Namespace, pipeline: Pipeline) -> None:
         print(f"wrote {args.sheet}\nwrote {args.sheet.with_suffix('.json')}")
     elif not args.output.suffix:
         _write_single_files(args, images, record)
-    elif has_classes:
-        labels = [str(condition.name) for condition in request.conditions[::columns]]
+    elif pipeline.is_conditional:
+        labels = [condition.label for condition in request.conditions[::columns]]
         write_picture(args, labelled_grid(list(images.split(columns)), labels, [], args.scale), record)
     else:
         write_picture(args, make_picture(images, columns, args.scale), record)
@@ -125,7 +126,8 @@ def make_figure(args: argparse.Namespace, pipeline: Pipeline) -> Figure:
     name = "ddim" if args.view == "interpolate" else args.scheduler
     sampler = make_sampler("--scheduler", pipeline, name, args.num_inference_steps)
     if args.view == "interpolate":
-        ends = choose_conditions(pipeline, args.classes, args.mixes) if args.classes or args.mixes else []
+        asked = (args.classes, args.mixes, args.prompts)
+        ends = choose_conditions(pipeline, *asked) if any(asked) else []
         size = args.num_images or 7
         check_grid(size if len(ends) == 2 else 1, size)
         return interpolate(pipeline, sampler, args.interpolate, ends, size, request)
@@ -156,30 +158,32 @@ def _make_noise_figure(args: argparse.Namespace, pipeline: Pipeline) -> Figure:
     num_images = args.num_images or (NUM_CLEAN_IMAGES if forward else 1)
     rows = 1 if forward else 1 + (len(snapshots) or 2)
     check_size(_picture_path(args), rows * num_images, NOISE_LEVELS + 1, pipeline.sample_shape, args.scale, frames=1)
-    class_id = None
-    if not forward and args.classes:
-        [condition] = choose_conditions(pipeline, args.classes, None)
-        class_id = int(condition.weights.argmax())  # type: ignore  # a model with classes has weights of them
     channels, height, width = pipeline.sample_shape
     source = args.forward if forward else args.predict
     images = load_clean_images(f"--{args.view}", source, num_images, f"{width}x{height}", IMAGE_MODES[channels])
     if forward:
         return show_forward_process(pipeline.scheduler, images, args.seed)
-    return show_predictions(pipeline, snapshots, images, class_id, args.seed)
+    no_class = pipeline.is_conditional and not args.classes and not args.prompts
+    [condition] = choose_conditions(pipeline, args.classes, None, args.prompts, no_class)
+    return show_predictions(pipeline, snapshots, images, condition, args.seed)
 
 
 def make_request(args: argparse.Namespace, pipeline: Pipeline) -> Request:
-    """Returns the images to sample: for each class and mix as many as asked for.
+    """Returns the images to sample: for each class, mix and prompt as many as asked for.
 
-    Raises `UserInputError` for classes that the model does not have, and for guidance where it has none.
+    Raises `UserInputError` for what the model can't be asked for, and for guidance where it has none.
     """
-    has_classes = pipeline.num_classes > 0
-    if args.guidance_scale is not None and not has_classes:
+    if args.guidance_scale is not None and not pipeline.is_conditional:
         raise UserInputError(f"--guidance_scale: {args.model or args.snapshots} is unconditional, it has no classes")
-    conditions = choose_conditions(pipeline, args.classes, args.mixes, args.no_class)
-    default = NUM_SAMPLES if args.view == "samples" else 2 if has_classes else 8
+    conditions = choose_conditions(pipeline, args.classes, args.mixes, args.prompts, args.no_class)
+    negative = None
+    if args.negative_prompt is not None:
+        if not isinstance(pipeline, TextToImageDDPMPipeline):
+            raise UserInputError(f"--negative_prompt: {args.model or args.snapshots} takes no prompts")
+        negative = Condition.of_prompt(args.negative_prompt)
+    default = NUM_SAMPLES if args.view == "samples" else 2 if pipeline.is_conditional else 8
     if args.view == "steps_shown":
-        default = 1 if has_classes else 4
+        default = 1 if pipeline.is_conditional else 4
     repeated = [condition for condition in conditions for _ in range(args.num_images or default)]
     return Request(
         seeds=[args.seed + i for i in range(len(repeated))],
@@ -187,6 +191,7 @@ def make_request(args: argparse.Namespace, pipeline: Pipeline) -> Request:
         batch_size=args.batch_size,
         guidance_scale=1.0 if args.guidance_scale is None else args.guidance_scale,
         eta=args.eta,
+        negative=negative,
     )
 
 

@@ -1,115 +1,30 @@
 """The model card of a run: made of the files in the run's folder, around what people wrote into earlier cards."""
 
-import json
 import re
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from sprite_diffusion.common.errors import DAMAGED_JSON, UserInputError, first_line, mask_secrets, printable
-from sprite_diffusion.common.flags import read_yaml
+from sprite_diffusion.common.errors import UserInputError, first_line, mask_secrets, printable
 from sprite_diffusion.common.run_files import (
     CARD_FILE,
     CONFIG_FILE,
-    INDEX_FILE,
-    METRICS_FILE,
-    NETWORK_CONFIG_FILE,
-    SAMPLES_DIR,
-    SUMMARY_FILE,
 )
 from sprite_diffusion.data.config import BUILT_IN_DATASET
-from sprite_diffusion.metrics.report import NEAR_COPIES, NOT_OF_FEATURES, TITLES, Report
+from sprite_diffusion.metrics.report import NEAR_COPIES, NOT_OF_FEATURES, TITLES
 from sprite_diffusion.sampling.flags import SCHEDULES_OF_DIFFUSERS
 from sprite_diffusion.sharing.markdown import escape, quote, table_row
+from sprite_diffusion.sharing.run_record import RunRecord, read_run
 
 # The text between these two lines is the run's, the rest of a card is people's.
 BEGIN, END = "<!-- from the run: begin -->", "<!-- from the run: end -->"
-PIPELINE_TAG = "unconditional-image-generation"  # the nearest that the Hub has for images by class too
 SNIPPET_STEPS = 50
 UNKNOWN_LICENSE = "unknown"
 RUN_METADATA = ("datasets", "model-index", "widget")  # is replaced, whatever earlier cards say
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """What a card says of a run. The first fields are those of the saved flags and of the summary, as they stand."""
-
-    hub_model_id: str | None
-    dataset_name: str | None
-    resolution: str
-    model_class: str
-    noise_scheduler_class: str
-    prediction_type: str
-    ddpm_beta_schedule: str
-    ddpm_num_steps: int
-    train_batch_size: int
-    gradient_accumulation_steps: int
-    learning_rate: float
-    lr_scheduler: str
-    logging_steps: int
-    use_ema: bool
-    seed: int
-    global_step: int
-    images_seen: int
-    seconds: float
-    loss: float | None
-    script: str
-    num_parameters: int
-    num_images: int | None
-    data_source: str
-    data_license: str | None
-    num_processes: int
-    device: str
-    precision: str
-
-    versions: dict[str, str]  # by package
-    class_names: list[str]  # empty without classes
-    needs_remote_code: bool  # whether the pipeline's class is not one of diffusers
-    is_transparent: bool  # whether the images are RGBA
-    base: str | None  # the model that the run began from: its name
-    base_is_on_hub: bool
-    base_license: str | None
-    newest_grid: str | None  # path in the run's folder
-    report: Report | None  # None if these weights were not measured
-    sampler: str | None  # of the measured images
-    guidance_scale: float | None  # of the measured images; None without classes
-
-
-def read_run(run_dir: Path) -> RunRecord:
-    """Returns the record of the run in `run_dir`.
-
-    Raises `UserInputError` if a file can't be read, or a value is missing or of another type.
-    """
-    found = (run_dir / SAMPLES_DIR).glob("step-*.png")
-    grids = sorted(path for path in found if re.fullmatch(r"step-[0-9]+\.png", path.name))
-    try:
-        saved = {**read_yaml(run_dir / CONFIG_FILE, typed=True), **_read_json(run_dir / SUMMARY_FILE)}
-        index = _read_json(run_dir / INDEX_FILE)
-        metrics = _read_metrics(run_dir / METRICS_FILE, saved["global_step"])
-        # A run that went back to an earlier step has grids of later ones, which are not of its weights.
-        grids = [path for path in grids if int(path.stem.removeprefix("step-")) <= saved["global_step"]]
-        combined: dict[str, Any] = {
-            "versions": {name: str(version) for name, version in saved["versions"].items()},
-            "class_names": [_check_type("id2label", name, str) for name in index.get("id2label", {}).values()],
-            "needs_remote_code": not isinstance(index["_class_name"], str),
-            "is_transparent": _read_json(run_dir / NETWORK_CONFIG_FILE)["in_channels"] == 4,
-            "base": _check_type("base", saved.get("base"), str | None),
-            "base_is_on_hub": _check_type("base_is_on_hub", saved.get("base_is_on_hub", False), bool),
-            "base_license": _check_type("base_license", saved.get("base_license"), str | None),
-            "newest_grid": f"{SAMPLES_DIR}/{grids[-1].name}" if grids else None,
-            "report": Report.from_dict(metrics) if metrics else None,
-            "sampler": _check_type("sampler", metrics["sampler"], str) if metrics else None,
-            "guidance_scale": float(metrics["guidance_scale"]) if "guidance_scale" in metrics else None,
-        }
-        types = {name: kind for name, kind in get_type_hints(RunRecord).items() if name not in combined}
-        return RunRecord(**{name: _check_type(name, saved[name], kind) for name, kind in types.items()}, **combined)
-    except (*DAMAGED_JSON, UserInputError) as error:
-        raise UserInputError(f"{run_dir} is not the output folder of a run: {first_line(error)}") from None
 
 
 def make_card(run_dir: Path, repo_id: str | None, hub_card: str | None) -> str:
@@ -129,23 +44,6 @@ def make_card(run_dir: Path, repo_id: str | None, hub_card: str | None) -> str:
     card.data = CardData(**_merge_metadata(earlier_cards, _metadata(run, repo_id)))  # keeps the order of its keys
     card.text = f"\n{text}\n"
     return mask_secrets(str(card))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
-
-
-def _read_metrics(path: Path, global_step: int) -> dict[str, Any]:
-    """Returns the metrics of the weights of a step; {} if the file is missing, or was measured of other weights."""
-    metrics = _read_json(path) if path.is_file() else {}
-    return metrics if metrics.get("global_step") == global_step else {}
-
-
-def _check_type(name: str, value: Any, kind: Any) -> Any:
-    """Returns `value`. Raises TypeError if it is not a `kind`; a whole number will do for a float."""
-    if not isinstance(value, kind) and not (isinstance(value, int) and isinstance(0.0, kind)):
-        raise TypeError(f"{name} is {value!r}")
-    return value
 
 
 def _read_cards(path: Path, hub_card: str | None) -> list[ModelCard]:
@@ -197,7 +95,7 @@ def _metadata(run: RunRecord, repo_id: str) -> dict[str, Any]:
     data_name = _data_name(run)
     results = [
         EvalResult(
-            task_type=PIPELINE_TAG,
+            task_type=_task(run),
             dataset_type=data_name,
             dataset_name=data_name,
             metric_type=metric,
@@ -206,20 +104,20 @@ def _metadata(run: RunRecord, repo_id: str) -> dict[str, Any]:
         )
         for metric, title, value in _results(run)
     ]
-    shown = printable(", ".join(run.class_names)) or "samples"
-    widget = {"text": shown, "output": {"url": run.newest_grid}}
-    kind = "class-conditional" if run.class_names else "unconditional"
+    shown = {printable(prompt): picture for prompt, picture in run.prompts.items() if picture}
+    if not shown and run.newest_grid:
+        shown = {printable(", ".join(run.class_names)) or "samples": run.newest_grid}
     data = ModelCardData(
         license=run.data_license or UNKNOWN_LICENSE,
         base_model=run.base if run.base_is_on_hub else None,
         base_model_relation="finetune" if run.base_is_on_hub else None,
         library_name="diffusers",
-        pipeline_tag=PIPELINE_TAG,
-        tags=["diffusion", "ddpm", kind, "sprite-diffusion"],
+        pipeline_tag=_task(run),
+        tags=["diffusion", "ddpm", _kind(run), "sprite-diffusion"],
         datasets=[data_name] if _is_on_the_hub(run.dataset_name) else None,
         model_name=repo_id.split("/")[-1],
         eval_results=results or None,
-        widget=[widget] if run.newest_grid else None,
+        widget=[{"text": text, "output": {"url": picture}} for text, picture in shown.items()] or None,
     )
     return data.to_dict()
 
@@ -239,7 +137,7 @@ def _results(run: RunRecord) -> list[tuple[str, str, float]]:
 def _describe(run: RunRecord, repo_id: str) -> str:
     """Returns the text between the marks."""
     width, _, height = run.resolution.partition("x")
-    kind = "A class-conditional" if run.class_names else "An unconditional"
+    kind = f"{'An' if _kind(run) == 'unconditional' else 'A'} {_kind(run)}"
     weights = "moving average (EMA) of the weights" if run.use_ema else "weights of the last step"
     sections = [
         f"# {escape(repo_id.split('/')[-1])}",
@@ -248,6 +146,7 @@ def _describe(run: RunRecord, repo_id: str) -> str:
         f"{run.num_parameters / 1e6:.2f} M parameters, trained with {escape(run.noise_scheduler_class)} by "
         "sprite-diffusion. "
         f"It holds the {weights}.{_origin(run)}",
+        *(["<Gallery />"] if any(run.prompts.values()) else []),
         *([f"![Samples]({run.newest_grid})"] if run.newest_grid else []),
         "## Use it",
         _snippet(run, repo_id),
@@ -266,6 +165,16 @@ def _describe(run: RunRecord, repo_id: str) -> str:
         f"images; {_copies(run)}.",
     ]
     return "\n\n".join(sections)
+
+
+def _kind(run: RunRecord) -> str:
+    """Returns what kind of model it is, as a tag of the Hub."""
+    return "text-to-image" if run.prompts else "class-conditional" if run.class_names else "unconditional"
+
+
+def _task(run: RunRecord) -> str:
+    """Returns the Hub's name of what a model does, of which it has none for images by class."""
+    return "text-to-image" if run.prompts else "unconditional-image-generation"
 
 
 def _origin(run: RunRecord) -> str:
@@ -292,16 +201,22 @@ def _snippet(run: RunRecord, repo_id: str) -> str:
     if has_ddim:
         lines.append("pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)")
     note = ""
-    if run.class_names:
+    of_all = (
+        "\n\nThe pipeline, the scheduler and, where it is not diffusers', the network come with this repository "
+        "as code, hence `trust_remote_code`. `guidance_scale` above 1 makes images more typical of "
+    )
+    if run.prompts:
+        lines.append(
+            f'pipeline({quote(next(iter(run.prompts)))}, guidance_scale=2.0, {steps}).images[0].save("image.png")'
+        )
+        note = f"{of_all}their prompt. It knows the words of its captions alone, and warns of others."
+    elif run.class_names:
         first, last = quote(run.class_names[0]), quote(run.class_names[-1])
         lines += [
             f'pipeline(class_labels=[{first}, {last}], guidance_scale=2.0, {steps}).images[0].save("image.png")',
             f'pipeline(context={{{first}: 1, {last}: 0.6}}, {steps}).images[0].save("mix.png")  # a mix of classes',
         ]
-        note = (
-            "\n\nThe pipeline, the scheduler and, where it is not diffusers', the network come with this repository "
-            "as code, hence `trust_remote_code`. `guidance_scale` above 1 makes images more typical of their class."
-        )
+        note = f"{of_all}their class."
     else:
         lines.append(f'pipeline(batch_size=4, {steps}).images[0].save("image.png")')
         if not run.needs_remote_code:

@@ -37,7 +37,7 @@ from sprite_diffusion.common.run_files import (
     read_saved_config,
 )
 from sprite_diffusion.metrics.report import TITLES, Report
-from sprite_diffusion.sampling.conditions import Condition, one_hot
+from sprite_diffusion.sampling.conditions import example_conditions
 from sprite_diffusion.sampling.generation import Request, StepStills, sample_images
 from sprite_diffusion.sampling.pictures import make_picture
 from sprite_diffusion.sampling.pipeline_loading import Pipeline, load_pipeline
@@ -244,9 +244,7 @@ def _metric_rows(run_dir: Path) -> list[Sequence[Any]]:
 
 def _draw_trajectory(pipeline: Pipeline) -> list[tuple[str, bytes]]:
     """Samples some images, and returns each step's noisy images over its predictions, as PNG with a caption."""
-    ids = [i % pipeline.num_classes for i in range(TRAJECTORY_IMAGES)] if pipeline.num_classes else []
-    conditions = [Condition(str(id), one_hot(id, pipeline.num_classes)) for id in ids]
-    request = Request(list(range(TRAJECTORY_IMAGES)), conditions or [Condition()] * TRAJECTORY_IMAGES)
+    request = Request(list(range(TRAJECTORY_IMAGES)), example_conditions(pipeline, TRAJECTORY_IMAGES))
     steps = min(TRAJECTORY_STEPS, len(pipeline.scheduler))
     name = "ddim" if pipeline.scheduler.compatibles else None
     sampler = make_sampler("--scheduler", pipeline, name, steps)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 
 from models import BasicUNet2DModel, ContextUNet2DModel
 from schedulers import ClosedFormDDPMScheduler, LinearCorruptionScheduler
@@ -14,6 +14,8 @@ from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.sampling.pipeline_loading import Pipeline
 from sprite_diffusion.training.augmentation import AugmentedNetwork
 from sprite_diffusion.training.initial_weights import adapt_network
+
+UNETS: dict[str, Any] = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
 
 
 def build_noise_scheduler(
@@ -42,21 +44,33 @@ def check_network(config: TrainingConfig, base: Pipeline | None = None) -> None:
     The network is that of `base` if there is one. No images are needed: they may take long to decode.
     """
     for flag in ("gradient_checkpointing", "dropout", "augmentation"):
-        if getattr(config, flag) not in (False, 0, "none") and config.model_class != "UNet2DModel":
+        if getattr(config, flag) not in (False, 0, "none") and config.model_class not in UNETS:
             raise UserInputError(f"--{flag}: {config.model_class} does not have it, leave it out")
-    if base is not None and config.model_class == "UNet2DModel":
+    if base is not None and config.model_class in UNETS:
         _check_sides(config, multiple=2 ** (len(base.unet.config["block_out_channels"]) - 1))
-    elif config.model_class != "UNet2DModel":
+    elif config.model_class not in UNETS:
         _check_sides(config, multiple=4)
         channels = config.block_out_channels
         if config.model_class == "ContextUNet2DModel" and (len(channels) != 1 or channels[0] % 8):
             raise UserInputError("--block_out_channels must be one multiple of 8 for ContextUNet2DModel, such as 64")
     elif config.model_config_name_or_path is not None:
-        levels = _load_unet2d_config(config.model_config_name_or_path)["block_out_channels"]
+        levels = _load_unet2d_config(config)["block_out_channels"]
         _check_sides(config, multiple=2 ** (len(levels) - 1))
     else:
         _check_sides(config, multiple=2 ** (len(config.block_out_channels) - 1))
         _check_attention(config)
+
+
+def check_without_captions(config: TrainingConfig) -> None:
+    """Raises `UserInputError` if a run that reads no captions is given some, or a network that needs them."""
+    if config.caption_column is not None:
+        raise UserInputError(f"--caption_column {config.caption_column}: captions are for train_conditional.py")
+    if config.model_class == "UNet2DConditionModel":
+        raise UserInputError(
+            "--model_class UNet2DConditionModel reads captions: name their --caption_column, in train_conditional.py"
+        )
+    if config.text_encoder is not None:
+        raise UserInputError(f"--text_encoder {config.text_encoder}: there are no captions, leave it out")
 
 
 def build_model(
@@ -64,11 +78,13 @@ def build_model(
     num_channels: int,
     id2label: dict[int, str] | None = None,
     base: Pipeline | None = None,
+    cross_attention_dim: int | None = None,
 ) -> torch.nn.Module:
     """Returns the network, with random weights or those of `base`.
 
     With the names of K classes in `id2label`, the network takes labels 0..K-1, and K for "no class". BasicUNet2DModel
-    takes no classes. Raises `UserInputError` if diffusers can't build the network.
+    takes no classes. UNet2DConditionModel takes vectors of `cross_attention_dim` features in place of labels. Raises
+    `UserInputError` if diffusers can't build the network.
     """
     if base is not None:
         model, changes = adapt_network(base, config, num_channels, id2label)
@@ -88,36 +104,42 @@ def build_model(
             norm_type=config.norm_type,
             num_train_timesteps=config.ddpm_num_steps,
         )
-    return _build_unet2d(config, num_channels, num_classes)
+    shape = {"sample_size": config.image_size, "in_channels": num_channels, "out_channels": num_channels}
+    if cross_attention_dim is None:
+        shape["num_class_embeds"] = None if num_classes is None else num_classes + 1
+    else:
+        shape["cross_attention_dim"] = cross_attention_dim
+    return _build_unet2d(config, shape)
 
 
-def _build_unet2d(config: TrainingConfig, num_channels: int, num_classes: int | None) -> UNet2DModel:
-    shape = {
-        "sample_size": config.image_size,
-        "in_channels": num_channels,
-        "out_channels": num_channels,
-        "num_class_embeds": None if num_classes is None else num_classes + 1,
-    }
+def _build_unet2d(config: TrainingConfig, shape: dict[str, Any]) -> torch.nn.Module:
+    """Returns the network of the flags, or of the file that they name, for images and conditions of a shape."""
+    network_class = UNETS[config.model_class]
     if config.model_config_name_or_path is not None:
-        model_config = _load_unet2d_config(config.model_config_name_or_path)
+        model_config = _load_unet2d_config(config)
         if config.dropout:
             shape["dropout"] = config.dropout
         try:
-            model = UNet2DModel.from_config({**model_config, **shape})
+            model = network_class.from_config({**model_config, **shape})
         except Exception as error:  # whatever its values lead diffusers to
             raise UserInputError(
                 f"--model_config_name_or_path {config.model_config_name_or_path}: {first_line(error)}"
             ) from None
     else:
         channels = config.block_out_channels
-        attention = [level in config.attention_levels for level in range(1, len(channels) + 1)]
-        model = UNet2DModel(
+        prefix: str = "Attn"
+        head_dim: int | list[int] = config.attention_head_dim
+        if network_class is UNet2DConditionModel:
+            # What is called so there is the number of heads: https://github.com/huggingface/diffusers/issues/2011
+            prefix, head_dim = "CrossAttn", [max(1, number // config.attention_head_dim) for number in channels]
+        prefixes = [prefix * (level in config.attention_levels) for level in range(1, len(channels) + 1)]
+        model = network_class(
             **shape,
             layers_per_block=config.layers_per_block,
             block_out_channels=tuple(channels),
-            down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
-            up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
-            attention_head_dim=config.attention_head_dim,
+            down_block_types=tuple(f"{prefix}DownBlock2D" for prefix in prefixes),
+            up_block_types=tuple(f"{prefix}UpBlock2D" for prefix in reversed(prefixes)),
+            attention_head_dim=head_dim,
             norm_num_groups=_choose_num_groups(channels),
             dropout=config.dropout,
         )
@@ -149,15 +171,16 @@ def _choose_num_groups(channels: list[int]) -> int:
     return groups // 2 if groups == min(channels) else groups
 
 
-def _load_unet2d_config(name_or_path: str) -> dict[str, Any]:
+def _load_unet2d_config(config: TrainingConfig) -> dict[str, Any]:
+    name_or_path = config.model_config_name_or_path
     try:
-        model_config = UNet2DModel.load_config(name_or_path)
+        model_config = UNETS[config.model_class].load_config(name_or_path)
     except (OSError, ValueError) as error:
         raise UserInputError(
             f"--model_config_name_or_path {name_or_path} can't be loaded: {first_line(error)}"
         ) from None
     if not isinstance(model_config.get("block_out_channels"), list | tuple):
-        raise UserInputError(f"--model_config_name_or_path {name_or_path} is not the config of a UNet2DModel")
+        raise UserInputError(f"--model_config_name_or_path {name_or_path} is not the config of a {config.model_class}")
     return model_config
 
 

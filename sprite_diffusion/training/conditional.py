@@ -14,7 +14,7 @@ from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.runs.outputs import SampleGrid
 from sprite_diffusion.sampling.conditions import Condition, one_hot
 from sprite_diffusion.training.augmentation import augment_as_asked
-from sprite_diffusion.training.build import build_model, build_noise_scheduler
+from sprite_diffusion.training.build import build_model, build_noise_scheduler, check_without_captions
 from sprite_diffusion.training.loss import ddpm_loss
 from sprite_diffusion.training.randomness import Draws
 from sprite_diffusion.training.steps import Batch
@@ -37,6 +37,7 @@ def train(config: TrainingConfig, data: ImageData | None = None) -> ConditionalD
         raise UserInputError("--noise_scheduler_class LinearCorruptionScheduler: use train_unconditional.py")
     if config.model_class == "BasicUNet2DModel":
         raise UserInputError("--model_class BasicUNet2DModel takes no class labels: use train_unconditional.py")
+    check_without_captions(config)
     base = begin_run(config)
     data = data or load_image_data(config, with_labels=True, streaming=config.streaming)
     id2label = data.id2label
@@ -53,11 +54,12 @@ def train(config: TrainingConfig, data: ImageData | None = None) -> ConditionalD
         kwargs["class_labels"] = class_labels
         return ddpm_loss(model, noise_scheduler, images, draws.noise, draws.timesteps, kwargs, config.snr_gamma)
 
-    def make_pipeline(model: Any) -> ConditionalDDPMPipeline:
+    def make_pipeline(unet: Any) -> ConditionalDDPMPipeline:
         scheduler = type(noise_scheduler).from_config(noise_scheduler.config)
-        return ConditionalDDPMPipeline(unet=model, scheduler=scheduler, id2label=id2label)
+        return ConditionalDDPMPipeline(unet=unet, scheduler=scheduler, id2label=id2label)
 
-    rows = [Condition(name, one_hot(id, len(id2label))) for id, name in list(id2label.items())[:MAX_GRID_ROWS]]
+    shown = list(id2label.items())[:MAX_GRID_ROWS]
+    rows = [Condition.of_classes(name, one_hot(id, len(id2label))) for id, name in shown]
     grid = SampleGrid(
         conditions=[condition for condition in rows for _ in range(config.eval_batch_size)],
         columns=config.eval_batch_size,

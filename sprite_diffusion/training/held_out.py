@@ -49,5 +49,5 @@ def _batches(images: Any, device: torch.device) -> Iterator[Batch]:
     for number in range(NUM_BATCHES):
         rows = np.arange(number * BATCH_SIZE, (number + 1) * BATCH_SIZE) % len(images)
         pixels = images.read_centred(rows).to(device)
-        labels = None if images.class_labels is None else torch.from_numpy(images.class_labels[rows]).to(device)
-        yield Batch(to_model_range(pixels), labels, 0, BATCH_SIZE, BATCH_SIZE)
+        ids = {name: values.to(device) for name, values in images.read_ids(rows).items()}
+        yield Batch(to_model_range(pixels), ids.get("class_labels"), ids.get("caption_ids"), 0, BATCH_SIZE, BATCH_SIZE)

@@ -25,6 +25,7 @@ class Batch:
 
     images: torch.Tensor  # (B, C, H, W) float32 in [-1, 1]
     class_labels: torch.Tensor | None  # (B,) int64
+    caption_ids: torch.Tensor | None  # (B,) int64, numbers of the data's captions
     first_row: int  # the place of the first image among all images of the step
     num_images: int  # of this process that count: B, or 0
     num_images_of_all_processes: int
@@ -106,7 +107,8 @@ def take_share(rows: dict[str, torch.Tensor], first_row: int, rank: int, num_ima
     """Returns this process's share of a micro-batch.
 
     Args:
-        rows: What the process was given: "images" (B, C, H, W), as many as every other process, and "class_labels".
+        rows: What the process was given: "images" (B, C, H, W), as many as every other process, and "class_labels" and
+            "caption_ids" (B,) where there are any.
         first_row: The place of the micro-batch's first image among all images of the step.
         rank: The number of the process.
         num_images_of_all: The different images that all processes were given together, the first ranks first.
@@ -115,4 +117,5 @@ def take_share(rows: dict[str, torch.Tensor], first_row: int, rank: int, num_ima
     num_images = min(max(num_images_of_all - rank * batch_size, 0), batch_size)
     kept = {name: values[: max(1, num_images)] for name, values in rows.items()}
     images = to_model_range(kept["images"])
-    return Batch(images, kept.get("class_labels"), first_row + rank * batch_size, num_images, num_images_of_all)
+    conditions = kept.get("class_labels"), kept.get("caption_ids")
+    return Batch(images, *conditions, first_row + rank * batch_size, num_images, num_images_of_all)

@@ -44,7 +44,7 @@ def training_loop(
     data: ImageData,
     model: torch.nn.Module,
     loss_fn: Callable[[Any, Batch, Draws], torch.Tensor],
-    make_pipeline: Callable[[Any], DiffusionPipeline],
+    make_pipeline: Callable[..., DiffusionPipeline],
     grid: SampleGrid,
 ) -> DiffusionPipeline:
     """Trains `model`, and returns its pipeline, which is also written into `config.output_dir` with sample grids.

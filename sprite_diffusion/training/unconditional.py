@@ -11,7 +11,7 @@ from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.runs.outputs import SampleGrid
 from sprite_diffusion.sampling.conditions import Condition
 from sprite_diffusion.training.augmentation import augment_as_asked
-from sprite_diffusion.training.build import build_model, build_noise_scheduler
+from sprite_diffusion.training.build import build_model, build_noise_scheduler, check_without_captions
 from sprite_diffusion.training.loss import corruption_loss, ddpm_loss
 from sprite_diffusion.training.randomness import Draws
 from sprite_diffusion.training.steps import Batch
@@ -28,6 +28,7 @@ def train(config: TrainingConfig, data: ImageData | None = None) -> Unconditiona
     Raises:
         UserInputError: For a flag, file or column that has to be changed.
     """
+    check_without_captions(config)
     base = begin_run(config)
     if data is None:
         # The network takes no labels, but images can be judged better where there are some.
@@ -42,9 +43,9 @@ def train(config: TrainingConfig, data: ImageData | None = None) -> Unconditiona
         images, kwargs = augment_as_asked(batch.images, draws.augmentation, config)
         return ddpm_loss(model, noise_scheduler, images, draws.noise, draws.timesteps, kwargs, config.snr_gamma)
 
-    def make_pipeline(model: Any) -> UnconditionalDDPMPipeline:
+    def make_pipeline(unet: Any) -> UnconditionalDDPMPipeline:
         scheduler = type(noise_scheduler).from_config(noise_scheduler.config)
-        return UnconditionalDDPMPipeline(unet=model, scheduler=scheduler)
+        return UnconditionalDDPMPipeline(unet=unet, scheduler=scheduler)
 
     grid = SampleGrid(
         conditions=[Condition()] * config.eval_batch_size,

@@ -1,0 +1,164 @@
+"""The text encoder and its tokenizer: a small one for the words of the captions, or one that is trained already."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tqdm.auto import tqdm
+
+from pipelines import find_unknown_words
+from sprite_diffusion.common.errors import UserInputError, first_line, warn
+from sprite_diffusion.runs.config import TrainingConfig
+from sprite_diffusion.sampling.pipeline_loading import Pipeline
+from sprite_diffusion.sampling.text_encoders import load_text_parts, quiet_transformers
+
+MAX_TOKENS = 77  # of a caption, as CLIP has it; the rest of a longer one is not read
+MAX_WORDS = 2**15  # the most frequent ones
+BEGIN, END, UNKNOWN = "<|startoftext|>", "<|endoftext|>", "<|unknown|>"
+HIDDEN_SIZE, NUM_LAYERS, NUM_HEADS = 128, 2, 4
+EMBEDDED_AT_ONCE = 256  # captions
+
+
+def build_tokenizer(captions: Sequence[str]) -> Any:
+    """Returns a tokenizer for which each word and each mark of the captions is a token; case counts for nothing.
+
+    A word that is in none of them is `UNKNOWN`.
+    """
+    words = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+    words.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    special_tokens = [BEGIN, END, UNKNOWN]
+    trainer = trainers.WordLevelTrainer(vocab_size=MAX_WORDS, special_tokens=special_tokens, show_progress=False)
+    words.train_from_iterator(captions, trainer)
+    words.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A {END}", special_tokens=[(BEGIN, words.token_to_id(BEGIN)), (END, words.token_to_id(END))]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        bos_token=BEGIN,
+        eos_token=END,
+        pad_token=END,  # as CLIP's
+        unk_token=UNKNOWN,
+        model_max_length=MAX_TOKENS,
+    )
+    fit_length(tokenizer, captions)
+    return tokenizer
+
+
+def fit_length(tokenizer: Any, captions: Sequence[str]) -> None:
+    """Makes the longest caption the most that a tokenizer takes, up to `MAX_TOKENS` and its own limit."""
+    longest = max(len(ids) for ids in tokenizer(list(captions), verbose=False).input_ids)
+    tokenizer.model_max_length = min(longest, tokenizer.model_max_length, MAX_TOKENS)
+
+
+def build_text_encoder(tokenizer: Any) -> transformers.CLIPTextModel:
+    """Returns a small text encoder with random weights for the words and the length of a tokenizer."""
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=4 * HIDDEN_SIZE,
+        projection_dim=HIDDEN_SIZE,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=NUM_HEADS,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return transformers.CLIPTextModel(config)
+
+
+def load_text_encoder(name: str, captions: Sequence[str]) -> tuple[Any, Any]:
+    """Returns the tokenizer and the text encoder of `--text_encoder`, frozen.
+
+    Args:
+        name: A name on the Hub or a folder: of a text encoder with its tokenizer, or of a pipeline that has both.
+        captions: What it is to read.
+
+    Raises:
+        UserInputError: If there is no such text encoder.
+    """
+    of_pipeline = Path(name, "text_encoder").is_dir()
+    tokenizer_folder, encoder_folder = ("tokenizer", "text_encoder") if of_pipeline else ("", "")
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, subfolder=encoder_folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, subfolder=tokenizer_folder)
+        text_encoder = transformers.AutoModelForTextEncoding.from_pretrained(
+            name, subfolder=encoder_folder, config=config.get_text_config()
+        )
+    except Exception as error:  # the values in its files can lead transformers to raise anything
+        raise UserInputError(f"--text_encoder {name} can't be loaded: {first_line(error)}") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    fit_length(tokenizer, captions)
+    return tokenizer, freeze(text_encoder.float())
+
+
+def freeze(text_encoder: Any) -> Any:
+    """Returns a text encoder that is not trained."""
+    return text_encoder.eval().requires_grad_(False)
+
+
+def choose_text_encoder(config: TrainingConfig, captions: Sequence[str], base: Pipeline | None) -> tuple[Any, Any]:
+    """Returns the tokenizer and the text encoder of a run, which is frozen if `--text_encoder` names it.
+
+    Those of a checkpoint that the run is resumed from, or of the model that it begins from, stay: their words have the
+    numbers that the network has learned. Prints which words of the captions they do not know.
+
+    Raises `UserInputError` if there is no such text encoder, or the network has learned another one.
+    """
+    quiet_transformers()
+    if config.resume_from_checkpoint is not None:
+        checkpoint = str(Path(config.output_dir, config.resume_from_checkpoint))
+        index = DiffusionPipeline.load_config(checkpoint)
+        if "text_encoder" not in index:
+            raise UserInputError(f"{checkpoint} was trained without captions: leave --caption_column out")
+        parts = load_text_parts(checkpoint, index)
+        tokenizer, text_encoder = parts["tokenizer"], parts["text_encoder"]
+    elif config.text_encoder is not None:
+        tokenizer, text_encoder = load_text_encoder(config.text_encoder, captions)
+        if base is not None and not _are_same(text_encoder, base.text_encoder):
+            raise UserInputError(
+                f"--text_encoder {config.text_encoder}: the network of --init_from {config.init_from} has learned "
+                "another one, leave the flag out"
+            )
+    elif base is not None:
+        tokenizer, text_encoder = base.tokenizer, base.text_encoder
+    else:
+        tokenizer = build_tokenizer(captions)
+        text_encoder = build_text_encoder(tokenizer)
+    if unknown := find_unknown_words(tokenizer, " ".join(captions)):
+        warn(f"{len(unknown)} words of the captions are new to the text encoder, as none: {', '.join(unknown[:10])}")
+    return tokenizer, freeze(text_encoder) if config.text_encoder is not None else text_encoder
+
+
+def _are_same(first: torch.nn.Module, second: torch.nn.Module) -> bool:
+    """Returns whether two networks have the same weights."""
+    one, other = first.state_dict(), second.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def tokenize(tokenizer: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Returns the "input_ids" (N, L) of captions and their "attention_mask" (N, L), 0 behind the end of a caption."""
+    tokens = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
+    return {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
+
+
+@torch.no_grad()
+def embed(text_encoder: Any, tokens: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Returns the embeddings (N, L, D) of tokens on the CPU, float32, with a progress bar."""
+    state = PartialState()
+    text_encoder.to(state.device)
+    starts = range(0, len(tokens["input_ids"]), EMBEDDED_AT_ONCE)
+    bar = tqdm(starts, "embedding captions", dynamic_ncols=True, leave=False, disable=not state.is_main_process)
+    batches = [
+        text_encoder(**{name: ids[i : i + EMBEDDED_AT_ONCE].to(state.device) for name, ids in tokens.items()})[0].cpu()
+        for i in bar
+    ]
+    text_encoder.cpu()
+    return torch.cat(batches)

@@ -1,0 +1,358 @@
+"""Tests training on captions: from the texts of every source to a pipeline that is asked by prompt."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from inspecting import assert_same_weights, weights
+from launching import LAUNCH_TWO, TINY, finish, start
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import BertConfig, BertModel, CLIPTextModel, PreTrainedTokenizerFast
+
+from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.data.config import DataConfig
+from sprite_diffusion.data.dataset import _cache_key, load_image_data, load_tensor, make_dataloader, open_images
+from sprite_diffusion.data.sources import find_caption_column
+from sprite_diffusion.data.sprites import draw_sprites
+from sprite_diffusion.runs.config import TrainingConfig
+from sprite_diffusion.sampling.pipeline_loading import load_pipeline
+from sprite_diffusion.training.build import build_model
+from sprite_diffusion.training.captioned import train
+from sprite_diffusion.training.text_encoder import MAX_TOKENS, build_text_encoder, build_tokenizer, tokenize
+
+CAPTIONS = ["A red cat, asleep", "a blue dog", "", "a blue dog", "two dogs and a cat"]
+WORDS_FLAGS = f"{TINY} --caption_column caption"
+TEXT_WEIGHTS = "text_encoder/model.safetensors"
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Makes a folder of five pictures whose red says which caption they have."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(len(CAPTIONS)):
+        Image.new("RGB", (8, 8), (40 * i, 0, 255)).save(folder / f"{i}.png")
+    return folder
+
+
+def add_metadata(folder: Path, column: str = "text", **others) -> None:
+    """Writes the file by which `datasets` knows the captions of images."""
+    rows = [{"file_name": f"{i}.png", column: caption or None, **others} for i, caption in enumerate(CAPTIONS)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def add_texts(folder: Path) -> None:
+    for i, caption in enumerate(CAPTIONS):
+        if caption:
+            (folder / f"{i}.txt").write_text(f"{caption}\n", encoding="utf-8")
+
+
+def make_parquet(folder: Path) -> Path:
+    images = [{"path": None, "bytes": (folder / f"{i}.png").read_bytes()} for i in range(len(CAPTIONS))]
+    features = datasets.Features(picture=datasets.Image(), text=datasets.Value("string"))
+    table = datasets.Dataset.from_dict({"picture": images, "text": CAPTIONS}, features=features)
+    table.to_parquet(folder.parent / "pictures.parquet")
+    return folder.parent / "pictures.parquet"
+
+
+def config_of(folder: Path, **flags) -> DataConfig:
+    name = {"dataset_name": str(folder)} if folder.suffix else {"train_data_dir": str(folder)}
+    return DataConfig(**name, resolution="8", **flags)
+
+
+def read_pairs(config: DataConfig, streaming: bool = False) -> dict[int, str]:
+    """Returns the caption of each picture by its number, which its red tells, from the batches of a training."""
+    data = load_image_data(config, with_labels=None, streaming=streaming)
+    pairs = {}
+    for batch in make_dataloader(data, batch_size=2):
+        reds = batch["images"][:, 0, 0, 0]
+        reds = (reds / 2 + 0.5) * 255 if streaming else reds
+        for red, caption_id in zip(reds.tolist(), batch["caption_ids"].tolist(), strict=True):
+            pairs[round(red / 40)] = data.captions[caption_id]
+    return pairs
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("source", ["metadata", "texts", "parquet"])
+def test_every_source_gives_each_image_its_caption(source, streaming, pictures):
+    column = "text"
+    if source == "metadata":
+        add_metadata(pictures)
+        rows = datasets.load_dataset("imagefolder", data_dir=str(pictures), split="train")
+        expected = {round(row["image"].getpixel((0, 0))[0] / 40): row["text"] or "" for row in rows}
+    else:
+        expected = dict(enumerate(CAPTIONS))
+    if source == "texts":
+        add_texts(pictures)
+        column = "txt"
+    config = config_of(make_parquet(pictures) if source == "parquet" else pictures)
+    assert find_caption_column(config, streaming) == column
+    config.caption_column = column
+    assert read_pairs(config, streaming) == expected
+    captions = load_image_data(config, with_labels=None, streaming=streaming).captions
+    assert captions[0] == ""
+    assert sorted(captions) == sorted(set(CAPTIONS))
+
+
+def test_the_built_in_sprites_have_the_captions_of_their_artist():
+    data = load_image_data(DataConfig(max_train_samples=20, resolution="16", caption_column="caption"), None)
+    images, _, captions = draw_sprites(20)
+    batch = data.dataset.__getitems__(list(range(20)))
+    assert [data.captions[i] for i in batch["caption_ids"]] == captions
+    assert torch.equal(batch["images"], torch.from_numpy(images).permute(0, 3, 1, 2))
+
+
+def test_images_in_memory_have_captions():
+    config = DataConfig(resolution="8")
+    data = load_tensor(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), config, captions=CAPTIONS)
+    assert [data.captions[i] for i in data.dataset.__getitems__([0, 1, 2, 3, 4])["caption_ids"]] == CAPTIONS
+    with pytest.raises(UserInputError, match="4 captions for 5 images"):
+        load_tensor(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), config, captions=CAPTIONS[:4])
+
+
+def test_captions_are_no_part_of_the_decoded_images(pictures):
+    """Other captions do not decode the images again, but are told from the earlier ones when a run goes on."""
+
+    def look(**flags) -> tuple[str, str | None]:
+        config = config_of(pictures, **flags)
+        return _cache_key(open_images(config, None), config), load_image_data(config, None).identity
+
+    key, without = look()
+    add_texts(pictures)
+    assert look() == (key, without)
+    same_key, before = look(caption_column="txt")
+    (pictures / "1.txt").write_text("a green dog")
+    changed_key, after = look(caption_column="txt")
+    assert {key, same_key, changed_key} == {key}
+    assert len({without, before, after}) == 3
+
+
+def test_captions_are_looked_for_where_there_are_no_classes(pictures):
+    assert find_caption_column(config_of(pictures), streaming=False) is None
+    add_metadata(pictures, "Prompt", note="no caption by its name")
+    assert find_caption_column(config_of(pictures), streaming=False) == "Prompt"
+    assert find_caption_column(config_of(pictures, label_column="note"), streaming=False) is None
+    add_metadata(pictures, "caption", description="another")
+    with pytest.raises(UserInputError, match="the columns caption, description: name one of them by --caption_column"):
+        find_caption_column(config_of(pictures), streaming=False)
+    assert find_caption_column(config_of(pictures, caption_column="caption"), streaming=False) == "caption"
+    assert find_caption_column(DataConfig(), streaming=False) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"caption_column": "words"}, "--caption_column words: .* has the columns image, text, number; 'txt' is for"),
+        ({"caption_column": "number"}, "column 'number': the caption is 3, which is no text: name another"),
+    ],
+)
+def test_columns_that_hold_no_captions(pictures, flags, message):
+    add_metadata(pictures, number=3)
+    with pytest.raises(UserInputError, match=message):
+        load_image_data(config_of(pictures, **flags), None)
+
+
+def test_each_word_is_a_token():
+    _, _, captions = draw_sprites(200)
+    tokenizer = build_tokenizer(captions)
+    words = [re.findall(r"\w+|[^\w\s]+", caption.lower()) for caption in captions]
+    special = {"<|startoftext|>", "<|endoftext|>", "<|unknown|>"}
+    assert tokenizer.get_vocab().keys() - special == set().union(*words)
+    for caption, expected in zip(captions[:20], words, strict=False):
+        ids = tokenizer(caption.upper()).input_ids
+        assert tokenizer.convert_ids_to_tokens(ids) == ["<|startoftext|>", *expected, "<|endoftext|>"]
+    assert tokenizer.model_max_length == max(map(len, words)) + 2
+    read = tokenize(tokenizer, ["", "a hero with a zebra"])
+    assert read["input_ids"].shape == (2, tokenizer.model_max_length)
+    assert read["attention_mask"].sum(dim=1).tolist() == [2, 7]
+    assert read["input_ids"][1, 5] == tokenizer.unk_token_id
+    long = build_tokenizer([" ".join(["word"] * 200)])
+    assert long.model_max_length == MAX_TOKENS
+    assert build_text_encoder(long).config.max_position_embeddings == MAX_TOKENS
+
+
+def test_heads_of_the_attention_to_words_have_the_channels_that_the_flag_says():
+    config = TrainingConfig(
+        model_class="UNet2DConditionModel", block_out_channels=[32, 64], attention_levels=[2], attention_head_dim=16
+    )
+    with torch.device("meta"):
+        unet = build_model(config, 3, cross_attention_dim=24)
+    assert isinstance(unet, UNet2DConditionModel)
+    assert tuple(unet.config.down_block_types) == ("DownBlock2D", "CrossAttnDownBlock2D")
+    assert tuple(unet.config.up_block_types) == ("CrossAttnUpBlock2D", "UpBlock2D")
+    for block in (unet.down_blocks[1], unet.mid_block, unet.up_blocks[0]):
+        attention = block.attentions[0].transformer_blocks[0].attn2
+        assert (attention.heads, attention.to_k.in_features, attention.inner_dim) == (4, 24, 64)
+
+
+@pytest.fixture(scope="module")
+def run(run_script, tmp_path_factory):
+    """Trains a tiny network on the captions of sprites."""
+    output_dir = tmp_path_factory.mktemp("captioned") / "run"
+    run_script("train_conditional", f"{WORDS_FLAGS} --use_ema --snapshot_epochs 1", output_dir)
+    return output_dir
+
+
+def test_a_run_leaves_stock_parts(run):
+    unet = UNet2DConditionModel.from_pretrained(run, subfolder="unet")
+    text_encoder = CLIPTextModel.from_pretrained(run, subfolder="text_encoder")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(run, subfolder="tokenizer")
+    assert unet.config.cross_attention_dim == text_encoder.config.hidden_size
+    assert len(tokenizer) == text_encoder.config.vocab_size
+    pipeline = load_pipeline(str(run))
+    captions = draw_sprites(20)[2]
+    assert set(pipeline.example_prompts) <= set(captions)
+    assert len(pipeline.example_prompts) == 8
+    grid = Image.open(sorted((run / "samples").glob("step-*.png"))[-1])
+    assert grid.size == (3 * 68 + 4, 8 * 68 + 4)  # sprites of 64 pixels, 4 apart: three of each caption
+
+
+def test_the_text_encoder_is_trained_and_averaged(run):
+    first, last = (load_file(run / "snapshots" / f"epoch-000{epoch}" / TEXT_WEIGHTS) for epoch in (1, 2))
+    assert all(not torch.equal(first[name], last[name]) for name in first if "layer_norm" not in name)
+    trained = load_file(run / "checkpoint-8" / "model.safetensors")
+    averaged = load_file(run / "checkpoint-8" / TEXT_WEIGHTS)
+    assert all(not torch.equal(trained[f"text_encoder.{name}"], averaged[name]) for name in averaged)
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(run, run_script, tmp_path):
+    resumed = tmp_path / "resumed"
+    resumed.mkdir()
+    shutil.copytree(run / "checkpoint-3", resumed / "checkpoint-3")
+    flags = f"{WORDS_FLAGS} --use_ema --snapshot_epochs 1 --resume_from_checkpoint checkpoint-3"
+    run_script("train_conditional", flags, resumed)
+    for name in ("unet/diffusion_pytorch_model.safetensors", TEXT_WEIGHTS, "checkpoint-8/model.safetensors"):
+        assert_same_weights(weights(run, name), weights(resumed, name))
+    tokens = [(folder / "tokenizer" / "tokenizer.json").read_text() for folder in (run, resumed)]
+    assert tokens[0] == tokens[1]
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_trains(run_script, tmp_path):
+    run_script("train_conditional", f"{WORDS_FLAGS} --train_batch_size 4", tmp_path / "one")
+    finish(start("train_conditional", f"{WORDS_FLAGS} --train_batch_size 2", tmp_path / "two", LAUNCH_TWO))
+    for name in ("unet/diffusion_pytorch_model.safetensors", TEXT_WEIGHTS):
+        one, two = (weights(tmp_path / folder, name) for folder in ("one", "two"))
+        for key in one:  # the order of sums differs, which grows over ten steps
+            torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-5)
+
+
+def test_a_model_that_is_begun_from_keeps_its_words(run, run_script, tmp_path, capsys):
+    flags = f"--config {tmp_path / 'tuned.yaml'} --init_from {run}"
+    (tmp_path / "tuned.yaml").write_text(
+        "dataset_name: sprites\ncaption_column: caption\nmax_train_samples: 200\nmax_train_steps: 1\n"
+        "train_batch_size: 2\neval_batch_size: 1\nlearning_rate: 1e-30\n"
+    )
+    run_script("train_conditional", f"{flags} --ddpm_num_inference_steps 2", tmp_path / "tuned")
+    printed = capsys.readouterr()
+    assert "begun from" in printed.out
+    assert re.search(r"warning: \d+ words of the captions are new to the text encoder", printed.err)
+    assert (tmp_path / "tuned" / "tokenizer" / "tokenizer.json").read_text() == (
+        run / "tokenizer" / "tokenizer.json"
+    ).read_text()
+    for name in ("unet/diffusion_pytorch_model.safetensors", TEXT_WEIGHTS):
+        assert_same_weights(weights(run, name), weights(tmp_path / "tuned", name))
+
+
+@pytest.fixture
+def text_encoder(tmp_path):
+    """Saves a text encoder of another kind with its tokenizer, as the Hub has them."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(draw_sprites(20)[2])
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+def test_a_trained_text_encoder_stays_as_it_is(text_encoder, run_script, tmp_path):
+    run_script("train_conditional", f"{WORDS_FLAGS} --text_encoder {text_encoder}", tmp_path / "run")
+    pipeline = load_pipeline(str(tmp_path / "run"))
+    assert isinstance(pipeline.text_encoder, BertModel)
+    assert pipeline.unet.config.cross_attention_dim == 16
+    before, after = BertModel.from_pretrained(text_encoder).state_dict(), pipeline.text_encoder.state_dict()
+    assert_same_weights(dict(before), dict(after))
+    trained = weights(tmp_path / "run" / "checkpoint-8", "model.safetensors")
+    assert trained.keys() == pipeline.unet.state_dict().keys()
+
+
+def test_the_loss_reads_the_caption_of_each_image(monkeypatch, tmp_path):
+    """Of each micro-batch the network is given the tokens of the captions, and the empty one for a share of them."""
+    config = TrainingConfig(
+        resolution="8",
+        block_out_channels=[8],
+        attention_levels=[0],
+        attention_head_dim=8,
+        max_train_steps=20,
+        train_batch_size=5,
+        label_dropout=0.5,
+        eval_batch_size=1,
+        ddpm_num_inference_steps=1,
+        output_dir=str(tmp_path / "run"),
+        logger="none",
+    )
+    images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 8, 8) * 40
+    seen = []
+    forward = CLIPTextModel.forward
+
+    def record(self, input_ids, **kwargs):
+        if self.training:
+            seen.append(input_ids.clone())
+        return forward(self, input_ids, **kwargs)
+
+    monkeypatch.setattr(CLIPTextModel, "forward", record)
+    pipeline = train(config, load_tensor(images, config, captions=CAPTIONS))
+    texts = [pipeline.tokenizer.decode(ids, skip_special_tokens=True) for batch in seen for ids in batch]
+    assert set(texts) == {"", *(re.sub(r"(\w),", r"\1 ,", caption.lower()) for caption in CAPTIONS)}
+    # Half of the captions are dropped, and a fifth of the others are empty; 100 draws, four standard deviations
+    assert abs(texts.count("") / len(texts) - 0.6) < 4 * (0.6 * 0.4 / 100) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        ("train_unconditional", "--caption_column caption", "--caption_column caption: captions are for"),
+        ("train_conditional", "--caption_column word", "--caption_column word: that of 'sprites' is caption"),
+        ("train_conditional", "--model_class UNet2DConditionModel", "reads captions: name their --caption_column"),
+        ("train_conditional", "--text_encoder nowhere", "--text_encoder nowhere: there are no captions"),
+        (
+            "train_conditional",
+            "--caption_column caption --text_encoder no/such",
+            "--text_encoder no/such can't be loaded",
+        ),
+        (
+            "train_conditional",
+            "--caption_column caption --model_class ContextUNet2DModel",
+            "--model_class ContextUNet2DModel takes no captions",
+        ),
+    ],
+)
+def test_one_line_says_what_does_not_go_with_captions(script, flags, message, run_script, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run_script(script, f"{TINY} {flags}", tmp_path / "run")
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_runs_with_and_without_captions_do_not_go_on_with_each_other(run, run_script, tmp_path, capsys):
+    shutil.copytree(run / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    for flags, message in (
+        (TINY, "was trained on captions: name their --caption_column"),
+        (f"{TINY} --init_from {run} --model_class UNet2DModel", "the network is that of --init_from"),
+    ):
+        with pytest.raises(SystemExit):
+            run_script("train_conditional", f"{flags} --use_ema --resume_from_checkpoint latest", tmp_path / "resumed")
+        assert message in capsys.readouterr().err.splitlines()[-1]
