@@ -14,6 +14,7 @@ import numpy as np
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from sprite_diffusion.common.errors import UserInputError, first_line
+from sprite_diffusion.data.attributes import has_left_out_pair
 from sprite_diffusion.data.config import BUILT_IN_DATASET, IMAGE_MODES, DataConfig
 from sprite_diffusion.data.decoding import SkippedImage, name_image
 from sprite_diffusion.data.image_folder import LocalFiles, find_local_files, list_image_folder
@@ -68,7 +69,8 @@ def draw_built_in(config: DataConfig, with_labels: bool | None) -> Source:
     if (config.max_train_samples or 0) > MAX_BUILT_IN_SIZE:
         raise UserInputError(f"--max_train_samples {config.max_train_samples}: draw {MAX_BUILT_IN_SIZE:,} at most")
     num_images = config.max_train_samples or BUILT_IN_SIZE
-    images, class_labels, _ = draw_sprites(num_images, transparent=config.image_mode == "RGBA")
+    leave_out = has_left_out_pair if config.leave_out_pairs else None
+    images, class_labels, _ = draw_sprites(num_images, transparent=config.image_mode == "RGBA", leave_out=leave_out)
     return Source(
         f"{BUILT_IN_DATASET} (built in)",
         ("sprites", hashlib.sha256(images.tobytes()).hexdigest()),
