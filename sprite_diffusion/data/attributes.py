@@ -10,12 +10,13 @@ from functools import cache
 from hashlib import sha256
 from typing import NamedTuple
 
-from sprite_diffusion.data.sprites import KIND_FILES, RAMPS, read_drawings
+from sprite_diffusion.data.sprites import KIND_FILES, RAMPS, SKINS, read_drawings
 
 FEWEST_COLOURS = 3  # of a part, for some of them to be left out: others remain, whichever colours the rest has
 LEFT_OUT_SHARE = 10  # one pair in so many
 _COLOUR = re.compile(rf"\b(?:{'|'.join(RAMPS)})\b")
 _HERO = re.compile(r"a hero(?: walking (left|right))? with (.+)")
+_HEROES = ("hero", "walking hero")  # seen from the front, and from the side
 _COLOUR_SLOTS = ("first colour", "second colour", "third colour")  # of a monster, a food or a spell, by ramp
 
 
@@ -45,12 +46,25 @@ def read_caption(caption: str) -> list[Attribute]:
     if hero is None:
         return _read_phrase(caption, _kind_phrases(), caption)
     if hero[1] is None:
-        attributes = [Attribute("subject", "hero")]
+        attributes = [Attribute("subject", _HEROES[0])]
     else:
-        attributes = [Attribute("subject", "walking hero"), Attribute("facing", hero[1])]
+        attributes = [Attribute("subject", _HEROES[1]), Attribute("facing", hero[1])]
     for phrase in re.split(", | and ", hero[2]):
         attributes += _read_phrase(phrase, _part_phrases(), caption)
     return attributes
+
+
+def list_values() -> dict[str, list[str]]:
+    """Returns every value that a caption can give to each slot."""
+    values: dict[str, dict[str, None]] = {
+        "subject": dict.fromkeys(_HEROES),
+        "facing": dict.fromkeys(("left", "right")),
+    }
+    colours = dict.fromkeys(colour for colour in RAMPS if colour not in SKINS)
+    for phrase in (*_part_phrases().values(), *_kind_phrases().values()):
+        values.setdefault(phrase.fact.slot, {})[phrase.fact.value] = None
+        values |= {slot: colours for slot, _ in phrase.coloured}
+    return {slot: list(some) for slot, some in values.items()}
 
 
 def is_left_out(pair: str) -> bool:
