@@ -100,12 +100,14 @@ class Judge:
 
     @torch.no_grad()
     def read(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns what is seen in images (B, C, 16, 16) uint8: the number of the value of each slot (B, slots), int64.
+        """Returns what is seen in images (B, C, 16, 16) uint8: the number of the value of each slot (B, slots) int64.
 
-        As in `RealImages`, the colours of images with transparency are multiplied by alpha.
+        It is on the CPU, wherever the images are. As in `RealImages`, the colours of images with transparency are
+        multiplied by alpha.
         """
-        batches = [self.network(to_rgb(batch)) for batch in images.split(READ_AT_ONCE)]
-        return torch.cat([torch.stack([scores.argmax(1) for scores in batch], dim=1) for batch in batches])
+        device = next(self.network.parameters()).device
+        batches = [self.network(to_rgb(batch.to(device))) for batch in images.split(READ_AT_ONCE)]
+        return torch.cat([torch.stack([scores.argmax(1) for scores in batch], dim=1) for batch in batches]).cpu()
 
 
 def load_judge(device: torch.device) -> Judge:
@@ -120,7 +122,7 @@ def load_judge(device: torch.device) -> Judge:
         saved = load_tensors(path)
         if saved is None:
             _train(network, device)
-            saved = network.state_dict(), {"accuracy": json.dumps(_validate(network, device))}
+            saved = network.state_dict(), {"accuracy": json.dumps(_validate(network))}
             save_tensors(saved[0], path, saved[1])
     tensors, metadata = saved
     network.load_state_dict(tensors)
@@ -182,14 +184,14 @@ def _train(network: JudgeNetwork, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def _validate(network: JudgeNetwork, device: torch.device) -> dict[str, float]:
+def _validate(network: JudgeNetwork) -> dict[str, float]:
     """Returns how often the judge is right about each slot on held-out sprites.
 
     That is the lower of two shares: of the sprites whose caption gives the slot a value, and of all sprites of the
     classes that ever have one. So a judge that sees a beard on everybody is no good judge of beards.
     """
     images, values, labels = _draw(NUM_HELD_OUT, HELD_OUT_SEED)
-    is_right = Judge(network.eval(), {}).read(images.to(device)).cpu() == values
+    is_right = Judge(network.eval(), {}).read(images) == values
     accuracy = {}
     for i, slot in enumerate(network.num_values):
         is_said = values[:, i] != UNSAID

@@ -58,7 +58,7 @@ def measure_obedience(
     figures: dict[str, Measurement] = {}
     for group in groups:
         prompts = draw_prompts(num_images, group)
-        parts = [(rows, judge.read(images.to(state.device)).cpu()) for rows, images in generate(prompts.captions)]
+        parts = [(rows, judge.read(images)) for rows, images in generate(prompts.captions)]
         parts = gather_object(parts)
         if state.is_main_process:
             order = torch.cat([rows for rows, _ in parts]).argsort()
@@ -88,15 +88,13 @@ def judge_obedience(judge: Judge, seen: torch.Tensor, prompts: Prompts, group: s
     is_judged = is_named & torch.tensor([slot not in judge.refused for slot in judge.slots])
     is_colour = torch.tensor([slot.endswith(COLOUR) for slot in judge.slots])
     is_there = seen == asked
-    is_real = judge.read(prompts.images.to(next(judge.network.parameters()).device)).cpu() == asked
+    is_real = judge.read(prompts.images) == asked
 
-    counted = {f"attributes_{group}": is_judged & ~is_colour, f"colours_{group}": is_judged & is_colour}
+    counted = {}
     for number, (low, high) in NUMBERS_NAMED.items():
         has_number = ((num_named >= low) & (num_named <= high))[:, None]
-        counted |= {
-            f"{figure}_{group}_{number}": counted[f"{figure}_{group}"] & has_number
-            for figure in ("attributes", "colours")
-        }
+        counted[f"attributes_{group}{number}"] = is_judged & ~is_colour & has_number
+        counted[f"colours_{group}{number}"] = is_judged & is_colour & has_number
     if group == UNSEEN:
         counted[LEFT_OUT_PAIRS] = is_judged & _find_left_out(judge, prompts.captions)
     return {name: _share(is_there, is_real, counts) for name, counts in counted.items() if counts.any()}
@@ -111,12 +109,12 @@ def _find_left_out(judge: Judge, captions: Sequence[str]) -> torch.Tensor:
 
 
 def _share(is_there: torch.Tensor, is_real: torch.Tensor, counts: torch.Tensor) -> Measurement:
-    """Returns the share of what `counts` (N, slots) that is there in generated images, and in real ones."""
+    """Returns the share of what is to be counted, (N, slots), that is there in generated images, and in real ones."""
     rows = counts.any(dim=1)
     parts, wholes = (is_there & counts)[rows].sum(dim=1), counts[rows].sum(dim=1)
     return Measurement(
-        value=float(parts.sum() / wholes.sum()),
+        value=float(parts.sum()) / float(wholes.sum()),
         interval=interval_of_ratio(parts, wholes),
-        real=float((is_real & counts).sum() / wholes.sum()),
+        real=float((is_real & counts).sum()) / float(wholes.sum()),
         num_images=len(wholes),
     )
