@@ -1,13 +1,19 @@
 """Tests whether the words are obeyed: the judge, the captions that models are asked for, and the figures."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
+from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data import sprites
 from sprite_diffusion.data.attributes import has_left_out_pair, is_left_out, list_values, read_caption
 from sprite_diffusion.data.sprites import CLASS_NAMES, RAMPS, draw_sprites
 from sprite_diffusion.metrics import judge as judging
+from sprite_diffusion.metrics.clip_score import clip_scores
 from sprite_diffusion.metrics.judge import UNSAID, Judge, encode_captions, load_judge
 from sprite_diffusion.metrics.obedience import Prompts, draw_prompts, judge_obedience, measure_obedience
 from sprite_diffusion.metrics.report import LEFT_OUT_PAIRS, SEEN, TITLES, UNSEEN
@@ -123,16 +129,16 @@ class TestFigures:
 
     def test_captions_are_parted_by_how_much_they_name(self):
         captions = [
-            "a red slime with yellow eyes",  # 1 attribute, 2 colours
-            "a hero with a red tunic, short blue hair and an axe",  # 4 attributes, 2 colours
-            "a hero walking right with a red cape, a blue coat, a green hood, a bow and a round grey shield",  # 7, 4
+            "a purple bat with red wings and white eyes",  # 1 attribute, 3 colours
+            "a hero with a red tunic, short blue hair, a green helmet and an axe",  # 5 and 3
+            "a hero walking right with a red cape, a blue coat, a green hood and a bow",  # 6 and 3
         ]
         prompts = Prompts(captions, torch.arange(3, dtype=torch.uint8).expand(16, 16, 3, 3).permute(3, 2, 0, 1))
         figures = judge_obedience(Oracle(prompts), encode_captions(captions[::-1]), prompts, SEEN)
         # The second is drawn as it was to be, the others in place of each other.
         assert {name: (figure.value, figure.num_images) for name, figure in figures.items()} == {
-            "attributes_seen": (4 / 12, 3),
-            "colours_seen": (2 / 8, 3),
+            "attributes_seen": (5 / 12, 3),
+            "colours_seen": (3 / 9, 3),
             "attributes_seen_up_to_4": (0, 1),
             "colours_seen_up_to_4": (0, 1),
             "attributes_seen_5_to_8": (1, 1),
@@ -200,9 +206,8 @@ class TestJudge:
         torch.manual_seed(3)
         judge = load_judge(CPU)
         assert torch.rand(1) == expected  # the random state is as before
-        images, labels, captions = draw_sprites(300, seed=judging.HELD_OUT_SEED)
-        is_right = judge.read(to_tensor(images)) == encode_captions(captions)
-        is_said = encode_captions(captions) != UNSAID
+        images, values, labels = judging._draw(300, judging.HELD_OUT_SEED)
+        is_right, is_said = judge.read(images) == values, values != UNSAID
         heroes = np.isin(labels, [CLASS_NAMES.index("hero"), CLASS_NAMES.index("side-facing")])
         for slot in ("cloak", "hair colour", "beard"):
             i = SLOTS.index(slot)
@@ -214,7 +219,7 @@ class TestJudge:
         monkeypatch.setattr(judging, "_train", None)  # a call would fail
         again = load_judge(CPU)
         assert again.accuracy == judge.accuracy
-        assert torch.equal(again.read(to_tensor(images)), judge.read(to_tensor(images)))
+        assert torch.equal(again.read(images), judge.read(images))
 
     def test_a_damaged_one_is_trained_again(self, cache, monkeypatch):
         monkeypatch.setattr(judging, "TRAINING_STEPS", 2)
@@ -268,14 +273,16 @@ def recolour(monkeypatch, num_sprites: int, slot: str) -> tuple[torch.Tensor, li
     return to_tensor(images), captions, torch.tensor([colour not in (None, "pink") for colour in colours])
 
 
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory) -> Judge:
+    """The judge as it is used, which takes minutes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        return load_judge(CPU)
+
+
 @pytest.mark.slow
 class TestRealJudge:
-    @pytest.fixture(scope="class")
-    def judge(self, tmp_path_factory):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-            return load_judge(CPU)
-
     def test_it_judges_every_slot(self, judge):
         assert not judge.refused
 
@@ -308,3 +315,45 @@ class TestRealJudge:
         others = [column for column in range(len(SLOTS)) if column != i]
         is_named = asked[is_other][:, others] != UNSAID
         assert (seen == asked)[is_other][:, others][is_named].double().mean() > 0.97
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Path:
+    """A small CLIP model with a tokenizer of letters, which has learned nothing."""
+    folder = tmp_path_factory.mktemp("clip")
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    pieces = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=120)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": len(pieces), "max_position_embeddings": 120, "eos_token_id": len(pieces) - 1}
+    configs = {
+        "text_config": {**sizes, **text, "projection_dim": 8},
+        "vision_config": {**sizes, "image_size": 32, "patch_size": 8, "projection_dim": 8},
+    }
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(**configs, projection_dim=8)).save_pretrained(folder)
+    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(images, tokenizer).save_pretrained(folder)
+    return folder
+
+
+class TestClipScore:
+    def test_it_is_the_cosine_that_the_whole_model_gives(self, clip):
+        """torchmetrics' CLIPScore would say the same, but fails with transformers 5."""
+        images, _, captions = draw_sprites(70, transparent=True)
+        on_white = to_tensor(images[..., :3])
+        transparent = to_tensor(images)
+        transparent[:, :3] *= transparent[:, 3:] // 255
+        ours = clip_scores(str(clip), transparent, captions, CPU)
+        processor, network = CLIPProcessor.from_pretrained(clip), CLIPModel.from_pretrained(clip)
+        inputs = processor(text=captions, images=list(on_white), padding=True, return_tensors="pt")
+        with torch.no_grad():
+            cosines = network(**inputs).logits_per_image.diagonal() / network.logit_scale.exp()
+        assert cosines.min() < 0 < cosines.max()
+        torch.testing.assert_close(ours, 100 * cosines.clamp(min=0), rtol=1e-4, atol=1e-3)
+
+    def test_a_model_that_is_not_there(self, tmp_path):
+        with pytest.raises(UserInputError, match="--clip_model"):
+            clip_scores(str(tmp_path), torch.zeros(1, 3, 16, 16, dtype=torch.uint8), ["a cat"], CPU)

@@ -54,7 +54,7 @@ def make_extractor(name: str, clip_model: str, real: RealImages, device: torch.d
     if name == "inception":
         return Extractor(name, name, "Inception v3", _in_batches(_load_inception(device)), classify, accuracy)
     key = "clip-" + "".join(c if c.isalnum() else "-" for c in clip_model)
-    return Extractor(name, key, f"CLIP, {clip_model}", _in_batches(_load_clip(clip_model, device)), classify, accuracy)
+    return Extractor(name, key, f"CLIP, {clip_model}", _in_batches(load_clip(clip_model, device)), classify, accuracy)
 
 
 def real_features(extractor: Extractor, real: RealImages, indices: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -111,7 +111,7 @@ def _load_inception(device: torch.device) -> Function:
     return lambda images: network(to_rgb(images))
 
 
-def _load_clip(name: str, device: torch.device) -> Function:
+def load_clip(name: str, device: torch.device) -> Function:
     """Returns the image embeddings of a CLIP model, as unit vectors; `name` is a Hub id or a folder."""
     from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
