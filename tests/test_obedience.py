@@ -170,12 +170,14 @@ class TestFigures:
         figures = judge_obedience(Oracle(seen, refused=("cloak", "cloak colour")), drawn, seen, SEEN)
         assert {figure.value for figure in figures.values()} == {1}
 
-    def test_images_may_come_in_any_order(self, monkeypatch):
+    def test_images_may_come_in_any_order(self, monkeypatch, capsys):
         prompts = {group: draw_prompts(40, group) for group in (SEEN, UNSEEN)}
         both = Prompts(
             prompts[SEEN].captions + prompts[UNSEEN].captions, torch.cat([some.images for some in prompts.values()])
         )
-        monkeypatch.setattr("sprite_diffusion.metrics.obedience.load_judge", lambda device: Oracle(both))
+        monkeypatch.setattr(
+            "sprite_diffusion.metrics.obedience.load_judge", lambda device: Oracle(both, refused=("beard", "facing"))
+        )
         asked = []
 
         def generate(captions):
@@ -186,6 +188,7 @@ class TestFigures:
 
         figures = measure_obedience(generate, 40, (SEEN, UNSEEN))
         assert asked == [prompts[SEEN].captions, prompts[UNSEEN].captions]
+        assert capsys.readouterr().err.strip().endswith("is not asked about: facing, beard")
         assert {"attributes_seen", "colours_unseen", LEFT_OUT_PAIRS} <= figures.keys()
         assert {figure.value for figure in figures.values()} == {1}
 
@@ -304,7 +307,7 @@ class TestRealJudge:
         for name, figure in figures.items():
             assert figure.value == pytest.approx(expected[name].value, abs=0.02), name
 
-    @pytest.mark.parametrize("slot", ["cloak", "clothes", "headgear", "shield"])
+    @pytest.mark.parametrize("slot", ["cloak", "clothes", "hair", "headgear", "shield"])
     def test_it_sees_a_part_of_another_colour_and_all_others_as_they_were(self, judge, monkeypatch, slot):
         images, captions, is_other = recolour(monkeypatch, 1000, slot)
         asked, seen = encode_captions(captions), judge.read(images)

@@ -8,10 +8,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from sprite_diffusion.common.errors import warn
 from sprite_diffusion.data.attributes import has_left_out_pair, is_left_out, read_caption
 from sprite_diffusion.data.sprites import draw_sprites
 from sprite_diffusion.metrics.distances import interval_of_ratio
-from sprite_diffusion.metrics.judge import COLOUR, UNSAID, Judge, encode_captions, load_judge
+from sprite_diffusion.metrics.judge import COLOUR, MIN_ACCURACY, UNSAID, Judge, encode_captions, load_judge
 from sprite_diffusion.metrics.report import LEFT_OUT_PAIRS, NUMBERS_NAMED, SEEN, UNSEEN, Measurement
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # rows of the captions (B,), and their uint8 images (B, C, 16, 16)
@@ -39,7 +40,7 @@ def draw_prompts(num_images: int, group: str) -> Prompts:
 def measure_obedience(
     generate: Callable[[list[str]], Iterator[Batch]], num_images: int, groups: Sequence[str]
 ) -> dict[str, Measurement] | None:
-    """Has images generated of captions, and judges them.
+    """Has images generated of captions, and judges them. Warns of the slots that the judge refuses.
 
     Args:
         generate: Yields this process's share of the images of some captions, one for each.
@@ -55,6 +56,8 @@ def measure_obedience(
     state = PartialState()
     with state.local_main_process_first():
         judge = load_judge(state.device)
+    if judge.refused:
+        warn(f"the judge is right on less than {MIN_ACCURACY:.0%} and is not asked about: {', '.join(judge.refused)}")
     figures: dict[str, Measurement] = {}
     for group in groups:
         prompts = draw_prompts(num_images, group)
