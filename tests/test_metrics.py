@@ -25,7 +25,7 @@ from pipelines import UnconditionalDDPMPipeline
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.dataset import load_image_data
 from sprite_diffusion.data.doubles import NEAR_COPY
-from sprite_diffusion.metrics import classifier, evaluation, pixel_art, real_images
+from sprite_diffusion.metrics import classifier, pixel_art, real_images
 from sprite_diffusion.metrics.classifier import Classifier, is_weak, load_classifier, load_tensors, save_tensors
 from sprite_diffusion.metrics.distances import frechet_distance
 from sprite_diffusion.metrics.evaluation import (
@@ -33,6 +33,7 @@ from sprite_diffusion.metrics.evaluation import (
     evaluate,
     generate,
     make_evaluation_sampler,
+    match_conditions,
 )
 from sprite_diffusion.metrics.extractors import Extractor, make_extractor, real_features
 from sprite_diffusion.metrics.pixel_art import CLEAR, PixelArt, encode
@@ -583,7 +584,8 @@ class TestGenerate:
         real = sprites(60)
         pipeline = load_pipeline(str(runs / "train_conditional"))
         sampler = make_evaluation_sampler(pipeline, "ddim", 2)
-        batches = list(generate(pipeline, sampler, real, 24, batch_size=10, guidance_scale=2.0, seed=5))
+        conditions = match_conditions(pipeline, real, 24)
+        batches = list(generate(pipeline, sampler, conditions, batch_size=10, guidance_scale=2.0, seed=5))
         assert [len(rows) for rows, _ in batches] == [10, 10, 4]
         images = torch.cat([pixels for _, pixels in batches])
         assert images.dtype == torch.uint8
@@ -600,14 +602,14 @@ class TestGenerate:
         pipeline = load_pipeline(str(runs / "train_conditional"))
         names = list(reversed(pipeline.id2label.values()))
         swapped = sprites(60, class_names=names)
-        conditions = evaluation._match_conditions(pipeline, swapped, 30)
+        conditions = match_conditions(pipeline, swapped, 30)
         for condition, label in zip(conditions, swapped.class_labels[swapped.reference], strict=True):
             assert condition.name == names[label]
             assert pipeline.id2label[int(condition.weights.argmax())] == names[label]
         with pytest.raises(UserInputError, match="other classes"):
-            evaluation._match_conditions(pipeline, sprites(60, class_names=[*names[:-1], "dragon"]), 30)
+            match_conditions(pipeline, sprites(60, class_names=[*names[:-1], "dragon"]), 30)
         with pytest.raises(UserInputError, match="no classes"):
-            evaluation._match_conditions(pipeline, sprites(60, with_labels=False), 30)
+            match_conditions(pipeline, sprites(60, with_labels=False), 30)
 
     def test_no_more_images_than_half_of_the_data(self):
         assert choose_num_images(sprites(60), 5000) == 30

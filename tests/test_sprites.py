@@ -3,11 +3,28 @@
 import colorsys
 import hashlib
 import re
+from itertools import product
+from string import Formatter
 
 import numpy as np
 import pytest
 
-from sprite_diffusion.data.sprites import CLASS_NAMES, draw_sprite, draw_sprites, read_drawings
+from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.data import sprites
+from sprite_diffusion.data.attributes import Attribute, has_left_out_pair, is_left_out, read_caption
+from sprite_diffusion.data.config import DataConfig
+from sprite_diffusion.data.dataset import load_image_data
+from sprite_diffusion.data.sprites import (
+    CLASS_NAMES,
+    KIND_FILES,
+    MIN_VISIBLE,
+    RAMPS,
+    SIZE,
+    TINTS,
+    draw_sprite,
+    draw_sprites,
+    read_drawings,
+)
 
 # Hues in degrees on the colour wheel, neighbours sharing a margin for the tints. Brown, black, grey and white are
 # left out: skin, outline, metal and background would satisfy them in any sprite.
@@ -209,3 +226,134 @@ def test_classes_can_be_told_apart(eight_thousand):
         # Chance is 20 %. If a class looked like one other class, at best half of the pair would be right; over
         # 200 sprites that is 50 % with a standard error of 3.5 %, and 64 % lies four of them above it.
         assert recall > 0.64, name
+
+
+class Artist:
+    """Writes down what is painted in a sprite, by the drawings and the colours, whatever the caption says."""
+
+    def __init__(self, monkeypatch):
+        self.compose = sprites._compose
+        self.drawings = {}  # by the identity of their pixels
+        for file_name in ("heroes_front.txt", "heroes_side.txt", "weapons.txt", *KIND_FILES.values()):
+            self.drawings |= {id(codes): fields for fields, codes in read_drawings(file_name)}
+        self.painted = set()  # (drawing's words, colours of its words)
+        monkeypatch.setattr(sprites, "_compose", self.watch)
+
+    def watch(self, layers, ink, mirrored):
+        owner = np.full((SIZE, SIZE), -1)
+        for number, layer in enumerate(layers):
+            rows, columns = np.nonzero(layer.codes)
+            owner[rows + layer.top, columns + layer.left] = number
+        self.painted = set()
+        for number, layer in enumerate(layers):
+            fields = self.drawings.get(id(layer.codes))
+            if fields is not None and (owner == number).sum() >= MIN_VISIBLE:
+                words = fields[2] if fields[1].isdigit() else fields[0]
+                colours = [self.name_colour(ramp) for ramp in layer.ramps]
+                used = [int(name or 0) for _, name, _, _ in Formatter().parse(words) if name is not None]
+                self.painted.add((words, tuple(colours[ramp] for ramp in used)))
+        self.mirrored = mirrored
+        return self.compose(layers, ink, mirrored)
+
+    @staticmethod
+    def name_colour(ramp):
+        (name,) = [name for name, tones in RAMPS.items() if np.abs(ramp - np.array(tones)).max() <= max(TINTS)]
+        return name
+
+
+def test_attributes_are_what_was_painted(monkeypatch):
+    """Not the captions are compared but drawings and colours: parts that show, in their colours, and no others."""
+    artist = Artist(monkeypatch)
+    seen = set()
+    for index in range(4000):
+        sprite = draw_sprite(index, seed=5)
+        facts = read_caption(sprite.caption)
+        coloured = {fact.slot.removesuffix(" colour"): fact.value for fact in facts if fact.part}
+        subject = {fact.slot: fact.value for fact in facts}["subject"]
+        if CLASS_NAMES[sprite.class_label] in KIND_FILES:
+            ((words, colours),) = artist.painted
+            assert subject == re.sub(r"\ban? |{\d} (and {\d} )?", "", words)
+            assert tuple(fact.value for fact in facts if fact.part) == colours
+        else:
+            facing = {"facing": "left" if artist.mirrored else "right"} if subject == "walking hero" else {}
+            assert (subject == "walking hero") == (CLASS_NAMES[sprite.class_label] == "side-facing")
+            parts = {fact.slot: fact.value for fact in facts if not fact.part and fact.slot != "subject"}
+            painted = [(words, colours) for words, colours in artist.painted if words]  # legs and heads have no words
+            values = {re.sub("^an? |{} ", "", words): colours for words, colours in painted}
+            assert {*parts.values()} == {*values, *facing.values()}, sprite.caption
+            assert all(values[parts[part]] == (colour,) for part, colour in coloured.items()), sprite.caption
+            assert len(coloured) == sum(len(colours) for colours in values.values())
+        seen |= {fact.slot for fact in facts}
+    assert len(seen) == 17
+
+
+def test_attributes_of_a_caption():
+    assert read_caption("a hero walking left with an orange cape, long teal hair and an axe") == [
+        Attribute("subject", "walking hero"),
+        Attribute("facing", "left"),
+        Attribute("cloak", "cape"),
+        Attribute("cloak colour", "orange", "cape"),
+        Attribute("hair", "long hair"),
+        Attribute("hair colour", "teal", "long hair"),
+        Attribute("weapon", "axe"),
+    ]
+    assert read_caption("an ice cream with pink and green scoops") == [
+        Attribute("subject", "ice cream with scoops"),
+        Attribute("first colour", "pink", "scoops"),
+        Attribute("third colour", "green", "scoops"),
+    ]
+
+
+@pytest.mark.parametrize("caption", ["", "a hero", "a hero with a red scarf", "a red cow", "a hero with a cloak"])
+def test_words_that_the_artist_does_not_use_are_named(caption):
+    with pytest.raises(ValueError, match="is no phrase of the built-in sprites"):
+        read_caption(caption)
+
+
+class TestLeftOutPairs:
+    def test_they_are_a_tenth_and_nothing_else_is_lost(self):
+        captions = draw_sprites(10_000)[2]
+        kept = draw_sprites(10_000, leave_out=has_left_out_pair)[2]
+        facts, kept_facts = ({fact for caption in some for fact in read_caption(caption)} for some in (captions, kept))
+        pairs, kept_pairs = ({fact.pair for fact in some if fact.part} for some in (facts, kept_facts))
+        # The sword of a skeleton has the colour of its eyes, and yellow eyes are left out.
+        assert pairs - kept_pairs == {"yellow sword"} | {pair for pair in pairs if is_left_out(pair)}
+        assert 0.08 < len(pairs - kept_pairs) / len(pairs) < 0.12
+        # Everything else is still there: each part in some colours, and each colour on each part of heroes.
+        of_kinds = ("first colour", "second colour", "third colour")
+        alone, kept_alone = (
+            {fact.part for fact in some} | {fact[:2] for fact in some if fact.slot not in of_kinds}
+            for some in (facts, kept_facts)
+        )
+        assert alone == kept_alone
+
+    def test_every_drawing_keeps_a_colour_for_each_part(self):
+        for file_name in KIND_FILES.values():
+            for (words, *palettes), _ in read_drawings(file_name):
+                captions = [words.format(*colours) for colours in product(*map(str.split, palettes))]
+                facts, kept = (
+                    {fact for caption in some for fact in read_caption(caption)}
+                    for some in (captions, [caption for caption in captions if not has_left_out_pair(caption)])
+                )
+                for slot in {fact.slot for fact in facts}:
+                    # With two left, a part has a colour even where another part has one of them.
+                    num, num_kept = (len({fact.value for fact in some if fact.slot == slot}) for some in (facts, kept))
+                    assert num_kept >= min(num, 2), words
+
+    def test_sprites_are_those_of_the_whole_set_and_classes_take_turns(self):
+        whole = draw_sprites(400)
+        images, class_labels, captions = draw_sprites(200, leave_out=has_left_out_pair)
+        assert not any(map(has_left_out_pair, captions))
+        assert class_labels.tolist() == [0, 1, 2, 3, 4] * 40
+        for label in range(5):
+            kept = [row for row in range(label, 400, 5) if not has_left_out_pair(whole[2][row])][:40]
+            assert [whole[2][row] for row in kept] == captions[label::5]
+            np.testing.assert_array_equal(whole[0][kept], images[label::5])
+
+    def test_the_flag_leaves_them_out_and_is_for_the_built_in_sprites_alone(self):
+        config = DataConfig(resolution="16", max_train_samples=100, leave_out_pairs=True)
+        data = load_image_data(config, with_labels=True)
+        expected = draw_sprites(100, leave_out=has_left_out_pair)[0]
+        np.testing.assert_array_equal(data.dataset.read_centred(np.arange(100)).permute(0, 2, 3, 1), expected)
+        with pytest.raises(UserInputError, match="--leave_out_pairs is for the built-in sprites"):
+            DataConfig(dataset_name="mine.npy", leave_out_pairs=True)

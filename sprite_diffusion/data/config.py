@@ -51,6 +51,12 @@ class DataConfig:
         at_least=1,
         changes="pixels",
     )
+    leave_out_pairs: bool = flag(
+        False,
+        "Draw no 'sprites' with any of a tenth of the pairs of colour and part, such as a red cloak: can a model that "
+        "never saw them draw them?",
+        changes="pixels",
+    )
     resolution: str = flag("64", "Side of the images, or WIDTHxHEIGHT.", changes="pixels")
     resize_mode: Literal["crop", "pad", "none"] = flag(
         "crop",
@@ -82,6 +88,10 @@ class DataConfig:
         if type(self.resolution) is int:  # from Python, where a side is a number
             self.resolution = str(self.resolution)
         check_values(self)
+        if self.leave_out_pairs and self.dataset_name != BUILT_IN_DATASET:
+            raise UserInputError(
+                f"--leave_out_pairs is for the built-in sprites: --dataset_name {BUILT_IN_DATASET}, or leave it out"
+            )
         class_names = self.class_names or []
         if len(set(class_names)) < len(class_names):
             raise UserInputError(f"--class_names {' '.join(class_names)} has a name twice: each class needs its own")

@@ -130,7 +130,7 @@ class StoredImages(Dataset):
         return {"images": torch.from_numpy(self.gather(indices, self.offsets, self.flips)), **self.read_ids(indices)}
 
     def read_ids(self, indices: list[int] | np.ndarray) -> dict[str, torch.Tensor]:
-        """Returns "class_labels" (B,) and "caption_ids" (B,), which number the captions, int64, as far as there are."""
+        """Returns "class_labels" (B,) and "caption_ids" (B,), the numbers of captions, int64, as far as there are."""
         ids: dict[str, torch.Tensor] = {}
         if self.class_labels is not None:
             ids["class_labels"] = torch.from_numpy(self.class_labels[indices])

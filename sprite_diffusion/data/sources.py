@@ -14,6 +14,7 @@ import numpy as np
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from sprite_diffusion.common.errors import UserInputError, first_line
+from sprite_diffusion.data.attributes import has_left_out_pair
 from sprite_diffusion.data.captions import TEXT_FILES, Captions, clean_caption, find_text_column, read_text_beside
 from sprite_diffusion.data.config import BUILT_IN_DATASET, IMAGE_MODES, DataConfig
 from sprite_diffusion.data.decoding import SkippedImage, name_image
@@ -87,7 +88,10 @@ def draw_built_in(config: DataConfig, with_labels: bool | None) -> Source:
     if config.caption_column not in (None, BUILT_IN_CAPTIONS):
         raise UserInputError(f"--caption_column {config.caption_column}: that of '{BUILT_IN_DATASET}' is caption")
     num_images = config.max_train_samples or BUILT_IN_SIZE
-    images, class_labels, captions = draw_sprites(num_images, transparent=config.image_mode == "RGBA")
+    leave_out = has_left_out_pair if config.leave_out_pairs else None
+    images, class_labels, captions = draw_sprites(
+        num_images, transparent=config.image_mode == "RGBA", leave_out=leave_out
+    )
     return Source(
         f"{BUILT_IN_DATASET} (built in)",
         ("sprites", hashlib.sha256(images.tobytes()).hexdigest()),

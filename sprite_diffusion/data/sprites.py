@@ -5,10 +5,11 @@ pixel; `drawings/heroes_front.txt` explains the letters.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha512
+from itertools import count, cycle, islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -223,16 +224,28 @@ def draw_sprite(index: int, seed: int = 0, class_label: int | None = None) -> Sp
 
 
 def draw_sprites(
-    num_images: int, seed: int = 0, transparent: bool = False
+    num_images: int,
+    seed: int = 0,
+    transparent: bool = False,
+    leave_out: Callable[[str], bool] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Draws the first `num_images` sprites of a set.
+    """Draws the first `num_images` sprites of a set, or the first that `leave_out` does not leave out by the caption.
 
     Returns images (N, 16, 16, 3) uint8 on white or, if they are to be transparent around the sprite, (N, 16, 16, 4);
-    class labels (N,) int64, indices into `CLASS_NAMES`; and captions.
+    class labels (N,) int64, indices into `CLASS_NAMES`, which take turns; and captions.
     """
-    sprites = [draw_sprite(index, seed) for index in range(num_images)]
+    turns = cycle([_draw_class(label, seed, leave_out) for label in range(len(CLASS_NAMES))])
+    sprites = [next(of_class) for of_class in islice(turns, num_images)]
     images = np.array([sprite.image for sprite in sprites], dtype=np.uint8).reshape(-1, SIZE, SIZE, 4)
     if not transparent:
         images = np.ascontiguousarray(images[..., :3])
     class_labels = np.array([sprite.class_label for sprite in sprites], dtype=np.int64)
     return images, class_labels, [sprite.caption for sprite in sprites]
+
+
+def _draw_class(class_label: int, seed: int, leave_out: Callable[[str], bool] | None) -> Iterator[Sprite]:
+    """Yields the sprites of a set whose turn is that of a class, without those that are left out."""
+    for index in count(class_label, len(CLASS_NAMES)):
+        sprite = draw_sprite(index, seed)
+        if leave_out is None or not leave_out(sprite.caption):
+            yield sprite

@@ -18,6 +18,7 @@ from sprite_diffusion.metrics.evaluation import (
     evaluate,
     generate,
     make_evaluation_sampler,
+    match_conditions,
     read_in_order,
     sampling_facts,
 )
@@ -56,7 +57,8 @@ def calculate(
         sampled_by = ""
     else:
         sampler = make_evaluation_sampler(pipeline, args.scheduler, args.num_inference_steps)
-        images = generate(pipeline, sampler, real, num_images, args.batch_size, args.guidance_scale, args.seed)
+        conditions = match_conditions(pipeline, real, num_images)
+        images = generate(pipeline, sampler, conditions, args.batch_size, args.guidance_scale, args.seed)
         facts |= sampling_facts(pipeline, sampler, args.guidance_scale, args.seed)
         sampled_by = f" by {sampler.label}"
     with state.local_main_process_first():

@@ -92,13 +92,18 @@ def interval_of_median(values: torch.Tensor) -> Interval:
     return _interval(values, median)
 
 
+def interval_of_ratio(parts: torch.Tensor, wholes: torch.Tensor) -> Interval:
+    """Returns the interval of `interval_of_mean` for the sum of parts (N,) by that of wholes (N,), in pairs."""
+    return _interval(torch.stack([parts, wholes], dim=1).double(), lambda pairs: pairs[:, 0].sum() / pairs[:, 1].sum())
+
+
 def median(values: torch.Tensor) -> torch.Tensor:
     """Returns the median of values (N,); between two of them, their mean, where torch's own is the lower one."""
     return values.quantile(0.5)
 
 
 def _interval(values: torch.Tensor, statistic: Callable[[torch.Tensor], torch.Tensor]) -> Interval:
-    """Returns the 95% bootstrap interval of a statistic of values (N,): percentiles over resampled images."""
+    """Returns the 95% bootstrap interval of a statistic of values (N, ...): percentiles over resampled images."""
     generator = torch.Generator().manual_seed(0)
     resampled = [
         statistic(values[torch.randint(len(values), (len(values),), generator=generator)])

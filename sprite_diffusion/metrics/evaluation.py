@@ -1,6 +1,6 @@
 """The evaluation of generated images: whether they are like the real ones, as varied, of their class, and copied."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -134,19 +134,14 @@ def sampling_facts(pipeline: Pipeline, sampler: Sampler, guidance_scale: float, 
 def generate(
     pipeline: Pipeline,
     sampler: Sampler,
-    real: RealImages,
-    num_images: int,
+    conditions: Sequence[Condition],
     batch_size: int,
     guidance_scale: float,
     seed: int,
 ) -> Iterator[Batch]:
-    """Yields this process's share of the images to be evaluated; image i is sampled from `seed` + i.
-
-    The classes or captions of a conditional model's images are those of `real.reference`. Raises `UserInputError` if
-    the data has none, or other classes.
-    """
+    """Yields this process's share of the images to be evaluated, one for each condition, the i-th from `seed` + i."""
     state = PartialState()
-    conditions = _match_conditions(pipeline, real, num_images)
+    num_images = len(conditions)
     starts = range(0, num_images, batch_size)[state.process_index :: state.num_processes]
     bar = tqdm(
         total=sum(min(batch_size, num_images - start) for start in starts),
@@ -178,8 +173,11 @@ def read_in_order(images: RealImages, num_images: int, batch_size: int) -> Itera
         yield torch.from_numpy(rows), images[rows]
 
 
-def _match_conditions(pipeline: Pipeline, real: RealImages, num_images: int) -> list[Condition]:
-    """Returns for image i the class or caption of `real.reference[i]`, so that each is as frequent as in the data."""
+def match_conditions(pipeline: Pipeline, real: RealImages, num_images: int) -> list[Condition]:
+    """Returns for image i the class or caption of `real.reference[i]`, so that each is as frequent as in the data.
+
+    Raises `UserInputError` if the data has none, or other classes than the model.
+    """
     if not pipeline.is_conditional:
         return [Condition()] * num_images
     if pipeline.num_classes == 0:

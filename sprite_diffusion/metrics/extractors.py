@@ -54,7 +54,7 @@ def make_extractor(name: str, clip_model: str, real: RealImages, device: torch.d
     if name == "inception":
         return Extractor(name, name, "Inception v3", _in_batches(_load_inception(device)), classify, accuracy)
     key = "clip-" + "".join(c if c.isalnum() else "-" for c in clip_model)
-    return Extractor(name, key, f"CLIP, {clip_model}", _in_batches(_load_clip(clip_model, device)), classify, accuracy)
+    return Extractor(name, key, f"CLIP, {clip_model}", _in_batches(load_clip(clip_model, device)), classify, accuracy)
 
 
 def real_features(extractor: Extractor, real: RealImages, indices: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -80,6 +80,13 @@ def real_features(extractor: Extractor, real: RealImages, indices: np.ndarray, d
     return saved[0]["features"]
 
 
+def to_rgb(images: torch.Tensor) -> torch.Tensor:
+    """Returns images (B, C, H, W) uint8 as (B, 3, H, W): grey three times, those with transparency on white."""
+    if images.shape[1] == 4:
+        return images[:, :3] + (255 - images[:, 3:])  # the colours are multiplied by alpha already
+    return images.expand(-1, 3, -1, -1)
+
+
 def _in_batches(function: Function) -> Function:
     """Returns the function applied to some images at a time, without gradients."""
 
@@ -101,10 +108,10 @@ def _load_inception(device: torch.device) -> Function:
         network = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"], antialias=False).to(device)
     except (OSError, RuntimeError) as error:  # of a missing network, a full disk or a damaged download
         raise UserInputError(f"--extractor inception: its weights can't be had ({first_line(error)})") from None
-    return lambda images: network(_to_rgb(images))
+    return lambda images: network(to_rgb(images))
 
 
-def _load_clip(name: str, device: torch.device) -> Function:
+def load_clip(name: str, device: torch.device) -> Function:
     """Returns the image embeddings of a CLIP model, as unit vectors; `name` is a Hub id or a folder."""
     from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
@@ -117,14 +124,7 @@ def _load_clip(name: str, device: torch.device) -> Function:
     network.eval().to(device)
 
     def embed(images: torch.Tensor) -> torch.Tensor:
-        pixels = processor(images=list(_to_rgb(images).cpu().numpy()), return_tensors="pt").pixel_values
+        pixels = processor(images=list(to_rgb(images).cpu().numpy()), return_tensors="pt").pixel_values
         return torch.nn.functional.normalize(network(pixels.to(device)).image_embeds, dim=1)
 
     return embed
-
-
-def _to_rgb(images: torch.Tensor) -> torch.Tensor:
-    """Returns grey images three times, and lays those with transparency on white."""
-    if images.shape[1] == 4:
-        return images[:, :3] + (255 - images[:, 3:])  # the colours are multiplied by alpha already
-    return images.expand(-1, 3, -1, -1)

@@ -34,7 +34,18 @@ TITLES = {
     "lone_pixels": "lone pixels",
     "outline_brightness": "brightness beside transparency",
 }
+SEEN, UNSEEN = "seen", "unseen"  # whether the pairs of colour and part in a caption were in the training set
+NUMBERS_NAMED = {"": (1, 99), "_up_to_4": (1, 4), "_5_to_8": (5, 8), "_9_or_more": (9, 99)}  # attributes in a caption
+LEFT_OUT_PAIRS = "left_out_pairs"
+OBEDIENCE_TITLES = {
+    f"{figure}_{group}{number}": f"{title}, {group} pairs" + (f",{number.replace('_', ' ')} named" if number else "")
+    for number in NUMBERS_NAMED
+    for group in (SEEN, UNSEEN)
+    for figure, title in (("attributes", "attributes that are there"), ("colours", "colours on the right part"))
+} | {LEFT_OUT_PAIRS: "unseen pairs of colour and part"}
+TITLES |= OBEDIENCE_TITLES
 NOT_OF_FEATURES = (
+    *OBEDIENCE_TITLES,
     *("class_accuracy", "nearest_distance", NEAR_COPIES),
     *("colours", "off_palette", "partly_transparent", "background", "lone_pixels", "outline_brightness"),
 )

@@ -37,6 +37,7 @@ from sprite_diffusion.metrics.evaluation import (
     evaluate,
     generate,
     make_evaluation_sampler,
+    match_conditions,
     sampling_facts,
 )
 from sprite_diffusion.metrics.extractors import Extractor, make_extractor
@@ -271,8 +272,9 @@ class RunOutputs:
         is_only_process = self.accelerator.num_processes == 1
         with self.signals.interruptible() if is_only_process else nullcontext():
             extractor = self._extractor
+            conditions = match_conditions(pipeline, real, num_images)
             images = generate(
-                pipeline, sampler, real, num_images, config.train_batch_size, config.guidance_scale, config.seed
+                pipeline, sampler, conditions, config.train_batch_size, config.guidance_scale, config.seed
             )
             result = evaluate(real, extractor, images, num_images, judge_classes=pipeline.is_conditional)
         if result is None:

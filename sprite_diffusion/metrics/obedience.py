@@ -1,0 +1,123 @@
+"""Whether generated sprites obey their captions: what is named is there, and in the colours that it is named with."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from sprite_diffusion.common.errors import warn
+from sprite_diffusion.data.attributes import has_left_out_pair, is_left_out, read_caption
+from sprite_diffusion.data.sprites import draw_sprites
+from sprite_diffusion.metrics.distances import interval_of_ratio
+from sprite_diffusion.metrics.judge import COLOUR, MIN_ACCURACY, UNSAID, Judge, encode_captions, load_judge
+from sprite_diffusion.metrics.report import LEFT_OUT_PAIRS, NUMBERS_NAMED, SEEN, UNSEEN, Measurement
+
+Batch = tuple[torch.Tensor, torch.Tensor]  # rows of the captions (B,), and their uint8 images (B, C, 16, 16)
+
+
+class Prompts(NamedTuple):
+    """Captions to draw, and the sprites that the artist made of them."""
+
+    captions: list[str]
+    images: torch.Tensor  # (N, 3, 16, 16) uint8, on white
+
+
+def draw_prompts(num_images: int, group: str) -> Prompts:
+    """Returns captions of the training set of `--leave_out_pairs`, or as many with pairs that are left out of it.
+
+    Args:
+        num_images: How many; for `SEEN` at most as many as the training set has.
+        group: `SEEN` for the first sprites of the training set, `UNSEEN` for the first that were left out.
+    """
+    leave_out = {SEEN: has_left_out_pair, UNSEEN: lambda caption: not has_left_out_pair(caption)}[group]
+    images, _, captions = draw_sprites(num_images, leave_out=leave_out)
+    return Prompts(captions, torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))))
+
+
+def measure_obedience(
+    generate: Callable[[list[str]], Iterator[Batch]], num_images: int, groups: Sequence[str]
+) -> dict[str, Measurement] | None:
+    """Has images generated of captions, and judges them. Warns of the slots that the judge refuses.
+
+    Args:
+        generate: Yields this process's share of the images of some captions, one for each.
+        num_images: How many captions of each group.
+        groups: `SEEN` and, of a model that was trained with `--leave_out_pairs`, `UNSEEN`.
+
+    Returns:
+        The figures of `judge_obedience`, by name; None but on the main process.
+
+    Raises:
+        UserInputError: If the judge can't be kept in the cache.
+    """
+    state = PartialState()
+    with state.local_main_process_first():
+        judge = load_judge(state.device)
+    if judge.refused:
+        warn(f"the judge is right on less than {MIN_ACCURACY:.0%} and is not asked about: {', '.join(judge.refused)}")
+    figures: dict[str, Measurement] = {}
+    for group in groups:
+        prompts = draw_prompts(num_images, group)
+        parts = [(rows, judge.read(images)) for rows, images in generate(prompts.captions)]
+        parts = gather_object(parts)
+        if state.is_main_process:
+            order = torch.cat([rows for rows, _ in parts]).argsort()
+            seen = torch.cat([values for _, values in parts])[order]
+            figures |= judge_obedience(judge, seen, prompts, group)
+    return figures if state.is_main_process else None
+
+
+def judge_obedience(judge: Judge, seen: torch.Tensor, prompts: Prompts, group: str) -> dict[str, Measurement]:
+    """Returns how much of what captions name is there, beside the same of the artist's own sprites.
+
+    Of the attributes that a caption names, those that are no colours count for "attributes", and the colours for
+    "colours", where the right one has to be on the part that it was named with. Both also by how many attributes the
+    captions name. A share is that of all attributes, not the mean of shares, and its interval is over captions. Slots
+    that the judge refuses are left out.
+
+    Args:
+        judge: The judge.
+        seen: What `judge.read` has seen in the images, (N, slots).
+        prompts: What the images were to be.
+        group: `SEEN` or `UNSEEN`, which stands in the names of the figures; with `UNSEEN` the colours of the pairs
+            that were left out are also counted alone.
+    """
+    asked = encode_captions(prompts.captions)  # (N, slots)
+    is_named = asked != UNSAID
+    num_named = is_named.sum(dim=1)
+    is_judged = is_named & torch.tensor([slot not in judge.refused for slot in judge.slots])
+    is_colour = torch.tensor([slot.endswith(COLOUR) for slot in judge.slots])
+    is_there = seen == asked
+    is_real = judge.read(prompts.images) == asked
+
+    counted = {}
+    for number, (low, high) in NUMBERS_NAMED.items():
+        has_number = ((num_named >= low) & (num_named <= high))[:, None]
+        counted[f"attributes_{group}{number}"] = is_judged & ~is_colour & has_number
+        counted[f"colours_{group}{number}"] = is_judged & is_colour & has_number
+    if group == UNSEEN:
+        counted[LEFT_OUT_PAIRS] = is_judged & _find_left_out(judge, prompts.captions)
+    return {name: _share(is_there, is_real, counts) for name, counts in counted.items() if counts.any()}
+
+
+def _find_left_out(judge: Judge, captions: Sequence[str]) -> torch.Tensor:
+    """Returns which slots (N, slots) hold the colour of a pair that is left out."""
+    left_out = [
+        {fact.slot for fact in read_caption(caption) if fact.part and is_left_out(fact.pair)} for caption in captions
+    ]
+    return torch.tensor([[slot in slots for slot in judge.slots] for slots in left_out])
+
+
+def _share(is_there: torch.Tensor, is_real: torch.Tensor, counts: torch.Tensor) -> Measurement:
+    """Returns the share of what is to be counted, (N, slots), that is there in generated images, and in real ones."""
+    rows = counts.any(dim=1)
+    parts, wholes = (is_there & counts)[rows].sum(dim=1), counts[rows].sum(dim=1)
+    return Measurement(
+        value=float(parts.sum()) / float(wholes.sum()),
+        interval=interval_of_ratio(parts, wholes),
+        real=float((is_real & counts).sum()) / float(wholes.sum()),
+        num_images=len(wholes),
+    )
