@@ -1,6 +1,7 @@
 """The work of calculate_metrics.py: measures a model, or a folder of images, against data."""
 
 import argparse
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from PIL import Image
 from sprite_diffusion.common.errors import UserInputError, first_line
 from sprite_diffusion.common.machine import join_processes
 from sprite_diffusion.common.run_files import CONFIG_FILE, INDEX_FILE
-from sprite_diffusion.data.config import IMAGE_MODES, DataConfig
+from sprite_diffusion.data.config import BUILT_IN_DATASET, IMAGE_MODES, DataConfig
 from sprite_diffusion.data.dataset import load_image_data
+from sprite_diffusion.data.sprites import SIZE
 from sprite_diffusion.metrics.evaluation import (
+    Batch,
     choose_num_images,
     evaluate,
     generate,
@@ -23,8 +26,10 @@ from sprite_diffusion.metrics.evaluation import (
     sampling_facts,
 )
 from sprite_diffusion.metrics.extractors import make_extractor
+from sprite_diffusion.metrics.obedience import measure_obedience
 from sprite_diffusion.metrics.real_images import RealImages
-from sprite_diffusion.metrics.report import Report
+from sprite_diffusion.metrics.report import SEEN, UNSEEN, Report
+from sprite_diffusion.sampling.conditions import Condition
 from sprite_diffusion.sampling.pipeline_loading import Pipeline, find_model_kind, load_pipeline, speed_up
 
 
@@ -69,7 +74,25 @@ def calculate(
         )
     judge_classes = pipeline is not None and pipeline.is_conditional
     result = evaluate(real, extractor, images, num_images, judge_classes)
-    return None if result is None else (*result, facts)
+    obedience = None
+    if pipeline is not None and knows_words_of_artist(pipeline, config):
+
+        def draw(captions: Sequence[str]) -> Iterator[Batch]:
+            prompts = [Condition.of_prompt(caption) for caption in captions]
+            return generate(pipeline, sampler, prompts, args.batch_size, args.guidance_scale, args.seed)
+
+        obedience = measure_obedience(draw, num_images, (SEEN, UNSEEN) if config.leave_out_pairs else (SEEN,))
+    if result is None:
+        return None
+    report, closest_pairs = result
+    report.figures |= obedience or {}
+    return report, closest_pairs, facts
+
+
+def knows_words_of_artist(pipeline: Pipeline, config: DataConfig) -> bool:
+    """Returns whether a model draws what a prompt says, of images that the built-in artist has captioned."""
+    is_captioned = pipeline.is_conditional and pipeline.num_classes == 0
+    return is_captioned and config.dataset_name == BUILT_IN_DATASET and config.image_size == (SIZE, SIZE)
 
 
 def is_image_folder(model: str) -> bool:
