@@ -79,7 +79,9 @@ RANGES = {
     "steps_shown": UP_TO_A_MILLION,
     "num_threads": THREADS_RANGE,
     "colours_per_image": Range(at_least=MIN_COLOURS, at_most=MAX_COLOURS),
+    "strength": Range(at_least=0, at_most=1),
 }
+EDITING_VIEWS = ("samples", "compare", "snapshots")  # those that --image changes
 
 
 def parse_args(description: str | None) -> argparse.Namespace:
@@ -103,6 +105,11 @@ def parse_args(description: str | None) -> argparse.Namespace:
     images.add_argument("--prompt", dest="prompts", action="append", help="What to draw; repeatable.")
     images.add_argument("--prompts", dest="prompts_file", type=Path, metavar="FILE", help="A prompt on each line.")
     images.add_argument("--negative_prompt", metavar="PROMPT", help="What guidance leads away from.")
+    images.add_argument("--image", type=Path, metavar="FILE", help="Change this picture; --num_images of variants.")
+    images.add_argument("--strength", type=float, help="Of --image: 0 to 1; default 0.6, with --mask 1.")
+    images.add_argument(
+        "--mask", type=Path, metavar="FILE", help="White where --image is drawn anew, else kept."
+    )
     _add_process_flags(parser)
     _add_view_flags(parser)
     out = parser.add_argument_group("output")
@@ -323,6 +330,8 @@ def _contradictions(args: argparse.Namespace) -> dict[str, bool]:
         f"--palette and --binary_alpha are for samples, not for {'--animate' if args.animate else figure_flag}": (
             (args.palette is not None or args.binary_alpha) and (args.view != "samples" or args.animate is not None)
         ),
+        "--strength and --mask need an --image": args.image is None and (args.strength, args.mask) != (None, None),
+        f"--image does not go with {figure_flag}": args.image is not None and args.view not in EDITING_VIEWS,
         "--eta is for --scheduler ddim": args.eta > 0 and not samples_with_ddim,
         "--logger belongs to --compare": args.logger != "none" and args.compare is None,
     }

@@ -15,6 +15,25 @@ from sprite_diffusion.sampling.samplers import Sampler
 
 
 @dataclass(frozen=True)
+class Edit:
+    """An image to change, and how."""
+
+    image: torch.Tensor  # (1, C, H, W) in [0, 1], with straight alpha
+    strength: float | None  # None for the pipeline's default
+    mask: torch.Tensor | None  # (1, 1, H, W), 1 where the image is drawn anew, else 0
+    record: dict[str, Any]  # of the flags
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of a pipeline."""
+        return {"image": self.image, "strength": self.strength, "mask_image": self.mask}
+
+    def keep(self, drawn: torch.Tensor) -> torch.Tensor:
+        """Returns images (N, C, H, W) with the image itself where nothing was to be drawn, whatever came after it."""
+        return drawn if self.mask is None else torch.where(self.mask == 1, drawn, self.image)
+
+
+@dataclass(frozen=True)
 class Request:
     """The images to sample: image i has `seeds[i]` and `conditions[i]`."""
 
@@ -24,13 +43,15 @@ class Request:
     guidance_scale: float = 1.0
     eta: float = 0.0  # of DDIM
     negative: Condition | None = None  # a prompt that guidance leads away from
+    edit: Edit | None = None  # of an image, which all of these are then variants of
 
     @property
     def record(self) -> dict[str, Any]:
         """The entries about these images in the record of a picture; "images" is a new list at each call."""
         images = [{"seed": s, c.kind: c.name} for s, c in zip(self.seeds, self.conditions, strict=True)]
         negative = {} if self.negative is None else {"negative_prompt": self.negative.name}
-        return {"guidance_scale": self.guidance_scale, **negative, "eta": self.eta, "images": images}
+        edit = {} if self.edit is None else self.edit.record
+        return {"guidance_scale": self.guidance_scale, **negative, "eta": self.eta, **edit, "images": images}
 
 
 class Recorder(Protocol):
@@ -39,7 +60,7 @@ class Recorder(Protocol):
     @property
     def tensor_names(self) -> tuple[str, ...]: ...  # the pipeline's names for the images of a step
 
-    def begin_batch(self, noise: torch.Tensor) -> None: ...
+    def begin_batch(self, noise: torch.Tensor | None) -> None: ...
 
     def record(
         self, pipeline: Pipeline, step: int, timestep: torch.Tensor, tensors: dict[str, Any]
@@ -64,9 +85,9 @@ class Trajectory:
         """The images (N, C, H, W) of each recorded step, in order, those of all batches together."""
         return [torch.cat(parts) for parts in zip(*self._batches, strict=True)]
 
-    def begin_batch(self, noise: torch.Tensor) -> None:
-        """Begins the frames of a batch, with its noise (B, C, H, W) as the first one unless they are predictions."""
-        self._batches.append([] if self.predicted else [to_unit_range(noise)])
+    def begin_batch(self, noise: torch.Tensor | None) -> None:
+        """Begins the frames of a batch with its noise (B, C, H, W), if there is some and no prediction is shown."""
+        self._batches.append([] if self.predicted or noise is None else [to_unit_range(noise)])
 
     def record(self, pipeline: Pipeline, step: int, timestep: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
         """Records a step; the pipeline calls this after each one.
@@ -97,8 +118,9 @@ class StepStills:
         """For each step that is shown, the noisy images of all batches and then their predictions (2 N, C, H, W)."""
         return [torch.cat(parts, dim=1).flatten(0, 1) for parts in zip(*self._batches, strict=True)]
 
-    def begin_batch(self, noise: torch.Tensor) -> None:
+    def begin_batch(self, noise: torch.Tensor | None) -> None:
         """Begins a batch with its noise (B, C, H, W)."""
+        assert noise is not None  # as no image is changed in this view
         self.steps.clear()
         self._batches.append([])
         self._noisy = noise
@@ -186,8 +208,10 @@ def _sample_batch(
         kwargs["guidance_scale"] = request.guidance_scale
     if request.negative is not None:
         kwargs |= {f"negative_{name}": value for name, value in join_arguments([request.negative]).items()}
+    if request.edit is not None:
+        kwargs |= request.edit.arguments
     if trajectory is not None:
-        trajectory.begin_batch(latents)
+        trajectory.begin_batch(latents if request.edit is None else None)
         kwargs["callback_on_step_end"] = trajectory.record
         kwargs["callback_on_step_end_tensor_inputs"] = trajectory.tensor_names
     output = pipeline(

@@ -14,6 +14,7 @@ from pipelines import TextToImageDDPMPipeline
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.config import BUILT_IN_DATASET, IMAGE_MODES
 from sprite_diffusion.sampling.conditions import Condition, choose_conditions
+from sprite_diffusion.sampling.editing import read_edit
 from sprite_diffusion.sampling.figures import (
     NOISE_LEVELS,
     Figure,
@@ -67,6 +68,8 @@ def write_samples(args: argparse.Namespace, pipeline: Pipeline) -> None:
     check_size(args.output, *grid, pipeline.sample_shape, scale, frames=1)
     finish, finish_record = choose_finish(args, pipeline)
     images = finish(sample_images(pipeline, sampler, request, trajectory=trajectory))
+    if request.edit is not None:
+        images = request.edit.keep(images)
     record = {**sampler.record, **finish_record, **request.record}
     if args.sheet is not None:
         write_sheet(images, args.sheet, columns, scale, {**_record_of_model(args), **record})
@@ -192,6 +195,7 @@ def make_request(args: argparse.Namespace, pipeline: Pipeline) -> Request:
         guidance_scale=1.0 if args.guidance_scale is None else args.guidance_scale,
         eta=args.eta,
         negative=negative,
+        edit=None if args.image is None else read_edit(pipeline, args.image, args.strength, args.mask),
     )
 
 
