@@ -596,6 +596,8 @@ class TextToImageDDPMPipeline(_DDPMPipeline):
             `torch.Tensor` of shape `(prompts, tokens, features)`: What the cross-attention of the network is given.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise ValueError("the list of prompts is empty")
         for text in dict.fromkeys(prompts):
             if text not in self._seen_prompts:
                 self._seen_prompts.add(text)
@@ -633,9 +635,13 @@ class TextToImageDDPMPipeline(_DDPMPipeline):
     def _warn_of_prompt(self, prompt: str) -> None:
         """Warns of the words of a prompt that the tokenizer has no token for, and of its end if that is cut off."""
         tokenizer = self.tokenizer
-        ids, limit = tokenizer(prompt, verbose=False).input_ids, tokenizer.model_max_length
+        encoding = tokenizer(prompt, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+        ids, limit = encoding.input_ids, tokenizer.model_max_length
         if len(ids) > limit:
-            rest = tokenizer.decode(ids[limit - 1 : -1])
+            begin = limit - 1  # the end has a token too
+            rest = (
+                prompt[encoding.offset_mapping[begin][0] :] if tokenizer.is_fast else tokenizer.decode(ids[begin:-1])
+            )
             logger.warning(f"the prompt has {len(ids)} tokens, this model takes {limit}: '{rest}' is left out")
         known = tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}
         for word in find_unknown_words(tokenizer, prompt):

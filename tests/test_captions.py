@@ -6,22 +6,36 @@ import shutil
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import UNet2DConditionModel
 from inspecting import assert_same_weights, weights
 from launching import LAUNCH_TWO, TINY, finish, start
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_network import make_tiny_network
 from transformers import BertConfig, BertModel, CLIPTextModel, PreTrainedTokenizerFast
 
+from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline
+from schedulers import ClosedFormDDPMScheduler
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.config import DataConfig
 from sprite_diffusion.data.dataset import _cache_key, load_image_data, load_tensor, make_dataloader, open_images
 from sprite_diffusion.data.sources import find_caption_column
 from sprite_diffusion.data.sprites import draw_sprites
+from sprite_diffusion.metrics import evaluation
+from sprite_diffusion.metrics.evaluation import generate
+from sprite_diffusion.metrics.real_images import RealImages
 from sprite_diffusion.runs.config import TrainingConfig
+from sprite_diffusion.sampling.conditions import Condition
+from sprite_diffusion.sampling.figures import find_snapshots, show_learning
+from sprite_diffusion.sampling.generation import Request, sample_images
 from sprite_diffusion.sampling.pipeline_loading import load_pipeline
+from sprite_diffusion.sampling.samplers import make_sampler
+from sprite_diffusion.sharing.card import make_card
+from sprite_diffusion.sharing.hub import copy_uploaded
 from sprite_diffusion.training.build import build_model
 from sprite_diffusion.training.captioned import train
 from sprite_diffusion.training.text_encoder import MAX_TOKENS, build_text_encoder, build_tokenizer, tokenize
@@ -191,6 +205,15 @@ def test_heads_of_the_attention_to_words_have_the_channels_that_the_flag_says():
         assert (attention.heads, attention.to_k.in_features, attention.inner_dim) == (4, 24, 64)
 
 
+@pytest.mark.parametrize("flags", ["", "--streaming --max_train_steps 3"])
+def test_captions_beside_pictures_are_found_and_trained_on(flags, pictures, run_script, tmp_path):
+    add_texts(pictures)
+    run_script("train_conditional", f"{TINY} --train_data_dir {pictures} --resolution 8 {flags}", tmp_path / "run")
+    pipeline = load_pipeline(str(tmp_path / "run"))
+    assert sorted(pipeline.example_prompts) == sorted(set(CAPTIONS) - {""})
+    assert yaml.safe_load((tmp_path / "run" / "training_config.yaml").read_text())["caption_column"] == "txt"
+
+
 @pytest.fixture(scope="module")
 def run(run_script, tmp_path_factory):
     """Trains a tiny network on the captions of sprites."""
@@ -356,3 +379,143 @@ def test_runs_with_and_without_captions_do_not_go_on_with_each_other(run, run_sc
         with pytest.raises(SystemExit):
             run_script("train_conditional", f"{flags} --use_ema --resume_from_checkpoint latest", tmp_path / "resumed")
         assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def sample(run: Path, flags: str, run_script) -> dict:
+    """Runs sample.py in the current folder, and returns the record of what it wrote."""
+    run_script("sample", f"{run} --num_inference_steps 2 --output out.png {flags}")
+    return json.loads(Path("out.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("flags", "prompts"),
+    [
+        ("--num_images 1", None),
+        ("--prompt hero --prompt ghost --num_images 2 --guidance_scale 2 --negative_prompt cape", ["hero", "ghost"]),
+        ("--prompts prompts.txt --prompt hero --num_images 1", ["hero", "a red apple", "an apple, red"]),
+        ("--prompt hero --num_images 1 --compare ddim:2,ddpm:2", ["hero"]),
+        ("--prompt hero --num_images 1 --steps_shown 1", ["hero"]),
+        ("--prompt hero --num_images 1 --no-noise", ["hero"]),
+        ("--no_class --num_images 1", [""]),
+        ("--snapshots {run} --prompt hero --num_images 1", ["hero"]),
+    ],
+)
+def test_views_are_of_the_prompts(flags, prompts, run, run_script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a red apple\n\nan apple, red\n")
+    model = "" if "--snapshots" in flags else run
+    # Split as a shell would: the prompts of these flags are one word each.
+    record = sample(model, flags.format(run=run), run_script)
+    expected = load_pipeline(str(run)).example_prompts if prompts is None else prompts
+    assert list(dict.fromkeys(image["prompt"] for image in record["images"])) == expected
+    assert record.get("negative_prompt") == ("cape" if "negative" in flags else None)
+
+
+def test_interpolation_and_prediction_by_prompt(run, run_script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record = sample(run, "--prompt hero --prompt ghost --interpolate 1 2 --num_images 3", run_script)
+    assert record["conditions"] == ["hero", "50%", "ghost"]
+    run_script("sample", f"{run} --predict sprites --prompt hero --output one.png")
+    run_script("sample", f"{run} --predict sprites --output none.png")
+    one, none = (json.loads(Path(name).read_text()) for name in ("one.json", "none.json"))
+    assert (one["prompt"], none["prompt"]) == ("hero", "")
+    assert one["mean_squared_errors"] != none["mean_squared_errors"]
+
+
+def test_a_sheet_and_an_animation_by_prompt(run, run_script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = f"{run} --num_inference_steps 2 --num_images 2 --prompt hero --prompt ghost"
+    run_script("sample", f"{flags} --sheet sheet.png")
+    sheet = json.loads(Path("sheet.json").read_text())
+    assert [(tag["name"], tag["from"], tag["to"]) for tag in sheet["meta"]["frameTags"]] == [
+        ("hero", 0, 1),
+        ("ghost", 2, 3),
+    ]
+    assert [frame["prompt"] for frame in sheet["frames"]] == ["hero", "hero", "ghost", "ghost"]
+    run_script("sample", f"{flags} --animate out.gif --output out.png")
+    assert Image.open("out.gif").n_frames == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("{run} --class hero", "--class hero: this model has no classes, it takes a --prompt"),
+        ("{run} --mix hero=1", "--mix hero=1: this model has no classes"),
+        ("{run} --prompt a --negative_prompt b", "--negative_prompt needs --guidance_scale above 1"),
+        ("{run} --prompt a --no_class", "--no_class does not go with --class, --mix and --prompt"),
+        ("{run} --prompts no.txt", "--prompts no.txt can't be read"),
+        ("{run} --prompts empty.txt", "--prompts empty.txt holds no prompt"),
+        ("{by_class} --prompt hero", "--prompt hero: this model takes no prompts, it has classes"),
+        ("{by_class} --negative_prompt a --guidance_scale 2", "takes no prompts"),
+        ("{unconditional} --prompt hero", "--prompt hero: this is an unconditional model"),
+    ],
+)
+def test_models_are_asked_for_what_they_know(flags, message, run, run_script, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text("\n")
+    scheduler = ClosedFormDDPMScheduler()
+    ConditionalDDPMPipeline(make_tiny_network(num_class_embeds=3), scheduler).save_pretrained("by_class")
+    UnconditionalDDPMPipeline(make_tiny_network(), scheduler).save_pretrained("unconditional")
+    with pytest.raises(SystemExit) as exit:
+        run_script("sample", flags.format(run=run, by_class="by_class", unconditional="unconditional"))
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_snapshots_are_drawn_with_the_text_encoders_of_their_own(run):
+    pipeline = load_pipeline(str(run))
+    snapshots = find_snapshots(run)
+    sampler = make_sampler("--scheduler", pipeline, "ddim", 2)
+    figure = show_learning(pipeline, snapshots, sampler, Request([0], [Condition.of_prompt("a hero")]))
+    for folder, row in zip(snapshots, figure.rows, strict=True):
+        alone = load_pipeline(str(folder))
+        expected = sample_images(alone, sampler, Request([0], [Condition.of_prompt("a hero")]))
+        assert torch.equal(row, expected)
+
+
+def test_the_card_has_a_picture_of_each_prompt(run):
+    card = make_card(run, "me/words", None)
+    metadata = yaml.safe_load(card.split("---")[1])
+    prompts = load_pipeline(str(run)).example_prompts
+    assert metadata["pipeline_tag"] == "text-to-image"
+    assert [entry["text"] for entry in metadata["widget"]] == prompts
+    grid = np.asarray(Image.open(sorted((run / "samples").glob("step-*.png"))[-1]))
+    for row, entry in enumerate(metadata["widget"]):
+        picture = np.asarray(Image.open(run / entry["output"]["url"]))
+        assert np.array_equal(picture, grid[4 + 68 * row : 68 + 68 * row, 4:68])
+    assert "<Gallery />" in card
+    assert f'pipeline("{prompts[0]}", guidance_scale=2.0, num_inference_steps=50)' in card
+
+
+def test_what_is_uploaded_is_a_whole_model(run):
+    copy = copy_uploaded(run)
+    there, here = (load_pipeline(str(folder)).encode_prompt("a hero") for folder in (copy, run))
+    assert torch.equal(there, here)
+    assert len(list((copy / "samples").glob("prompt-*.png"))) == 8
+    shutil.rmtree(copy)
+
+
+def test_metrics_are_of_images_for_the_captions_of_the_data(run, monkeypatch):
+    monkeypatch.setattr(evaluation, "sample_images", asked := RecordConditions())
+    pipeline = load_pipeline(str(run))
+    sampler = make_sampler("--scheduler", pipeline, "ddim", 2)
+    without, real = (
+        RealImages(load_image_data(DataConfig(max_train_samples=100, resolution="16", caption_column=column), None))
+        for column in (None, "caption")
+    )
+    list(generate(pipeline, sampler, real, 30, 8, 2.0, 0))
+    captions = draw_sprites(100)[2]
+    assert asked.names == [captions[i] for i in real.reference[:30]]
+    with pytest.raises(UserInputError, match="has no captions, which this model reads: name their --caption_column"):
+        list(generate(pipeline, sampler, without, 30, 8, 2.0, 0))
+
+
+class RecordConditions:
+    """Stands in for `sample_images`: keeps what is asked for, and gives black images."""
+
+    def __init__(self) -> None:
+        self.names: list[str | None] = []
+
+    def __call__(self, pipeline, sampler, request, **options) -> torch.Tensor:
+        self.names += [condition.name for condition in request.conditions]
+        return torch.zeros(len(request.seeds), *pipeline.sample_shape)

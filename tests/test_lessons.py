@@ -12,7 +12,7 @@ from sprite_diffusion.data.sprites import draw_sprites
 
 LESSONS = REPOSITORY / "docs" / "lessons"
 MOST_OF_A_LABEL = 40  # pixels
-PAGES = ["README", "t0", "t1", "t2", "t3", "t4", "sixty"]
+PAGES = ["README", "t0", "t1", "t2", "t3", "t4", "words", "sixty"]
 
 
 def commands(page: str) -> list[str]:
@@ -68,7 +68,7 @@ def run_as_typed(command: str, folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pages", [["t0", "t1"], ["t2"], ["t3"], ["t4"], ["sixty"]], ids="+".join)
+@pytest.mark.parametrize("pages", [["t0", "t1"], ["t2"], ["t3"], ["t4"], ["words"], ["sixty"]], ids="+".join)
 def test_the_commands_of_a_lesson_leave_its_pictures(pages, tmp_path):
     (tmp_path / "my_pictures").mkdir()  # sixty files of one kind
     for index, pixels in enumerate(draw_sprites(60, transparent=True)[0]):

@@ -13,6 +13,8 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
     UNet2DModel,
     UniPCMultistepScheduler,
 )
@@ -21,9 +23,16 @@ from launching import PYTHON, run_command
 from PIL import Image
 
 from models import BasicUNet2DModel, ContextUNet2DModel
-from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline, to_straight_alpha
+from pipelines import (
+    ConditionalDDPMPipeline,
+    TextToImageDDPMPipeline,
+    UnconditionalDDPMPipeline,
+    find_unknown_words,
+    to_straight_alpha,
+)
 from schedulers import ClosedFormDDPMScheduler, LinearCorruptionScheduler
 from sprite_diffusion.sampling.palettes import Palette
+from sprite_diffusion.training.text_encoder import build_text_encoder, build_tokenizer
 
 ID2LABEL = {0: "hero", 1: "food", 2: "spell"}
 
@@ -64,6 +73,28 @@ def conditional(request) -> ConditionalDDPMPipeline:
         torch.manual_seed(0)
         unet = ContextUNet2DModel(sample_size=8, num_features=8, context_dim=3).eval()
     return quiet(ConditionalDDPMPipeline(unet, ClosedFormDDPMScheduler(), id2label=ID2LABEL))
+
+
+@pytest.fixture
+def by_prompt() -> TextToImageDDPMPipeline:
+    tokenizer = build_tokenizer(["a red cat, asleep", "two blue dogs"])
+    torch.manual_seed(0)
+    text_encoder = build_text_encoder(tokenizer).eval()
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=text_encoder.config.hidden_size,
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
+    ).eval()
+    scheduler = ClosedFormDDPMScheduler(timestep_spacing="trailing")
+    return quiet(TextToImageDDPMPipeline(unet, scheduler, text_encoder, tokenizer, ["two dogs"]))
 
 
 def test_same_images_as_the_stock_pipeline(unconditional):
@@ -299,6 +330,86 @@ def test_guidance_is_the_formula_in_one_batch(conditional):
     torch.testing.assert_close(seen[0], 3 * cond - 2 * uncond, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("negative_prompt", [None, "blue cat"])
+def test_prompts_and_guidance_are_those_of_stable_diffusion(by_prompt, guidance_scale, negative_prompt):
+    """Its pipeline, without the autoencoder, ends at the latents that ours makes images of."""
+    by_prompt.text_encoder.config.use_attention_mask = True  # or it would read behind the end of a prompt
+    stock = StableDiffusionPipeline(
+        vae=None,
+        text_encoder=by_prompt.text_encoder,
+        tokenizer=by_prompt.tokenizer,
+        unet=by_prompt.unet,
+        scheduler=DDIMScheduler.from_config(by_prompt.scheduler.config, clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    kwargs = {
+        "prompt": ["a red cat", "two dogs"],
+        "negative_prompt": None if negative_prompt is None else [negative_prompt] * 2,
+        "guidance_scale": guidance_scale,
+        "num_images_per_prompt": 2,
+        "num_inference_steps": 5,
+        "latents": latents,
+    }
+    expected = quiet(stock)(**kwargs, output_type="latent").images
+    by_prompt.scheduler = DDIMScheduler.from_config(stock.scheduler.config)
+    images = by_prompt(**kwargs, output_type="pt").images
+    torch.testing.assert_close(images, to_straight_alpha((expected / 2 + 0.5).clamp(0, 1)), atol=1e-4, rtol=0)
+    assert (images[0] - images[2]).abs().max() > 1e-3
+
+
+def test_prompts_and_their_embeddings_agree(by_prompt):
+    def run(*args, **kwargs):
+        return by_prompt(*args, num_inference_steps=3, generator=seeds(0, 1), output_type="np", **kwargs).images
+
+    prompts = ["a red cat", "two dogs"]
+    expected = run(prompts)
+    np.testing.assert_array_equal(run(prompt_embeds=by_prompt.encode_prompt(prompts)), expected)
+    np.testing.assert_array_equal(run("a red cat", batch_size=2)[0], expected[0])
+    np.testing.assert_array_equal(run("A Red  CAT", num_images_per_prompt=2)[0], expected[0])
+    np.testing.assert_array_equal(run(batch_size=2), run("", batch_size=2))
+    assert np.abs(run(batch_size=2) - expected).max() > 1e-4
+    negative = by_prompt.encode_prompt("blue")
+    guided = run(prompts, guidance_scale=2.0, negative_prompt="blue")
+    np.testing.assert_array_equal(run(prompts, guidance_scale=2.0, negative_prompt_embeds=negative), guided)
+
+
+def test_what_a_model_can_not_read_is_said_once(by_prompt, caplog):
+    prompt = "A reed cat and a Zebra, a reed"
+    assert find_unknown_words(by_prompt.tokenizer, prompt) == ["reed", "and", "zebra"]
+    for _ in range(2):
+        by_prompt.encode_prompt([prompt, "a red cat, asleep"])
+    assert caplog.messages == [
+        "the prompt has 11 tokens, this model takes 7: 'zebra, a reed' is left out",
+        "this model has never seen the word 'reed'; words like it that it has seen: red",
+        "this model has never seen the word 'and'; words like it that it has seen: none",
+        "this model has never seen the word 'zebra'; words like it that it has seen: none",
+    ]
+    caplog.clear()
+    by_prompt("a red cat", negative_prompt="blue", num_inference_steps=1)
+    assert caplog.messages == ["`negative_prompt` has no effect at a `guidance_scale` of 1"]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"prompt": ["a", "a"], "batch_size": 3}, "2 prompts for a `batch_size` of 3"),
+        ({"prompt": ["a", "a"], "negative_prompt": ["red"] * 3}, "3 negative prompts for 2 images"),
+        ({"prompt": "a", "num_images_per_prompt": 0}, "`num_images_per_prompt` is 0: it must be at least 1"),
+        ({"prompt": "a", "prompt_embeds": torch.zeros(1, 7, 128)}, "pass `prompt` or `prompt_embeds`, not both"),
+        ({"prompt_embeds": torch.zeros(1, 7, 64)}, r"shape \(1, 7, 64\): it must be \(B, L, 128\)"),
+        ({"prompt": []}, "the list of prompts is empty"),
+        ({"prompt": "a", "batch_size": 0}, "must be at least 1"),
+    ],
+)
+def test_what_the_caller_of_a_prompt_got_wrong(by_prompt, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        by_prompt(num_inference_steps=1, **kwargs)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -532,3 +643,18 @@ class TestEditing:
         assert len(drawn) == 2
         assert not torch.equal(drawn[0], drawn[1])
         assert torch.equal(conditional("hero", image=image, strength=0, **kwargs).images, image)
+
+
+def test_folder_with_captions_carries_its_code(by_prompt, tmp_path):
+    folder = tmp_path / "model"
+    by_prompt.save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["text_encoder"] == ["transformers", "CLIPTextModel"]
+    assert index["tokenizer"] == ["transformers", "PreTrainedTokenizerFast"]
+    kwargs = {"prompt": "two dogs", "guidance_scale": 2.0, "num_images_per_prompt": 2}
+    generator = torch.Generator().manual_seed(4)
+    expected = by_prompt(num_inference_steps=20, generator=generator, output_type="np", **kwargs).images
+    for source in (folder, tmp_path / "model-again"):
+        classes, images = load_elsewhere(tmp_path, source, "trust", **kwargs)
+        assert classes == "TextToImageDDPMPipeline UNet2DConditionModel ClosedFormDDPMScheduler"
+        np.testing.assert_array_equal(images, expected)

@@ -327,7 +327,7 @@ def test_classes_and_mixes():
     pipeline = conditional_pipeline()
     conditions = choose_conditions(pipeline, ["food", "0"], ["hero=1,food=0.6", "food=1"])
     assert [c.name for c in conditions] == ["food", "hero", "hero=1,food=0.6", "food=1"]
-    weights = torch.stack([c.weights for c in conditions])
+    weights = torch.stack([c.arguments["context"] for c in conditions])
     assert torch.equal(weights, torch.tensor([[0, 0, 1], [1, 0, 0], [1, 0, 0.6], [0, 0, 1]]))
     assert [c.name for c in choose_conditions(pipeline, None, None)] == list(NAMES)
 
@@ -421,7 +421,7 @@ def test_transparent_samples_are_files_with_alpha_and_lie_on_a_checkerboard(samp
 def test_errors_of_transparent_predictions_are_opaque():
     images = torch.full((2, 4, 8, 8), 0.4)
     images[1, 3] = -0.4  # of this one the network is wrong about alpha alone
-    figure = show_predictions(known_image_pipeline("epsilon"), [], images, None, seed=0)
+    figure = show_predictions(known_image_pipeline("epsilon"), [], images, Condition(), seed=0)
     _, predicted, error, _, _, error_of_other = figure.rows
     tolerance = {"rtol": 0, "atol": 8 * 2**-24 / 0.006 / 0.7}  # as above, divided by alpha
     for row, expected in ((predicted, [1, 1, 1, 0.7]), (error, [0, 0, 0, 1]), (error_of_other, [0.4, 0.4, 0.4, 1])):
@@ -544,7 +544,7 @@ def test_forward_process_without_a_model(sample, tmp_path):
 
 def test_predictions_of_a_network_that_knows_the_image():
     images = torch.stack([torch.full((3, 8, 8), 0.4), torch.full((3, 8, 8), -0.4)])
-    figure = show_predictions(known_image_pipeline("epsilon"), [], images, None, seed=0)
+    figure = show_predictions(known_image_pipeline("epsilon"), [], images, Condition(), seed=0)
     assert figure.row_labels == ["noisy", "predicted", "error"] * 2
     noisy, predicted, error, _, of_other, error_of_other = figure.rows
     # In float32, where at t = 999 the noise is divided by sqrt(alpha_bar) = 0.006.

@@ -107,9 +107,7 @@ def parse_args(description: str | None) -> argparse.Namespace:
     images.add_argument("--negative_prompt", metavar="PROMPT", help="What guidance leads away from.")
     images.add_argument("--image", type=Path, metavar="FILE", help="Change this picture; --num_images of variants.")
     images.add_argument("--strength", type=float, help="Of --image: 0 to 1; default 0.6, with --mask 1.")
-    images.add_argument(
-        "--mask", type=Path, metavar="FILE", help="White where --image is drawn anew, else kept."
-    )
+    images.add_argument("--mask", type=Path, metavar="FILE", help="White where --image is drawn anew, else kept.")
     _add_process_flags(parser)
     _add_view_flags(parser)
     out = parser.add_argument_group("output")

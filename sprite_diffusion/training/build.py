@@ -15,6 +15,7 @@ from sprite_diffusion.sampling.pipeline_loading import Pipeline
 from sprite_diffusion.training.augmentation import AugmentedNetwork
 from sprite_diffusion.training.initial_weights import adapt_network
 
+TEXT_HEADS = 4  # of the attention that pools the words of a caption
 UNETS: dict[str, Any] = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionModel}
 
 
@@ -104,11 +105,21 @@ def build_model(
             norm_type=config.norm_type,
             num_train_timesteps=config.ddpm_num_steps,
         )
-    shape = {"sample_size": config.image_size, "in_channels": num_channels, "out_channels": num_channels}
+    shape: dict[str, Any] = {
+        "sample_size": config.image_size,
+        "in_channels": num_channels,
+        "out_channels": num_channels,
+    }
     if cross_attention_dim is None:
         shape["num_class_embeds"] = None if num_classes is None else num_classes + 1
     else:
-        shape["cross_attention_dim"] = cross_attention_dim
+        shape |= {
+            "cross_attention_dim": cross_attention_dim,
+            # The mean of all words is added to the time as a class would be: Saharia et al. 2022, section 2.3. What
+            # attention brings to the lower levels alone is learned much more slowly.
+            "addition_embed_type": "text",
+            "addition_embed_type_num_heads": math.gcd(TEXT_HEADS, cross_attention_dim),
+        }
     return _build_unet2d(config, shape)
 
 
