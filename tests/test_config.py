@@ -18,6 +18,7 @@ from PIL import Image
 from sprite_diffusion.common.errors import UserInputError, mask_secrets
 from sprite_diffusion.common.flags import default_of, read_yaml
 from sprite_diffusion.data.config import parse_data_flags
+from sprite_diffusion.runs import presets
 from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.runs.presets import load_preset, parse_config
 from sprite_diffusion.training.build import build_model, build_noise_scheduler, check_network
@@ -121,6 +122,16 @@ def test_images_of_the_user_get_the_preset_and_what_fits_them(tmp_path, capsys, 
     assert facts.startswith(f"{folder}: {'a stream of' if config.streaming else 6} images of ")
     given = re.findall(r"--[\w-]+", flags)
     assert not any(name.replace("-", "_") in chosen.replace("-", "_") for name in given)
+
+
+def test_what_a_preset_has_for_the_built_in_sprites_is_not_for_images_of_the_user(tmp_path, monkeypatch):
+    text = (presets.presets_dir() / "sprites_conditional.yaml").read_text()
+    (tmp_path / "words.yaml").write_text(f"{text}leave_out_pairs: true\nmax_train_samples: 5\n")
+    monkeypatch.setattr(presets, "presets_dir", lambda: tmp_path)
+    folder = save_pictures(tmp_path / "mine", size=(16, 16))
+    for flags, expected in (("", (True, 5)), (f"--train_data_dir {folder}", (False, None))):
+        config = parse(flags, "words.yaml")
+        assert (config.leave_out_pairs, config.max_train_samples) == expected
 
 
 def test_images_of_many_sizes_get_the_side_that_most_can_fill(tmp_path, capsys):

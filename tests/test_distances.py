@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 import torch
 from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -13,6 +14,7 @@ from sprite_diffusion.metrics.distances import (
     interval_of_distance,
     interval_of_mean,
     interval_of_median,
+    interval_of_ratio,
     kernel_distance,
     manifold_values,
     median,
@@ -138,6 +140,20 @@ def test_the_interval_of_a_mean():
     # A percentile of 1,000 resamples is itself uncertain: by 0.11 of the standard deviation, times 4.
     assert low == pytest.approx(0.3 - error, abs=0.11 * 4 * error / 1.96)
     assert high == pytest.approx(0.3 + error, abs=0.11 * 4 * error / 1.96)
+
+
+def test_the_interval_of_a_ratio():
+    """SciPy's bootstrap of pairs resamples others, as many: the ends lie within a tenth of the width."""
+    rng = np.random.default_rng(0)
+    wholes = rng.integers(1, 12, 300)
+    parts = rng.binomial(wholes, np.where(wholes > 6, 0.6, 0.9))
+    ratio = lambda parts, wholes, axis=-1: parts.sum(axis) / wholes.sum(axis)  # noqa: E731
+    expected = scipy.stats.bootstrap((parts, wholes), ratio, paired=True, method="percentile", rng=1)
+    interval = expected.confidence_interval
+    found = interval_of_ratio(torch.from_numpy(parts), torch.from_numpy(wholes))
+    np.testing.assert_allclose(found, interval, atol=(interval.high - interval.low) / 10)
+    # The mean of each image's share is another figure, as images with much in them have less of it here.
+    assert found[1] < (parts / wholes).mean()
 
 
 def test_the_interval_of_a_median():

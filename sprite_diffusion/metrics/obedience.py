@@ -12,10 +12,9 @@ from sprite_diffusion.common.errors import warn
 from sprite_diffusion.data.attributes import has_left_out_pair, is_left_out, read_caption
 from sprite_diffusion.data.sprites import draw_sprites
 from sprite_diffusion.metrics.distances import interval_of_ratio
+from sprite_diffusion.metrics.evaluation import Batch
 from sprite_diffusion.metrics.judge import COLOUR, MIN_ACCURACY, UNSAID, Judge, encode_captions, load_judge
 from sprite_diffusion.metrics.report import LEFT_OUT_PAIRS, NUMBERS_NAMED, SEEN, UNSEEN, Measurement
-
-Batch = tuple[torch.Tensor, torch.Tensor]  # rows of the captions (B,), and their uint8 images (B, C, 16, 16)
 
 
 class Prompts(NamedTuple):
@@ -43,7 +42,7 @@ def measure_obedience(
     """Has images generated of captions, and judges them. Warns of the slots that the judge refuses.
 
     Args:
-        generate: Yields this process's share of the images of some captions, one for each.
+        generate: Yields this process's share of the images of some captions, (B, C, 16, 16), one for each.
         num_images: How many captions of each group.
         groups: `SEEN` and, of a model that was trained with `--leave_out_pairs`, `UNSEEN`.
 
