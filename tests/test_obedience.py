@@ -2,18 +2,19 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data import sprites
 from sprite_diffusion.data.attributes import has_left_out_pair, is_left_out, list_values, read_caption
 from sprite_diffusion.data.sprites import CLASS_NAMES, RAMPS, draw_sprites
 from sprite_diffusion.metrics import judge as judging
-from sprite_diffusion.metrics.clip_score import clip_scores
+from sprite_diffusion.metrics.evaluation import clip_scores
+from sprite_diffusion.metrics.extractors import make_extractor
 from sprite_diffusion.metrics.judge import UNSAID, Judge, encode_captions, load_judge
 from sprite_diffusion.metrics.obedience import Prompts, draw_prompts, judge_obedience, measure_obedience
 from sprite_diffusion.metrics.report import LEFT_OUT_PAIRS, SEEN, TITLES, UNSEEN
@@ -349,14 +350,11 @@ class TestClipScore:
         on_white = to_tensor(images[..., :3])
         transparent = to_tensor(images)
         transparent[:, :3] *= transparent[:, 3:] // 255
-        ours = clip_scores(str(clip), transparent, captions, CPU)
+        extractor = make_extractor("clip", str(clip), SimpleNamespace(class_labels=None, captions=captions), CPU)
+        ours = clip_scores(extractor.embed_texts, extractor.extract(transparent), captions)
         processor, network = CLIPProcessor.from_pretrained(clip), CLIPModel.from_pretrained(clip)
         inputs = processor(text=captions, images=list(on_white), padding=True, return_tensors="pt")
         with torch.no_grad():
             cosines = network(**inputs).logits_per_image.diagonal() / network.logit_scale.exp()
         assert cosines.min() < 0 < cosines.max()
         torch.testing.assert_close(ours, 100 * cosines.clamp(min=0), rtol=1e-4, atol=1e-3)
-
-    def test_a_model_that_is_not_there(self, tmp_path):
-        with pytest.raises(UserInputError, match="--clip_model"):
-            clip_scores(str(tmp_path), torch.zeros(1, 3, 16, 16, dtype=torch.uint8), ["a cat"], CPU)

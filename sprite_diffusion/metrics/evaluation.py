@@ -1,6 +1,6 @@
 """The evaluation of generated images: whether they are like the real ones, as varied, of their class, and copied."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -249,11 +249,35 @@ def _make_report(
         report.figures[name] = _measure_mean(values, floors[name])
     if judge_classes:
         _report_classes(report, real, extractor, measured, features, device)
+        if extractor.embed_texts is not None and real.captions is not None:
+            asked, of_held_out = ([real.captions[i] for i in rows] for rows in (reference, held_out))
+            report.figures["clip_score"] = _measure_mean(
+                clip_scores(extractor.embed_texts, features.generated, asked),
+                clip_scores(extractor.embed_texts, features.held_out, of_held_out),
+            )
     nearest = measured.in_order(measured.nearest)
     floor, _ = real.find_nearest(real[held_out].to(device), exclude=torch.from_numpy(held_out))
     report.figures["nearest_distance"] = _measure_mean(nearest, floor.cpu())
     report.figures[NEAR_COPIES] = _measure_mean(nearest <= NEAR_COPY, floor.cpu() <= NEAR_COPY)
     return report
+
+
+def clip_scores(
+    embed_texts: Callable[[Sequence[str]], torch.Tensor], features: torch.Tensor, captions: Sequence[str]
+) -> torch.Tensor:
+    """Returns the CLIP score (N,) of each image with its caption: 100 max(cos, 0) of their embeddings.
+
+    Equation 1 of Hessel et al. 2021, https://arxiv.org/abs/2104.08718, with a weight of 100 as in torchmetrics. It
+    tells which of two models obeys more, not how much: compare it with that of real images alone.
+
+    Args:
+        embed_texts: From captions to unit vectors (B, D).
+        features: The images' unit vectors (N, D), on the CPU.
+        captions: N captions.
+    """
+    starts = range(0, len(captions), READ_AT_ONCE)
+    texts = torch.cat([embed_texts(captions[start : start + READ_AT_ONCE]).cpu() for start in starts])
+    return 100 * (features * texts).sum(dim=1).clamp(min=0)
 
 
 def _report_classes(

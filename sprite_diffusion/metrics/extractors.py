@@ -1,7 +1,7 @@
 """Extractors, which turn images into the features that the images are compared by."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -29,6 +29,7 @@ class Extractor:
     extract: Function  # from uint8 images (B, C, H, W) to features (B, D), float32, on their device
     classify: Function | None = None  # from the same images to class scores (B, K); None without classes
     accuracy: float | None = None  # of `classify` on the held-out half
+    embed_texts: Callable[[Sequence[str]], torch.Tensor] | None = None  # from captions to features (B, D), by CLIP
 
 
 def make_extractor(name: str, clip_model: str, real: RealImages, device: torch.device) -> Extractor:
@@ -54,7 +55,9 @@ def make_extractor(name: str, clip_model: str, real: RealImages, device: torch.d
     if name == "inception":
         return Extractor(name, name, "Inception v3", _in_batches(_load_inception(device)), classify, accuracy)
     key = "clip-" + "".join(c if c.isalnum() else "-" for c in clip_model)
-    return Extractor(name, key, f"CLIP, {clip_model}", _in_batches(load_clip(clip_model, device)), classify, accuracy)
+    embed_texts = None if real.captions is None else _load_clip_text(clip_model, device)
+    embed_images = _in_batches(_load_clip(clip_model, device))
+    return Extractor(name, key, f"CLIP, {clip_model}", embed_images, classify, accuracy, embed_texts)
 
 
 def real_features(extractor: Extractor, real: RealImages, indices: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -111,7 +114,7 @@ def _load_inception(device: torch.device) -> Function:
     return lambda images: network(to_rgb(images))
 
 
-def load_clip(name: str, device: torch.device) -> Function:
+def _load_clip(name: str, device: torch.device) -> Function:
     """Returns the image embeddings of a CLIP model, as unit vectors; `name` is a Hub id or a folder."""
     from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
@@ -126,5 +129,25 @@ def load_clip(name: str, device: torch.device) -> Function:
     def embed(images: torch.Tensor) -> torch.Tensor:
         pixels = processor(images=list(to_rgb(images).cpu().numpy()), return_tensors="pt").pixel_values
         return torch.nn.functional.normalize(network(pixels.to(device)).image_embeds, dim=1)
+
+    return embed
+
+
+def _load_clip_text(name: str, device: torch.device) -> Callable[[Sequence[str]], torch.Tensor]:
+    """Returns the text embeddings of a CLIP model, as unit vectors; `name` is a Hub id or a folder."""
+    from transformers import AutoTokenizer, CLIPTextModelWithProjection
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        network: Any = CLIPTextModelWithProjection.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserInputError(f"--clip_model {name} can't be loaded: {first_line(error)}") from None
+
+    network.eval().to(device)
+
+    @torch.no_grad()
+    def embed(texts: Sequence[str]) -> torch.Tensor:
+        tokens = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(device)
+        return torch.nn.functional.normalize(network(**tokens).text_embeds, dim=1)
 
     return embed

@@ -25,6 +25,7 @@ TITLES = {
     "density": "density",
     "coverage": "coverage",
     "class_accuracy": "share in the class asked for",
+    "clip_score": "CLIP score",
     "nearest_distance": "distance to the nearest training image",
     NEAR_COPIES: "near-copies of training images",
     "colours": "colours of an image (median)",
@@ -46,7 +47,7 @@ OBEDIENCE_TITLES = {
 TITLES |= OBEDIENCE_TITLES
 NOT_OF_FEATURES = (
     *OBEDIENCE_TITLES,
-    *("class_accuracy", "nearest_distance", NEAR_COPIES),
+    *("class_accuracy", "clip_score", "nearest_distance", NEAR_COPIES),
     *("colours", "off_palette", "partly_transparent", "background", "lone_pixels", "outline_brightness"),
 )
 HEADINGS = ("", "images", "generated", "95% interval", "held-out real")
