@@ -522,8 +522,22 @@ class TextToImageDDPMPipeline(_DDPMPipeline):
         super().__init__(unet, scheduler)
         self.register_modules(text_encoder=text_encoder, tokenizer=tokenizer)
         self.example_prompts = list(example_prompts or [])
-        self._seen_prompts: set[str] = set()  # what there is to say of a prompt is said once
         self.register_to_config(example_prompts=self.example_prompts)
+        self._seen_prompts: set[str] = set()  # what there is to say of a prompt is said once
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        r"""
+        Saves what the other pipelines of this file do, and text encoder and tokenizer as transformers has them.
+
+        The arguments are those of [`~diffusers.DiffusionPipeline.save_pretrained`].
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        if type(self.text_encoder).__name__ == "CLIPTextModel":
+            # transformers 5 has shorter names for its weights, takes these as well, and 4 would find none of its own.
+            weights = self.text_encoder.state_dict()
+            named = {f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in weights.items()}
+            folder = Path(save_directory, "text_encoder")
+            self.text_encoder.save_pretrained(folder, state_dict=named, variant=kwargs.get("variant"))
 
     @torch.no_grad()
     def __call__(  # type: ignore[override]  # the prompt comes first

@@ -19,8 +19,8 @@ ALLOWED = {*sys.stdlib_module_names, "numpy", "torch", "diffusers"}
 ALLOWED_IN = {"schedulers": ALLOWED, "models": ALLOWED, "pipelines": {*ALLOWED, "PIL"}}
 LIBRARIES = {
     *("accelerate", "datasets", "diffusers", "evaluate", "huggingface_hub", "matplotlib", "numpy", "PIL"),
-    *("safetensors", "scipy", "tensorboard", "torch", "torchvision", "tqdm", "trackio", "transformers", "wandb"),
-    "yaml",
+    *("safetensors", "scipy", "tensorboard", "tokenizers", "torch", "torchvision", "tqdm", "trackio", "transformers"),
+    *("wandb", "yaml"),
 }
 
 

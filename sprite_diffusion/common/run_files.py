@@ -22,10 +22,7 @@ SKIPPED_IMAGES_FILE = "skipped_images.jsonl"
 SUMMARY_FILE = "training_summary.json"
 TRAINING_LOG_FILE = "training_log.jsonl"  # a line for each time that the loss was logged
 NETWORK_CONFIG_FILE = "unet/config.json"
-WEIGHTS_FILES = {  # by the parts of a pipeline that are trained
-    "unet": "unet/diffusion_pytorch_model.safetensors",
-    "text_encoder": "text_encoder/model.safetensors",
-}
+TRAINED_PARTS = ("unet", "text_encoder")  # of a pipeline, as far as it has them
 SAMPLES_DIR = "samples"
 SNAPSHOTS_DIR = "snapshots"
 PART_FOLDERS = ("unet", "scheduler", "text_encoder", "tokenizer")  # of a pipeline

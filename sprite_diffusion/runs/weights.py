@@ -3,15 +3,15 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file
 
 from sprite_diffusion.common.errors import UserInputError
-from sprite_diffusion.common.run_files import WEIGHTS_FILES
+from sprite_diffusion.common.run_files import TRAINED_PARTS
 from sprite_diffusion.runs.config import TrainingConfig
 
 
@@ -71,8 +71,9 @@ class Weights:
     def load_average(self, folder: Path, optimization_step: int) -> None:
         """Takes the moving average, which the pipeline in a folder has as its weights, after so many steps."""
         assert self.ema is not None
-        files = {part: load_file(folder / WEIGHTS_FILES[part]) for part in self.model}  # "cpu:0" is unknown to it
-        saved = {f"{part}.{name}": weight for part, weights in files.items() for name, weight in weights.items()}
+        classes: dict[str, Any] = {name: type(part) for name, part in self.model.items()}
+        parts = {name: part.from_pretrained(folder, subfolder=name) for name, part in classes.items()}
+        saved = torch.nn.ModuleDict(parts).state_dict()
         self.ema.shadow_params = [saved[name].to(tensor.device) for name, tensor in self.model.state_dict().items()]
         self.ema.optimization_step = optimization_step
 
@@ -82,7 +83,7 @@ def find_parts(network: torch.nn.Module) -> torch.nn.ModuleDict:
 
     The layer that an `AugmentedNetwork` adds to the U-Net is of the training alone.
     """
-    parts = {name: getattr(network, name) for name in WEIGHTS_FILES if hasattr(network, name)} or {"unet": network}
+    parts = {name: getattr(network, name) for name in TRAINED_PARTS if hasattr(network, name)} or {"unet": network}
     parts["unet"] = getattr(parts["unet"], "unet", parts["unet"])
     return torch.nn.ModuleDict(parts)
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from schedulers import ClosedFormDDPMScheduler, LinearCorruptionScheduler
 from sprite_diffusion.common.errors import UserInputError
-from sprite_diffusion.common.run_files import WEIGHTS_FILES
+from sprite_diffusion.common.run_files import TRAINED_PARTS
 from sprite_diffusion.data.config import DataConfig, ImageMode
 from sprite_diffusion.data.dataset import load_image_data
 from sprite_diffusion.data.decoding import load_image_file, to_model_range
@@ -90,7 +90,7 @@ def show_learning(pipeline: Pipeline, snapshots: list[Path], sampler: Sampler, r
 def _take_network(pipeline: Pipeline, snapshot: Path) -> None:
     """Puts the networks of a snapshot into a pipeline, in the pipeline's number format and on its device."""
     learned = load_pipeline(str(snapshot), pipeline.unet.dtype).to(pipeline.device)
-    for name in WEIGHTS_FILES:
+    for name in TRAINED_PARTS:
         if hasattr(learned, name):
             setattr(pipeline, name, getattr(learned, name))
 

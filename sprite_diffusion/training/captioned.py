@@ -68,8 +68,8 @@ def train(config: TrainingConfig, data: ImageData | None = None) -> TextToImageD
         raise UserInputError(f"--init_from {config.init_from} reads no captions: name a model that does")
     data = data or load_image_data(config, with_labels=None, streaming=config.streaming)
     captions = data.captions
-    if captions is None:
-        raise UserInputError(f"{data.source} have no captions: give them, or train by class")
+    if captions is None or captions == [""]:
+        raise UserInputError(f"{data.source}: there are no captions to train on: give some, or train by class")
     tokenizer, text_encoder = choose_text_encoder(config, captions, base)
     unet = build_model(config, data.num_channels, base=base, cross_attention_dim=text_encoder.config.hidden_size)
     read = tokenize(tokenizer, captions)  # what the network is given of each caption
@@ -81,9 +81,9 @@ def train(config: TrainingConfig, data: ImageData | None = None) -> TextToImageD
 
     def loss_fn(model: Any, batch: Batch, draws: Draws) -> torch.Tensor:
         assert batch.caption_ids is not None  # `data` has them
-        caption_ids = torch.where(draws.uniform < config.label_dropout, NO_CAPTION, batch.caption_ids).cpu()
+        caption_ids = torch.where(draws.uniform < config.label_dropout, NO_CAPTION, batch.caption_ids)
         images, kwargs = augment_as_asked(batch.images, draws.augmentation, config)
-        kwargs |= {name: values[caption_ids].to(images.device) for name, values in read.items()}
+        kwargs |= {name: values[caption_ids.to(values.device)].to(images.device) for name, values in read.items()}
         return ddpm_loss(model, noise_scheduler, images, draws.noise, draws.timesteps, kwargs, config.snr_gamma)
 
     prompts = choose_examples(captions)

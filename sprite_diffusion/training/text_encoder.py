@@ -132,7 +132,8 @@ def choose_text_encoder(config: TrainingConfig, captions: Sequence[str], base: P
     else:
         tokenizer = build_tokenizer(captions)
         text_encoder = build_text_encoder(tokenizer)
-    if unknown := find_unknown_words(tokenizer, " ".join(captions)):
+    unknown = find_unknown_words(tokenizer, " ".join(captions))
+    if unknown and PartialState().is_main_process:
         warn(f"{len(unknown)} words of the captions are new to the text encoder, as none: {', '.join(unknown[:10])}")
     return tokenizer, freeze(text_encoder) if config.text_encoder is not None else text_encoder
 
@@ -144,21 +145,22 @@ def _are_same(first: torch.nn.Module, second: torch.nn.Module) -> bool:
 
 
 def tokenize(tokenizer: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Returns the "input_ids" (N, L) of captions and their "attention_mask" (N, L), 0 behind the end of a caption."""
+    """Returns the "input_ids" (N, L) of captions and their "attention_mask" (N, L), 0 behind the end of a caption.
+
+    They are on the device of the process.
+    """
     tokens = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
-    return {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
+    return {name: tokens[name].to(PartialState().device) for name in ("input_ids", "attention_mask")}
 
 
 @torch.no_grad()
 def embed(text_encoder: Any, tokens: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Returns the embeddings (N, L, D) of tokens on the CPU, float32, with a progress bar."""
+    """Returns the embeddings (N, L, D) of tokens on the CPU, float32; moves the text encoder to the device."""
     state = PartialState()
     text_encoder.to(state.device)
     starts = range(0, len(tokens["input_ids"]), EMBEDDED_AT_ONCE)
     bar = tqdm(starts, "embedding captions", dynamic_ncols=True, leave=False, disable=not state.is_main_process)
     batches = [
-        text_encoder(**{name: ids[i : i + EMBEDDED_AT_ONCE].to(state.device) for name, ids in tokens.items()})[0].cpu()
-        for i in bar
+        text_encoder(**{name: ids[i : i + EMBEDDED_AT_ONCE] for name, ids in tokens.items()})[0].cpu() for i in bar
     ]
-    text_encoder.cpu()
     return torch.cat(batches)
