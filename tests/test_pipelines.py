@@ -383,7 +383,7 @@ def test_what_a_model_can_not_read_is_said_once(by_prompt, caplog):
     for _ in range(2):
         by_prompt.encode_prompt([prompt, "a red cat, asleep"])
     assert caplog.messages == [
-        "the prompt has 11 tokens, this model takes 7: 'zebra, a reed' is left out",
+        "the prompt has 11 tokens, this model takes 7: 'Zebra, a reed' is left out",
         "this model has never seen the word 'reed'; words like it that it has seen: red",
         "this model has never seen the word 'and'; words like it that it has seen: none",
         "this model has never seen the word 'zebra'; words like it that it has seen: none",
