@@ -18,12 +18,13 @@ import numpy as np
 import torch
 
 from benchmarks.measuring import DEVICE, interleaved_times, report
-from sprite_diffusion.data.dataset import load_image_data, make_dataloader
+from sprite_diffusion.data.dataset import load_image_data
 from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.runs.presets import parse_config
 from sprite_diffusion.training.build import build_model, build_noise_scheduler
 from sprite_diffusion.training.loss import ddpm_loss
 from sprite_diffusion.training.performance import make_accelerator, prepare_attention
+from sprite_diffusion.training.steps import make_dataloader
 
 PRESET = "sprites_long.yaml"
 BATCHES = 100  # read from each set of images

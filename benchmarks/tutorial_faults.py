@@ -21,12 +21,13 @@ from models import ContextUNet2DModel
 from pipelines import ConditionalDDPMPipeline
 from sprite_diffusion.common.machine import prepare_cpu
 from sprite_diffusion.data.config import parse_data_flags
-from sprite_diffusion.data.dataset import ImageData, load_image_data, make_dataloader
+from sprite_diffusion.data.dataset import ImageData, load_image_data
 from sprite_diffusion.data.decoding import to_model_range
 from sprite_diffusion.sampling.conditions import Condition, one_hot
 from sprite_diffusion.sampling.course_checkpoint import course_scheduler
 from sprite_diffusion.sampling.generation import Request, sample_images
 from sprite_diffusion.sampling.samplers import make_sampler
+from sprite_diffusion.training.steps import make_dataloader
 
 NUM_EPOCHS = 32
 BATCH_SIZE = 100

@@ -52,9 +52,6 @@ class UnconditionalDDPMPipeline(UnconditionalDDPMPipeline):
         super().__init__(unet, ClosedFormDDPMScheduler.from_config(scheduler.config))
 '''
 
-# Classes that transformers 4 knows under another name than transformers 5, which knows both.
-COMMON_NAMES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
-
 
 class _DDPMPipeline(DiffusionPipeline):
     """What generation by class, by prompt and without either has in common: the denoising loop, and saving."""
@@ -95,7 +92,9 @@ class _DDPMPipeline(DiffusionPipeline):
         for name, part in {"_class_name": self, **self.components}.items():
             subfolder = folder if part is self else folder / name
             module = _find_library(part) or _save_source(type(part), subfolder)
-            index[name] = [module, COMMON_NAMES.get(type(part).__name__, type(part).__name__)]
+            # Of its own class transformers 4 would look for files that transformers 5 does not write.
+            is_fast_tokenizer = getattr(part, "is_fast", False)
+            index[name] = [module, "PreTrainedTokenizerFast" if is_fast_tokenizer else type(part).__name__]
         index_file.write_text(json.dumps(index, indent=2) + "\n")
 
     @torch.no_grad()
@@ -617,7 +616,7 @@ class TextToImageDDPMPipeline(_DDPMPipeline):
                 self._seen_prompts.add(text)
                 self._warn_of_prompt(text)
         tokens = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
-        device = self.text_encoder.device
+        device = self._execution_device
         return self.text_encoder(tokens.input_ids.to(device), attention_mask=tokens.attention_mask.to(device))[0]
 
     @contextmanager
@@ -630,6 +629,9 @@ class TextToImageDDPMPipeline(_DDPMPipeline):
         """Conditions every prediction on embeddings (B, L, D), and guides it there from others, the empty prompt's."""
         if guidance_scale != 1:
             negative = self.encode_prompt("") if negative_prompt_embeds is None else negative_prompt_embeds
+            if negative.shape[1:] != prompt_embeds.shape[1:]:
+                shapes = f"{tuple(prompt_embeds.shape[1:])} and {tuple(negative.shape[1:])}"
+                raise ValueError(f"the prompts' embeddings have the shapes {shapes}: they must agree")
             prompt_embeds = torch.cat([prompt_embeds, negative.expand_as(prompt_embeds)])  # (2B, L, D)
         self._guidance_scale = guidance_scale
         self._model_kwargs = {"encoder_hidden_states": prompt_embeds.to(self._execution_device, self.unet.dtype)}
@@ -677,9 +679,14 @@ def find_unknown_words(tokenizer: Any, text: str) -> list[str]:
 
 
 def _find_first_step(scheduler: Any, strength: float) -> int:
-    """Returns the index of the timestep that a share of the steps, at least one of them, begins at."""
+    """Returns the index of the timestep that a share of the steps, at least one of them, begins at.
+
+    Raises a ValueError for a scheduler that has to begin at the first.
+    """
     if strength == 0:
         return len(scheduler.timesteps)
+    if hasattr(scheduler, "counter"):  # of its calls, from the first step on
+        raise ValueError(f"{type(scheduler).__name__} can't begin midway: take another, or a `strength` of 1")
     order = getattr(scheduler, "order", 1)  # calls of the network for each step
     return (scheduler.num_inference_steps - max(1, round(strength * scheduler.num_inference_steps))) * order
 
@@ -724,11 +731,15 @@ def snap_colours(images: torch.Tensor, palette: torch.Tensor) -> torch.Tensor:
     """
     num_channels = 1 if images.shape[1] == 1 else 3
     pixels = (255 * images[:, :num_channels]).round().expand(-1, 3, -1, -1).movedim(1, -1) / 255  # (B, H, W, 3)
-    distances = torch.cdist(
-        to_oklab(pixels).flatten(0, 2), to_oklab(palette), compute_mode="donot_use_mm_for_euclid_dist"
-    )
-    colours = palette[distances.argmin(dim=1)].view_as(pixels).movedim(-1, 1)
+    found, index = pixels.flatten(0, 2).unique(dim=0, return_inverse=True)
+    nearest = palette[find_nearest(to_oklab(found), to_oklab(palette))]
+    colours = nearest[index].view_as(pixels).movedim(-1, 1)
     return torch.cat([colours[:, :num_channels], images[:, num_channels:]], dim=1)
+
+
+def find_nearest(points: torch.Tensor, palette: torch.Tensor) -> torch.Tensor:
+    """Returns for each of the points (N, 3) the index (N,) of the nearest row of a palette (K, 3)."""
+    return torch.cdist(points, palette, compute_mode="donot_use_mm_for_euclid_dist").argmin(dim=1)
 
 
 def _read_colours(palette: Sequence[str]) -> torch.Tensor:

@@ -22,7 +22,7 @@ from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline
 from schedulers import ClosedFormDDPMScheduler
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.config import DataConfig
-from sprite_diffusion.data.dataset import _cache_key, load_image_data, load_tensor, make_dataloader, open_images
+from sprite_diffusion.data.dataset import _cache_key, load_image_data, load_tensor, open_images
 from sprite_diffusion.data.sources import find_caption_column
 from sprite_diffusion.data.sprites import draw_sprites
 from sprite_diffusion.metrics import evaluation
@@ -38,6 +38,7 @@ from sprite_diffusion.sharing.card import make_card
 from sprite_diffusion.sharing.hub import copy_uploaded
 from sprite_diffusion.training.build import build_model
 from sprite_diffusion.training.captioned import train
+from sprite_diffusion.training.steps import make_dataloader
 from sprite_diffusion.training.text_encoder import MAX_TOKENS, build_text_encoder, build_tokenizer, tokenize
 
 CAPTIONS = ["A red cat, asleep", "a blue dog", "", "a blue dog", "two dogs and a cat"]
@@ -128,6 +129,9 @@ def test_images_in_memory_have_captions():
     assert [data.captions[i] for i in data.dataset.__getitems__([0, 1, 2, 3, 4])["caption_ids"]] == CAPTIONS
     with pytest.raises(UserInputError, match="4 captions for 5 images"):
         load_tensor(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), config, captions=CAPTIONS[:4])
+    untidy = load_tensor(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), config, captions=[" ", " a ghost\n", None])
+    assert untidy.captions == ["", "a ghost"]
+    assert untidy.dataset.captions.ids.tolist() == [0, 1, 0]
 
 
 def test_captions_are_no_part_of_the_decoded_images(pictures):

@@ -126,12 +126,14 @@ def test_images_of_the_user_get_the_preset_and_what_fits_them(tmp_path, capsys, 
 
 def test_what_a_preset_has_for_the_built_in_sprites_is_not_for_images_of_the_user(tmp_path, monkeypatch):
     text = (presets.presets_dir() / "sprites_conditional.yaml").read_text()
-    (tmp_path / "words.yaml").write_text(f"{text}leave_out_pairs: true\nmax_train_samples: 5\n")
+    (tmp_path / "words.yaml").write_text(
+        f"{text}leave_out_pairs: true\nmax_train_samples: 5\ncaption_column: caption\n"
+    )
     monkeypatch.setattr(presets, "presets_dir", lambda: tmp_path)
     folder = save_pictures(tmp_path / "mine", size=(16, 16))
-    for flags, expected in (("", (True, 5)), (f"--train_data_dir {folder}", (False, None))):
+    for flags, expected in (("", (True, 5, "text")), (f"--train_data_dir {folder}", (False, None, None))):
         config = parse(flags, "words.yaml")
-        assert (config.leave_out_pairs, config.max_train_samples) == expected
+        assert (config.leave_out_pairs, config.max_train_samples, config.caption_column) == expected
 
 
 def test_images_of_many_sizes_get_the_side_that_most_can_fill(tmp_path, capsys):

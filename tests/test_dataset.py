@@ -19,10 +19,11 @@ from pipelines import to_straight_alpha
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data import decoding
 from sprite_diffusion.data.config import DataConfig
-from sprite_diffusion.data.dataset import load_image_data, load_tensor, make_dataloader
+from sprite_diffusion.data.dataset import load_image_data, load_tensor
 from sprite_diffusion.data.decoding import prepare_image, to_model_range
 from sprite_diffusion.data.sprites import CLASS_NAMES, draw_sprites
 from sprite_diffusion.runs.config import TrainingConfig
+from sprite_diffusion.training.steps import make_dataloader
 
 # Two float32 operations on numbers of at most 2 in size, each rounded by at most 2 * 2**-24.
 ATOL = 2**-22

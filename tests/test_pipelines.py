@@ -13,6 +13,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    PNDMScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
@@ -635,6 +636,12 @@ class TestEditing:
     def test_what_does_not_fit_is_an_error(self, kwargs, message):
         with pytest.raises(ValueError, match=message):
             self.pipeline("ddim", 3)(**self.KWARGS, **kwargs)
+
+    def test_a_scheduler_that_counts_its_calls_can_not_begin_midway(self):
+        pipeline = self.pipeline("ddim", 3)
+        pipeline.scheduler = PNDMScheduler.from_config(pipeline.scheduler.config)
+        with pytest.raises(ValueError, match="PNDMScheduler can't begin midway"):
+            pipeline(image=torch.zeros(1, 3, 8, 8), strength=0.5, num_inference_steps=5)
 
     def test_classes_are_edited_too(self, conditional):
         image = torch.rand(1, *conditional.sample_shape)

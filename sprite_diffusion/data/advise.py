@@ -21,7 +21,7 @@ from sprite_diffusion.data.config import DataConfig, parse_data_flags
 from sprite_diffusion.data.dataset import StoredImages, load_image_data, open_images
 from sprite_diffusion.data.decoding import DEEP_MODES, BadImageError, open_image
 from sprite_diffusion.data.doubles import count_near_doubles
-from sprite_diffusion.data.sources import Source, Table
+from sprite_diffusion.data.sources import Source, Table, find_caption_column
 
 NUM_LOOKED_AT = 64  # photographs take 0.1 s each
 MIN_SIDE, MAX_SIDE = 8, 64  # pixels that a network is advised for: smaller ones can't be halved, larger ones need days
@@ -173,7 +173,10 @@ def main() -> None:
     images, class_names = data.dataset, data.class_names or []
     assert isinstance(images, StoredImages)  # as they are not streamed
     script = "train_unconditional.py"
-    if len(class_names) > 1:
+    if (column := find_caption_column(config, streaming=False)) is not None:
+        script = "train_conditional.py"
+        print(f"they have captions: {column}")
+    elif len(class_names) > 1:
         script = "train_conditional.py"
         print(printable(f"they are in {len(class_names)} classes: {', '.join(class_names[:MAX_NAMES])}"))
     if near := count_near_doubles(images):

@@ -16,11 +16,11 @@ import PIL
 import torch
 import xxhash
 from PIL import ImageColor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from sprite_diffusion.common.errors import UserInputError
-from sprite_diffusion.data.captions import NO_CAPTION, Captions
+from sprite_diffusion.data.captions import NO_CAPTION, Captions, clean_caption
 from sprite_diffusion.data.config import BUILT_IN_DATASET, IMAGE_MODES, DataConfig
 from sprite_diffusion.data.decoding import (
     SkippedImage,
@@ -307,58 +307,11 @@ def load_tensor(
     if captions is not None and len(captions) != len(images):
         raise UserInputError(f"{len(captions)} captions for {len(images)} images: give one for each")
     store = ImageStore.from_array(premultiply(images.cpu()).numpy())
-    dataset = StoredImages(store, ids, config.image_size, None if captions is None else Captions.of(captions))
+    named = None
+    if captions is not None:
+        named = Captions.of(clean_caption(text, f"caption {number}") for number, text in enumerate(captions))
+    dataset = StoredImages(store, ids, config.image_size, named)
     return ImageData(dataset, class_names, [], "images in memory")
-
-
-def hold_out(data: ImageData, fraction: float) -> ImageData:
-    """Returns images without a share of them, by chance but always the same, which are its `held_out`.
-
-    Of each class the share is held out, rounded down, so that no class is without images. Raises `UserInputError` if
-    no image would be held out.
-    """
-    if fraction == 0:
-        return data
-    assert isinstance(data.dataset, StoredImages)  # as --evaluate_every does not go with a stream
-    num_images = len(data.dataset)
-    labels = data.dataset.class_labels if data.class_names is not None else None
-    labels = np.zeros(num_images, np.int64) if labels is None else labels
-    order = np.random.default_rng(0).permutation(num_images)
-    order = order[np.argsort(labels[order], kind="stable")]
-    sorted_labels = labels[order]
-    rank = np.arange(num_images) - np.searchsorted(sorted_labels, sorted_labels)  # among those of the same class
-    is_held_out = np.zeros(num_images, bool)
-    is_held_out[order] = rank < np.floor(fraction * np.bincount(labels)[sorted_labels])
-    if not is_held_out.any():
-        raise UserInputError(
-            f"--validation_fraction {fraction:g} is less than one image of each class of {data.source}: give more"
-        )
-    kept, held_out = (data.dataset.select(np.flatnonzero(rows)) for rows in (~is_held_out, is_held_out))
-    return replace(data, dataset=kept, held_out=held_out)
-
-
-def make_dataloader(data: ImageData, batch_size: int, num_workers: int = 0) -> DataLoader:
-    """Returns shuffled batches, of which the last of an epoch may be smaller.
-
-    Args:
-        data: The images.
-        batch_size: The number of images in a batch.
-        num_workers: The processes that read a stream; 0 for the calling process. Other data needs none.
-    """
-    if isinstance(data.dataset, StreamedImages):
-        return DataLoader(data.dataset, batch_size=batch_size, num_workers=num_workers)
-    return DataLoader(
-        data.dataset,
-        batch_size=batch_size,
-        shuffle=True,
-        collate_fn=_keep_batch,
-        pin_memory=torch.cuda.is_available(),
-    )
-
-
-def _keep_batch(batch: Any) -> Any:
-    """Returns what `StoredImages` has gathered, which is a batch already."""
-    return batch
 
 
 def _open_stream(table: Table, config: DataConfig) -> ImageData:

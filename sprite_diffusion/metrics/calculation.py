@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from PIL import Image
 
+from pipelines import TextToImageDDPMPipeline
 from sprite_diffusion.common.errors import UserInputError, first_line
 from sprite_diffusion.common.machine import join_processes
 from sprite_diffusion.common.run_files import CONFIG_FILE, INDEX_FILE
 from sprite_diffusion.data.config import BUILT_IN_DATASET, IMAGE_MODES, DataConfig
 from sprite_diffusion.data.dataset import load_image_data
+from sprite_diffusion.data.sources import find_caption_column
 from sprite_diffusion.data.sprites import SIZE
 from sprite_diffusion.metrics.evaluation import (
     Batch,
@@ -47,6 +49,8 @@ def calculate(
     config = replace(config, resolution=resolution)
     if pipeline is not None:
         config = replace(config, image_mode=IMAGE_MODES[pipeline.sample_shape[0]])
+        if isinstance(pipeline, TextToImageDDPMPipeline):
+            config = replace(config, caption_column=find_caption_column(config, streaming=False))
     real = RealImages(load_image_data(config, with_labels=None))
     num_images = choose_num_images(real, args.num_images)
     facts = {
@@ -91,7 +95,7 @@ def calculate(
 
 def knows_words_of_artist(pipeline: Pipeline, config: DataConfig) -> bool:
     """Returns whether a model draws what a prompt says, of images that the built-in artist has captioned."""
-    is_captioned = pipeline.is_conditional and pipeline.num_classes == 0
+    is_captioned = isinstance(pipeline, TextToImageDDPMPipeline)
     return is_captioned and config.dataset_name == BUILT_IN_DATASET and config.image_size == (SIZE, SIZE)
 
 

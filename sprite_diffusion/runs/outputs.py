@@ -19,6 +19,7 @@ from sprite_diffusion.common.files import PARTIAL, FullDiskWarning
 from sprite_diffusion.common.run_files import (
     CONFIG_FILE,
     HISTORY_FILE,
+    INDEX_FILE,
     LOSS_FILE,
     METRICS_FILE,
     PAIRS_FILE,
@@ -360,8 +361,12 @@ class RunOutputs:
             files = self.folder.files
             with files.writing(staged) as partial:
                 pipeline.save_pretrained(str(partial))
-            # File by file: but for the weights, which are one file, they are the same at every step.
-            for file in [path for path in sorted(staged.rglob("*")) if path.is_file()]:
+            staged_files = sorted(path for path in staged.rglob("*") if path.is_file())
+            if sum(path.suffix == ".safetensors" for path in staged_files) > 1:
+                # A kill would leave networks of two steps, which would load.
+                files.remove(self.output_dir / INDEX_FILE)
+            # File by file, the index last: but for the weights they are the same at every step.
+            for file in sorted(staged_files, key=lambda path: path.name == INDEX_FILE):
                 target = self.output_dir / file.relative_to(staged)
                 target.parent.mkdir(exist_ok=True)
                 files.claim(target)

@@ -33,7 +33,8 @@ def parse_config(argv: list[str], default_preset: str) -> TrainingConfig:
     if flags.train_data_dir is not None and flags.dataset_name is None:  # else a preset's dataset would win over it
         dropped += ("--dataset_name=",)
     if path.resolve().parent == presets_dir() and has_own_data:
-        dropped += ("--max_train_samples=", "--leave_out_pairs=")  # which a preset has for its own data
+        # These are of the preset's own data.
+        dropped += ("--max_train_samples=", "--leave_out_pairs=", "--caption_column=")
     if flags.num_epochs is not None:
         dropped += ("--max_train_steps=",)
     if flags.config is None and has_own_data:  # which decide by themselves whether they are transparent

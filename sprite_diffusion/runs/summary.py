@@ -15,7 +15,7 @@ from sprite_diffusion.data.doubles import count_doubles
 from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.runs.state import TrainState
 
-RECORDED_PACKAGES = ("torch", "diffusers", "accelerate", "datasets")
+RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "datasets")
 
 
 def print_summary(

@@ -222,7 +222,7 @@ def read_process_flags(args: argparse.Namespace) -> dict[str, Any]:
 def read_prompts(path: Path) -> list[str]:
     """Returns the prompts of a file, one on each line. Raises `UserInputError` if there are none."""
     try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserInputError(f"--prompts {path} can't be read: {first_line(error)}") from None
     if not prompts:
@@ -329,6 +329,12 @@ def _contradictions(args: argparse.Namespace) -> dict[str, bool]:
             (args.palette is not None or args.binary_alpha) and (args.view != "samples" or args.animate is not None)
         ),
         "--strength and --mask need an --image": args.image is None and (args.strength, args.mask) != (None, None),
+        "--image does not go with the sampler pndm, which can't begin midway": (
+            args.image is not None and "pndm" in (args.scheduler or args.compare or "")
+        ),
+        "--animate shows no way where there is none: give --image more --strength than 0": (
+            args.animate is not None and args.strength == 0
+        ),
         f"--image does not go with {figure_flag}": args.image is not None and args.view not in EDITING_VIEWS,
         "--eta is for --scheduler ddim": args.eta > 0 and not samples_with_ddim,
         "--logger belongs to --compare": args.logger != "none" and args.compare is None,

@@ -13,7 +13,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError
 from PIL import Image
 
-from pipelines import to_oklab
+from pipelines import find_nearest, to_oklab
 from sprite_diffusion.common.errors import UserInputError, first_line
 from sprite_diffusion.common.run_files import CONFIG_FILE, PALETTE_FILE, find_run
 from sprite_diffusion.data.advise import PIXEL_ART_COLOURS
@@ -161,9 +161,7 @@ def _to_oklab(colours: np.ndarray) -> np.ndarray:
 
 def _find_nearest(points: np.ndarray, palette: np.ndarray) -> np.ndarray:
     """Returns for each of the points (N, 3) the index of the nearest row of the palette (K, 3)."""
-    from scipy.spatial import KDTree
-
-    return KDTree(palette).query(points)[1]
+    return find_nearest(torch.from_numpy(points), torch.from_numpy(palette)).numpy()
 
 
 def _square_distances(points: np.ndarray, palette: np.ndarray) -> np.ndarray:

@@ -209,7 +209,7 @@ def _snippet(run: RunRecord, repo_id: str) -> str:
         lines.append(
             f'pipeline({quote(next(iter(run.prompts)))}, guidance_scale=2.0, {steps}).images[0].save("image.png")'
         )
-        note = f"{of_all}their prompt. It knows the words of its captions alone, and warns of others."
+        note = f"{of_all}their prompt."
     elif run.class_names:
         first, last = quote(run.class_names[0]), quote(run.class_names[-1])
         lines += [

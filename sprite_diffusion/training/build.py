@@ -115,7 +115,7 @@ def build_model(
     else:
         shape |= {
             "cross_attention_dim": cross_attention_dim,
-            # The mean of all words is added to the time as a class would be: Saharia et al. 2022, section 2.3. What
+            # One vector of all words is added to the time as a class would be: Saharia et al. 2022, section 2.3. What
             # attention brings to the lower levels alone is learned much more slowly.
             "addition_embed_type": "text",
             "addition_embed_type_num_heads": math.gcd(TEXT_HEADS, cross_attention_dim),

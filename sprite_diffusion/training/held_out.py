@@ -1,11 +1,13 @@
-"""The loss of images that are not trained on, beside that of images that are: a network that learns by heart shows."""
+"""Images that are not trained on, and their loss beside that of the others: a network that learns by heart shows."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.dataset import ImageData, StoredImages
 from sprite_diffusion.data.decoding import to_model_range
 from sprite_diffusion.metrics.report import Losses
@@ -14,6 +16,32 @@ from sprite_diffusion.training.randomness import Draws, draw_randomness
 from sprite_diffusion.training.steps import Batch
 
 NUM_BATCHES, BATCH_SIZE = 32, 32  # of each of the two losses
+
+
+def hold_out(data: ImageData, fraction: float) -> ImageData:
+    """Returns images without a share of them, by chance but always the same, which are its `held_out`.
+
+    Of each class the share is held out, rounded down, so that no class is without images. Raises `UserInputError` if
+    no image would be held out.
+    """
+    if fraction == 0:
+        return data
+    assert isinstance(data.dataset, StoredImages)  # as --evaluate_every does not go with a stream
+    num_images = len(data.dataset)
+    labels = data.dataset.class_labels if data.class_names is not None else None
+    labels = np.zeros(num_images, np.int64) if labels is None else labels
+    order = np.random.default_rng(0).permutation(num_images)
+    order = order[np.argsort(labels[order], kind="stable")]
+    sorted_labels = labels[order]
+    rank = np.arange(num_images) - np.searchsorted(sorted_labels, sorted_labels)  # among those of the same class
+    is_held_out = np.zeros(num_images, bool)
+    is_held_out[order] = rank < np.floor(fraction * np.bincount(labels)[sorted_labels])
+    if not is_held_out.any():
+        raise UserInputError(
+            f"--validation_fraction {fraction:g} is less than one image of each class of {data.source}: give more"
+        )
+    kept, held_out = (data.dataset.select(np.flatnonzero(rows)) for rows in (~is_held_out, is_held_out))
+    return replace(data, dataset=kept, held_out=held_out)
 
 
 def measure_losses(
@@ -44,10 +72,13 @@ def _measure(model: Any, batch: Batch, config: TrainingConfig, loss_fn: Any, num
 
 
 def _batches(images: Any, device: torch.device) -> Iterator[Batch]:
-    """Yields `NUM_BATCHES` batches of images, cropped in the centre, the first ones again when there are no more."""
+    """Yields `NUM_BATCHES` batches of images, cropped in the centre, the first ones again when there are no more.
+
+    They are drawn by chance, always the same: the first of a folder are of one class.
+    """
     assert isinstance(images, StoredImages)  # as a stream has none held out
-    for number in range(NUM_BATCHES):
-        rows = np.arange(number * BATCH_SIZE, (number + 1) * BATCH_SIZE) % len(images)
+    order = np.resize(np.random.default_rng(0).permutation(len(images)), NUM_BATCHES * BATCH_SIZE)
+    for rows in np.split(order, NUM_BATCHES):
         pixels = images.read_centred(rows).to(device)
         ids = {name: values.to(device) for name, values in images.read_ids(rows).items()}
         yield Batch(to_model_range(pixels), ids.get("class_labels"), ids.get("caption_ids"), 0, BATCH_SIZE, BATCH_SIZE)

@@ -4,12 +4,14 @@ import math
 import sys
 from collections.abc import Iterator, Sized
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.utils.data import DataLoader
 
 from sprite_diffusion.common.errors import UserInputError
-from sprite_diffusion.data.dataset import ImageData, make_dataloader
+from sprite_diffusion.data.dataset import ImageData, StreamedImages
 from sprite_diffusion.data.decoding import to_model_range
 from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.runs.state import TrainState
@@ -101,6 +103,30 @@ class Steps:
             return min(given, self._num_images - index * self.size - first_row)
         state = self._accelerator.gradient_state
         return state.remainder if state.end_of_dataloader and state.remainder > 0 else given
+
+
+def make_dataloader(data: ImageData, batch_size: int, num_workers: int = 0) -> DataLoader:
+    """Returns shuffled batches, of which the last of an epoch may be smaller.
+
+    Args:
+        data: The images.
+        batch_size: The number of images in a batch.
+        num_workers: The processes that read a stream; 0 for the calling process. Other data needs none.
+    """
+    if isinstance(data.dataset, StreamedImages):
+        return DataLoader(data.dataset, batch_size=batch_size, num_workers=num_workers)
+    return DataLoader(
+        data.dataset,
+        batch_size=batch_size,
+        shuffle=True,
+        collate_fn=_keep_batch,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _keep_batch(batch: Any) -> Any:
+    """Returns what `StoredImages` has gathered, which is a batch already."""
+    return batch
 
 
 def take_share(rows: dict[str, torch.Tensor], first_row: int, rank: int, num_images_of_all: int) -> Batch:

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from pipelines import find_unknown_words
 from sprite_diffusion.common.errors import UserInputError, first_line, warn
+from sprite_diffusion.common.run_files import read_saved_config
 from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.sampling.pipeline_loading import Pipeline
 from sprite_diffusion.sampling.text_encoders import load_text_parts, quiet_transformers
@@ -118,6 +119,9 @@ def choose_text_encoder(config: TrainingConfig, captions: Sequence[str], base: P
         index = DiffusionPipeline.load_config(checkpoint)
         if "text_encoder" not in index:
             raise UserInputError(f"{checkpoint} was trained without captions: leave --caption_column out")
+        earlier = (read_saved_config(Path(config.output_dir)) or {}).get("text_encoder")
+        if earlier != config.text_encoder:
+            raise UserInputError(f"--text_encoder {config.text_encoder}: the run that is resumed has {earlier}")
         parts = load_text_parts(checkpoint, index)
         tokenizer, text_encoder = parts["tokenizer"], parts["text_encoder"]
     elif config.text_encoder is not None:
@@ -129,12 +133,15 @@ def choose_text_encoder(config: TrainingConfig, captions: Sequence[str], base: P
             )
     elif base is not None:
         tokenizer, text_encoder = base.tokenizer, base.text_encoder
+        if PartialState().is_main_process:
+            print(f"its text encoder is trained further; --text_encoder {config.init_from} leaves it as it is")
     else:
         tokenizer = build_tokenizer(captions)
         text_encoder = build_text_encoder(tokenizer)
     unknown = find_unknown_words(tokenizer, " ".join(captions))
     if unknown and PartialState().is_main_process:
-        warn(f"{len(unknown)} words of the captions are new to the text encoder, as none: {', '.join(unknown[:10])}")
+        named = ", ".join(unknown[:10])
+        warn(f"{len(unknown)} words of the captions are unknown to the text encoder, which takes all for one: {named}")
     return tokenizer, freeze(text_encoder) if config.text_encoder is not None else text_encoder
 
 
@@ -149,6 +156,10 @@ def tokenize(tokenizer: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]
 
     They are on the device of the process.
     """
+    limit = tokenizer.model_max_length
+    num_longer = sum(len(ids) > limit for ids in tokenizer(list(captions), verbose=False).input_ids)
+    if num_longer and PartialState().is_main_process:
+        warn(f"{num_longer:,} captions are longer than the {limit} tokens that are read: their ends are left out")
     tokens = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
     return {name: tokens[name].to(PartialState().device) for name in ("input_ids", "attention_mask")}
 

@@ -14,7 +14,7 @@ from diffusers.optimization import get_scheduler
 
 from sprite_diffusion.common.flags import check_tracker
 from sprite_diffusion.common.machine import join_processes
-from sprite_diffusion.data.dataset import ImageData, hold_out
+from sprite_diffusion.data.dataset import ImageData
 from sprite_diffusion.runs.base_model import check_same_prediction, load_base
 from sprite_diffusion.runs.checkpoint import Checkpoints
 from sprite_diffusion.runs.config import TrainingConfig
@@ -26,7 +26,7 @@ from sprite_diffusion.runs.weights import Weights
 from sprite_diffusion.sampling.pipeline_loading import Pipeline
 from sprite_diffusion.training.bad_steps import BadSteps
 from sprite_diffusion.training.build import check_network
-from sprite_diffusion.training.held_out import measure_losses
+from sprite_diffusion.training.held_out import hold_out, measure_losses
 from sprite_diffusion.training.meter import Meter
 from sprite_diffusion.training.muon import Muon
 from sprite_diffusion.training.performance import (
