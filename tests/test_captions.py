@@ -26,7 +26,7 @@ from sprite_diffusion.data.dataset import _cache_key, load_image_data, load_tens
 from sprite_diffusion.data.sources import find_caption_column
 from sprite_diffusion.data.sprites import draw_sprites
 from sprite_diffusion.metrics import evaluation
-from sprite_diffusion.metrics.evaluation import generate
+from sprite_diffusion.metrics.evaluation import generate, match_conditions
 from sprite_diffusion.metrics.real_images import RealImages
 from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.sampling.conditions import Condition
@@ -282,7 +282,7 @@ def test_a_model_that_is_begun_from_keeps_its_words(run, run_script, tmp_path, c
     run_script("train_conditional", f"{flags} --ddpm_num_inference_steps 2", tmp_path / "tuned")
     printed = capsys.readouterr()
     assert "begun from" in printed.out
-    assert re.search(r"warning: \d+ words of the captions are new to the text encoder", printed.err)
+    assert re.search(r"warning: \d+ words of the captions are unknown to the text encoder", printed.err)
     assert (tmp_path / "tuned" / "tokenizer" / "tokenizer.json").read_text() == (
         run / "tokenizer" / "tokenizer.json"
     ).read_text()
@@ -510,11 +510,11 @@ def test_metrics_are_of_images_for_the_captions_of_the_data(run, monkeypatch):
         RealImages(load_image_data(DataConfig(max_train_samples=100, resolution="16", caption_column=column), None))
         for column in (None, "caption")
     )
-    list(generate(pipeline, sampler, real, 30, 8, 2.0, 0))
+    list(generate(pipeline, sampler, match_conditions(pipeline, real, 30), 8, 2.0, 0))
     captions = draw_sprites(100)[2]
     assert asked.names == [captions[i] for i in real.reference[:30]]
     with pytest.raises(UserInputError, match="has no captions, which this model reads: name their --caption_column"):
-        list(generate(pipeline, sampler, without, 30, 8, 2.0, 0))
+        match_conditions(pipeline, without, 30)
 
 
 class RecordConditions:
