@@ -115,8 +115,7 @@ def build_model(
     else:
         shape |= {
             "cross_attention_dim": cross_attention_dim,
-            # One vector of all words is added to the time as a class would be: Saharia et al. 2022, section 2.3. What
-            # attention brings to the lower levels alone is learned much more slowly.
+            # One vector of all words is added to the time as a class would be: Saharia et al. 2022, section 2.3.
             "addition_embed_type": "text",
             "addition_embed_type_num_heads": math.gcd(TEXT_HEADS, cross_attention_dim),
         }
