@@ -448,7 +448,7 @@ SAMPLE = [
     ("{0}/by_class --compare ddim:2 --no-noise", "not allowed with"),
     ("{0}/by_class --compare ddim:2 --scheduler ddim", "does not go with --compare"),
     ("{0}/by_class --interpolate 1 2 --scheduler euler", "does not go with --interpolate"),
-    ("{0}/by_class --interpolate 1 2 --class 0 --class 1 --class 2", "between 2 classes or mixes: 3 are given"),
+    ("{0}/by_class --interpolate 1 2 --class 0 --class 1 --class 2", "mixes or prompts: 3 are given"),
     ("{0}/by_class --interpolate 1", "--interpolate"),
     ("{0}/by_class --interpolate 1 -2", "--interpolate"),
     ("{0}/by_class --interpolate 1 2 --num_images 1", "--num_images from 2 on"),

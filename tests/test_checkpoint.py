@@ -315,7 +315,7 @@ def test_the_best_checkpoint_is_that_of_the_lowest_distance(run_script, tmp_path
 
 
 def test_a_run_that_copies_ends_at_its_best_checkpoint(run_script, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(classifier, "TRAINING_STEPS", 20)
+    monkeypatch.setattr(classifier, "TRAINING_STEPS", 200)
     monkeypatch.setattr(outputs, "IMAGES_PER_EVALUATION", 10)
     monkeypatch.setattr(samplers, "FEW_STEPS", 2)
     asked: list[int] = []

@@ -605,7 +605,7 @@ class TestGenerate:
         conditions = match_conditions(pipeline, swapped, 30)
         for condition, label in zip(conditions, swapped.class_labels[swapped.reference], strict=True):
             assert condition.name == names[label]
-            assert pipeline.id2label[int(condition.weights.argmax())] == names[label]
+            assert pipeline.id2label[int(condition.arguments["context"].argmax())] == names[label]
         with pytest.raises(UserInputError, match="other classes"):
             match_conditions(pipeline, sprites(60, class_names=[*names[:-1], "dragon"]), 30)
         with pytest.raises(UserInputError, match="no classes"):
