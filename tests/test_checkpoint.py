@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 
 from sprite_diffusion.common.files import DiskFullError, written_beside
 from sprite_diffusion.common.run_files import list_checkpoints
-from sprite_diffusion.metrics import classifier
 from sprite_diffusion.metrics.report import Measurement
 from sprite_diffusion.runs import outputs
 from sprite_diffusion.runs.manifest import find_damage
@@ -297,7 +296,6 @@ def test_resuming_from_an_earlier_checkpoint_ends_the_later_ones(run_script, sto
 
 
 def test_the_best_checkpoint_is_that_of_the_lowest_distance(run_script, tmp_path, monkeypatch):
-    monkeypatch.setattr(classifier, "TRAINING_STEPS", 20)
     monkeypatch.setattr(outputs, "IMAGES_PER_EVALUATION", 10)
     monkeypatch.setattr(samplers, "FEW_STEPS", 2)
     flags = f"{TINY} --max_train_samples 40 --num_epochs 6 --evaluate_every 1 --keep_best_checkpoint"
@@ -315,7 +313,6 @@ def test_the_best_checkpoint_is_that_of_the_lowest_distance(run_script, tmp_path
 
 
 def test_a_run_that_copies_ends_at_its_best_checkpoint(run_script, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(classifier, "TRAINING_STEPS", 200)
     monkeypatch.setattr(outputs, "IMAGES_PER_EVALUATION", 10)
     monkeypatch.setattr(samplers, "FEW_STEPS", 2)
     asked: list[int] = []
