@@ -252,7 +252,10 @@ class _DDPMPipeline(DiffusionPipeline):
                 raise ValueError(f"`{name}` has the shape {shape}: this model takes {(batch_size, *expected)}, or one")
         tensors = {name: tensor.to(self._execution_device, torch.float32) for name, tensor in tensors.items()}
         mask = tensors["mask_image"] >= 0.5 if mask_image is not None else None
-        return _Edit(tensors["image"].expand(batch_size, -1, -1, -1), strength, mask)
+        images = clean_images = tensors["image"].expand(batch_size, -1, -1, -1)
+        if channels == 4:
+            clean_images = torch.cat([images[:, :3] * images[:, 3:], images[:, 3:]], dim=1)
+        return _Edit(images, 2 * clean_images - 1, strength, mask)
 
     def _check_inputs(
         self,
@@ -281,18 +284,15 @@ class _Edit(NamedTuple):
     """Images to change, and how."""
 
     images: torch.Tensor  # (B, C, H, W) in [0, 1], with straight alpha
+    clean_images: torch.Tensor  # the same as the network sees them: in [-1, 1], with colours multiplied by alpha
     strength: float
     mask: torch.Tensor | None  # (B or 1, 1, H, W): whether a pixel is drawn anew
 
     def noised(self, scheduler: Any, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Returns the images as x_t (B, C, H, W) at the first of the timesteps; without noise if there is none."""
-        clean_images = self.images
-        if clean_images.shape[1] == 4:
-            clean_images = torch.cat([clean_images[:, :3] * clean_images[:, 3:], clean_images[:, 3:]], dim=1)
-        clean_images = 2 * clean_images - 1
         if len(timesteps) == 0:
-            return clean_images
-        return scheduler.add_noise(clean_images, noise, timesteps[:1].expand(len(noise)))
+            return self.clean_images
+        return scheduler.add_noise(self.clean_images, noise, timesteps[:1].expand(len(noise)))
 
     def keep(self, drawn: torch.Tensor) -> torch.Tensor:
         """Returns what was drawn, (B, C, H, W) in [0, 1], with the images themselves where they were to be kept."""

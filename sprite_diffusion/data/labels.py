@@ -80,6 +80,15 @@ def check_each_has_images(class_labels: np.ndarray, class_names: list[str], sour
         )
 
 
+def rank_in_class(class_labels: np.ndarray) -> np.ndarray:
+    """Returns the place (N,) of each image among those of the same class, from 0 on, in their order."""
+    order = np.argsort(class_labels, kind="stable")
+    sorted_labels = class_labels[order]
+    rank = np.empty(len(class_labels), np.int64)
+    rank[order] = np.arange(len(class_labels)) - np.searchsorted(sorted_labels, sorted_labels)
+    return rank
+
+
 def spread_over_classes(class_labels: np.ndarray | None, num_images: int, limit: int | None) -> np.ndarray:
     """Returns the rows (n,) of at most `limit` images: of each class the first, as many of each as there are.
 
@@ -89,8 +98,4 @@ def spread_over_classes(class_labels: np.ndarray | None, num_images: int, limit:
         return np.arange(num_images)
     if class_labels is None:
         return np.arange(limit) * num_images // limit
-    order = np.argsort(class_labels, kind="stable")
-    sorted_labels = class_labels[order]
-    rank = np.empty(num_images, np.int64)  # among those of the same class
-    rank[order] = np.arange(num_images) - np.searchsorted(sorted_labels, sorted_labels)
-    return np.sort(np.lexsort((class_labels, rank))[:limit])
+    return np.sort(np.lexsort((class_labels, rank_in_class(class_labels)))[:limit])

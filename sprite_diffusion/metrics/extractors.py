@@ -114,16 +114,19 @@ def _load_inception(device: torch.device) -> Function:
     return lambda images: network(to_rgb(images))
 
 
+def _load_parts_of_clip(name: str, *classes: Any) -> list[Any]:
+    """Returns parts of a CLIP model, one of each class; `name` is a Hub id or a folder."""
+    try:
+        return [part.from_pretrained(name) for part in classes]
+    except (OSError, ValueError) as error:
+        raise UserInputError(f"--clip_model {name} can't be loaded: {first_line(error)}") from None
+
+
 def _load_clip(name: str, device: torch.device) -> Function:
     """Returns the image embeddings of a CLIP model, as unit vectors; `name` is a Hub id or a folder."""
     from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-    try:
-        processor: Any = CLIPImageProcessor.from_pretrained(name)
-        network: Any = CLIPVisionModelWithProjection.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserInputError(f"--clip_model {name} can't be loaded: {first_line(error)}") from None
-
+    processor, network = _load_parts_of_clip(name, CLIPImageProcessor, CLIPVisionModelWithProjection)
     network.eval().to(device)
 
     def embed(images: torch.Tensor) -> torch.Tensor:
@@ -137,12 +140,7 @@ def _load_clip_text(name: str, device: torch.device) -> Callable[[Sequence[str]]
     """Returns the text embeddings of a CLIP model, as unit vectors; `name` is a Hub id or a folder."""
     from transformers import AutoTokenizer, CLIPTextModelWithProjection
 
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name)
-        network: Any = CLIPTextModelWithProjection.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserInputError(f"--clip_model {name} can't be loaded: {first_line(error)}") from None
-
+    tokenizer, network = _load_parts_of_clip(name, AutoTokenizer, CLIPTextModelWithProjection)
     network.eval().to(device)
 
     @torch.no_grad()

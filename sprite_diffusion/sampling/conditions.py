@@ -13,8 +13,6 @@ from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.sampling.pipeline_loading import Pipeline
 
 MAX_CLASSES = 1000  # the most that are sampled without being named
-
-
 LABEL_WIDTH = 28  # letters in a line of a picture
 
 

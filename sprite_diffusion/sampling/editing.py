@@ -1,10 +1,9 @@
 """Images to change: `sample.py --image` and `--mask`."""
 
 from pathlib import Path
-from typing import Any
 
-import torch
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.config import IMAGE_MODES, DataConfig
@@ -24,10 +23,8 @@ def read_edit(pipeline: Pipeline, image: Path, strength: float | None, mask: Pat
     channels, height, width = pipeline.sample_shape
     config = DataConfig(resolution=f"{width}x{height}", center_crop=True, image_mode=IMAGE_MODES[channels])
     picture = _open(image, config)
-    mode: Any = picture.mode
-    if picture.size == (width, height) and mode == IMAGE_MODES[channels]:
-        levels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-        pixels = levels.view(1, height, width, channels).permute(0, 3, 1, 2) / 255
+    if picture.size == (width, height) and picture.mode == IMAGE_MODES[channels]:
+        pixels = pil_to_tensor(picture)[None] / 255
     else:
         pixels = to_unit_range(load_image_file(str(image), config)[None])
     white = None

@@ -10,6 +10,7 @@ import torch
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.dataset import ImageData, StoredImages
 from sprite_diffusion.data.decoding import to_model_range
+from sprite_diffusion.data.labels import rank_in_class
 from sprite_diffusion.metrics.report import Losses
 from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.training.randomness import Draws, draw_randomness
@@ -31,11 +32,9 @@ def hold_out(data: ImageData, fraction: float) -> ImageData:
     labels = data.dataset.class_labels if data.class_names is not None else None
     labels = np.zeros(num_images, np.int64) if labels is None else labels
     order = np.random.default_rng(0).permutation(num_images)
-    order = order[np.argsort(labels[order], kind="stable")]
-    sorted_labels = labels[order]
-    rank = np.arange(num_images) - np.searchsorted(sorted_labels, sorted_labels)  # among those of the same class
+    labels = labels[order]
     is_held_out = np.zeros(num_images, bool)
-    is_held_out[order] = rank < np.floor(fraction * np.bincount(labels)[sorted_labels])
+    is_held_out[order] = rank_in_class(labels) < np.floor(fraction * np.bincount(labels)[labels])
     if not is_held_out.any():
         raise UserInputError(
             f"--validation_fraction {fraction:g} is less than one image of each class of {data.source}: give more"

@@ -75,7 +75,7 @@ def build_text_encoder(tokenizer: Any) -> transformers.CLIPTextModel:
 
 
 def load_text_encoder(name: str, captions: Sequence[str]) -> tuple[Any, Any]:
-    """Returns the tokenizer and the text encoder of `--text_encoder`, frozen.
+    """Returns the tokenizer and the text encoder of `--text_encoder`, in float32.
 
     Args:
         name: A name on the Hub or a folder: of a text encoder with its tokenizer, or of a pipeline that has both.
@@ -97,12 +97,7 @@ def load_text_encoder(name: str, captions: Sequence[str]) -> tuple[Any, Any]:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     fit_length(tokenizer, captions)
-    return tokenizer, freeze(text_encoder.float())
-
-
-def freeze(text_encoder: Any) -> Any:
-    """Returns a text encoder that is not trained."""
-    return text_encoder.eval().requires_grad_(False)
+    return tokenizer, text_encoder.float()
 
 
 def choose_text_encoder(config: TrainingConfig, captions: Sequence[str], base: Pipeline | None) -> tuple[Any, Any]:
@@ -142,7 +137,9 @@ def choose_text_encoder(config: TrainingConfig, captions: Sequence[str], base: P
     if unknown and PartialState().is_main_process:
         named = ", ".join(unknown[:10])
         warn(f"{len(unknown)} words of the captions are unknown to the text encoder, which takes all for one: {named}")
-    return tokenizer, freeze(text_encoder) if config.text_encoder is not None else text_encoder
+    if config.text_encoder is not None:
+        text_encoder.eval().requires_grad_(False)
+    return tokenizer, text_encoder
 
 
 def _are_same(first: torch.nn.Module, second: torch.nn.Module) -> bool:
