@@ -175,7 +175,7 @@ def main() -> None:
     script = "train_unconditional.py"
     if (column := find_caption_column(config, streaming=False)) is not None:
         script = "train_conditional.py"
-        print(f"they have captions: {column}")
+        print(printable(f"they have captions: {column}"))
     elif len(class_names) > 1:
         script = "train_conditional.py"
         print(printable(f"they are in {len(class_names)} classes: {', '.join(class_names[:MAX_NAMES])}"))

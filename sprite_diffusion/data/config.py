@@ -53,8 +53,8 @@ class DataConfig:
     )
     leave_out_pairs: bool = flag(
         False,
-        "Draw no 'sprites' with any of a tenth of the pairs of colour and part, such as a red cloak: can a model that "
-        "never saw them draw them?",
+        "Draw no 'sprites' that have one of a tenth of the pairs of colour and part, such as a red cloak, to measure "
+        "whether a model draws pairs that it never saw.",
         changes="pixels",
     )
     resolution: str = flag("64", "Side of the images, or WIDTHxHEIGHT.", changes="pixels")

@@ -99,7 +99,7 @@ def list_image_folder(folder: Path, config: DataConfig) -> ImageFolder:
                 found.has_only_images = False
             try:
                 status = os.stat(path)
-                if ending != ".txt":  # which may hold a caption, and makes no image another one
+                if ending != ".txt":  # may hold a caption, whose change changes no image
                     found.files.add(path, status)
                 if is_image and stat.S_ISREG(status.st_mode):
                     found.images.append(path)

@@ -105,7 +105,7 @@ def parse_args(description: str | None) -> argparse.Namespace:
     images.add_argument("--prompt", dest="prompts", action="append", help="What to draw; repeatable.")
     images.add_argument("--prompts", dest="prompts_file", type=Path, metavar="FILE", help="A prompt on each line.")
     images.add_argument("--negative_prompt", metavar="PROMPT", help="What guidance leads away from.")
-    images.add_argument("--image", type=Path, metavar="FILE", help="Change this picture; --num_images of variants.")
+    images.add_argument("--image", type=Path, metavar="FILE", help="Draw --num_images variants of this picture.")
     images.add_argument("--strength", type=float, help="Of --image: 0 to 1; default 0.6, with --mask 1.")
     images.add_argument("--mask", type=Path, metavar="FILE", help="White where --image is drawn anew, else kept.")
     _add_process_flags(parser)
@@ -332,7 +332,7 @@ def _contradictions(args: argparse.Namespace) -> dict[str, bool]:
         "--image does not go with the sampler pndm, which can't begin midway": (
             args.image is not None and "pndm" in (args.scheduler or args.compare or "")
         ),
-        "--animate shows no way where there is none: give --image more --strength than 0": (
+        "--animate has nothing to show at a strength of 0: give --image more --strength than 0": (
             args.animate is not None and args.strength == 0
         ),
         f"--image does not go with {figure_flag}": args.image is not None and args.view not in EDITING_VIEWS,

@@ -1,7 +1,7 @@
 """Training on captions, compared with conditional.py: a text encoder reads them, and the network attends to the words.
 
 The text encoder turns the words of a caption into vectors, which the network's cross-attention looks up. It is trained
-together with the network, or trained already and left as it is.
+together with the network, or it is that of `--text_encoder`, which stays as it is.
 """
 
 from dataclasses import replace

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from tqdm.auto import tqdm
 
 from pipelines import find_unknown_words
-from sprite_diffusion.common.errors import UserInputError, first_line, warn
+from sprite_diffusion.common.errors import UserInputError, first_line, mask_secrets, printable, warn
 from sprite_diffusion.common.run_files import read_saved_config
 from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.sampling.pipeline_loading import Pipeline
@@ -129,14 +129,15 @@ def choose_text_encoder(config: TrainingConfig, captions: Sequence[str], base: P
     elif base is not None:
         tokenizer, text_encoder = base.tokenizer, base.text_encoder
         if PartialState().is_main_process:
-            print(f"its text encoder is trained further; --text_encoder {config.init_from} leaves it as it is")
+            note = f"the text encoder of {config.init_from} is trained further; --text_encoder besides would keep it"
+            print(printable(mask_secrets(note)))
     else:
         tokenizer = build_tokenizer(captions)
         text_encoder = build_text_encoder(tokenizer)
     unknown = find_unknown_words(tokenizer, " ".join(captions))
     if unknown and PartialState().is_main_process:
         named = ", ".join(unknown[:10])
-        warn(f"{len(unknown)} words of the captions are unknown to the text encoder, which takes all for one: {named}")
+        warn(f"{len(unknown)} words of the captions are unknown to the text encoder, which tells none apart: {named}")
     if config.text_encoder is not None:
         text_encoder.eval().requires_grad_(False)
     return tokenizer, text_encoder
