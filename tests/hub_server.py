@@ -1,8 +1,8 @@
 """A server on this machine that answers `huggingface_hub` and diffusers as the real Hub does.
 
-It holds model repositories of one user with one branch. Clients take its address from `HF_ENDPOINT`, which they read
-when they are imported, so that each has to run in a process of its own. Weights go by LFS, for which clients need
-`HF_HUB_DISABLE_XET=1`.
+It holds model repositories and Spaces of one user with one branch; a Space is kept as `spaces/USER/NAME`. Clients take
+its address from `HF_ENDPOINT`, which they read when they are imported, so that each has to run in a process of its
+own. Weights go by LFS, for which clients need `HF_HUB_DISABLE_XET=1`.
 """
 
 import base64
@@ -22,20 +22,21 @@ from urllib.parse import parse_qs, unquote
 USER, TOKEN = "me", "hf_goodtoken"
 DROP = 0  # stands for a status, and closes the connection without an answer
 
-REPO = r"(?P<repo>[^/]+/[^/]+)"
+REPO = r"(?P<repo>(spaces/)?[^/]+/[^/]+)"
+API = r"/api/(?P<kind>models|spaces)/(?P<repo>[^/]+/[^/]+)"
 ROUTES = [  # matched before unquoting, as a quoted revision may hold slashes
     ("GET", r"/api/whoami-v2", "whoami"),
     ("POST", r"/api/repos/create", "create"),
     ("POST", r"/api/validate-yaml", "validate_yaml"),
-    ("POST", rf"/api/models/{REPO}/preupload/(?P<revision>[^/]+)", "preupload"),
+    ("POST", rf"{API}/preupload/(?P<revision>[^/]+)", "preupload"),
     ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", "lfs_batch"),
     ("POST", rf"/{REPO}\.git/info/lfs/objects/verify", "lfs_verify"),
     ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", "lfs_upload"),
     ("GET|HEAD", r"/lfs/(?P<oid>[0-9a-f]{64})", "lfs_download"),
-    ("POST", rf"/api/models/{REPO}/commit/(?P<revision>[^/]+)", "commit"),
-    ("GET", rf"/api/models/{REPO}(/revision/(?P<revision>[^/]+))?", "info"),
-    ("GET", rf"/api/models/{REPO}/tree/(?P<revision>[^/]+)(/(?P<path>.*))?", "tree"),
-    ("POST", rf"/api/models/{REPO}/paths-info/(?P<revision>[^/]+)", "paths_info"),
+    ("POST", rf"{API}/commit/(?P<revision>[^/]+)", "commit"),
+    ("GET", rf"{API}(/revision/(?P<revision>[^/]+))?", "info"),
+    ("GET", rf"{API}/tree/(?P<revision>[^/]+)(/(?P<path>.*))?", "tree"),
+    ("POST", rf"{API}/paths-info/(?P<revision>[^/]+)", "paths_info"),
     ("GET|HEAD", rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
 ]
 
@@ -168,7 +169,8 @@ class _Handler(BaseHTTPRequestHandler):
             if match is None:
                 raise HubError(404, f"this server has no {self.command} {raw_path}")
             arguments = {key: unquote(value) if value else value for key, value in match.groupdict().items()}
-            self.repo = arguments.pop("repo", "")
+            is_space = arguments.pop("kind", "") == "spaces"
+            self.repo = ("spaces/" if is_space else "") + arguments.pop("repo", "")
             getattr(self, name)(**arguments)
         except HubError as error:
             self.send_error_as_hub(error)
@@ -241,6 +243,10 @@ class _Handler(BaseHTTPRequestHandler):
         if owner != USER:
             raise HubError(403, f'You don\'t have the rights to create a model under the namespace "{owner}"')
         name = f"{owner}/{options['name']}"
+        if options.get("type") == "space":
+            if options.get("sdk") != "gradio":
+                raise HubError(400, '"sdk" is required')
+            name = f"spaces/{name}"
         url = f"{self.server.url}/{name}"
         if name in self.server.repos:
             raise HubError(409, "You already created this model repo", url=url)
@@ -248,7 +254,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.repos[name] = Repository(private)
         attributes = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
         self.server.repos[name].commit("initial commit", {".gitattributes": attributes})
-        self.send_json({"url": url, "name": name})
+        self.send_json({"url": url, "name": name.removeprefix("spaces/")})
 
     def validate_yaml(self) -> None:
         content = json.loads(self.body)["content"]
@@ -334,8 +340,12 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self.repository()
         commit = repository.at(revision)
         siblings = [{"rfilename": path} for path in sorted(commit.files)]
-        owner, state = self.repo.split("/")[0], {"private": repository.private, "gated": False, "disabled": False}
-        names = {"id": self.repo, "modelId": self.repo, "author": owner, "sha": commit.oid}
+        owner, state = (
+            self.repo.removeprefix("spaces/").split("/")[0],
+            {"private": repository.private, "gated": False, "disabled": False},
+        )
+        id = self.repo.removeprefix("spaces/")
+        names = {"id": id, "modelId": id, "author": owner, "sha": commit.oid}
         self.send_json({**names, **state, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings})
 
     def tree(self, revision: str, path: str | None) -> None:

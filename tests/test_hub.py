@@ -7,6 +7,7 @@ import ast
 import json
 import re
 import shutil
+import socket
 import subprocess
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,7 +19,7 @@ import pytest
 import yaml
 from hub_server import DROP, TOKEN, HubServer, Repository
 from huggingface_hub import ModelCard
-from launching import PYTHON, REPOSITORY, TINY, run_command
+from launching import PYTHON, REPOSITORY, TINY, kill, run_command, start_command
 from markdown_it import MarkdownIt
 from PIL import Image
 from tiny_network import make_tiny_network
@@ -802,6 +803,51 @@ def test_push_command(author, pipeline_folder):
     assert printed == f"uploaded {author.server.url}/me/later/discussions/1\n"
     assert repository.pull_requests[0].changed >= {"samples/step-000008.png"}
     assert repository.files["samples/step-000008.png"] != b"another"
+
+
+def test_a_space_draws_with_the_model(author, pipeline_folder, tmp_path):
+    """Its files alone, run as the Hub runs them: by app.py, at the address and port of gradio's variables."""
+    author.log_in()
+    push = [
+        "-m",
+        "sprite_diffusion.sharing.hub",
+        "push",
+        str(pipeline_folder),
+        "me/later",
+        "--space",
+        "me/later-studio",
+    ]
+    _, uploaded = author.run(*push).stdout.splitlines()
+    assert uploaded.startswith(f"uploaded {author.server.url}/spaces/me/later-studio/commit/")
+    files = dict(author.server.repos["spaces/me/later-studio"].files)
+    assert yaml.safe_load(files["README.md"].decode().split("---")[1])["models"] == ["me/later"]
+    for name, content in files.items():
+        (tmp_path / "space" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "space" / name).write_bytes(content)
+    environment = {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(find_free_port()), "SPACE_ID": "me/x"}
+    environment |= {"HF_ENDPOINT": author.server.url, "HF_HOME": str(author.home), "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"NO_PROXY": "*", "no_proxy": "*", "PYTHONPATH": "", "PYTHONSAFEPATH": ""}
+    process = start_command([*PYTHON, "-u", "app.py"], environment, tmp_path / "space")
+    try:
+        said = process.stdout.readline()
+        url = re.fullmatch(r"open (http://127.0.0.1:\d+/) in a browser; Ctrl-C ends it\n", said)[1]
+        page = build_opener(ProxyHandler({})).open(f"{url}config").read().decode()
+    finally:
+        kill(process)
+    assert "later: studio" in page
+    assert '"elem_id":"draw"' in page
+
+    author.server.repos["spaces/me/later-studio"].commit("another", {"README.md": b"mine"})
+    author.run(*push)
+    assert author.server.repos["spaces/me/later-studio"].files["README.md"] == b"mine"
+    author.server.repos["spaces/me/later-studio"].commit("another", {"app.py": b"import gradio"})
+    refused = author.run(*push, status=2).stderr
+    assert "error: --space me/later-studio holds another app: name a Space of its own for the studio" in refused
+
+
+def find_free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 @pytest.mark.slow

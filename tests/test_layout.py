@@ -11,9 +11,11 @@ from launching import REPOSITORY
 
 PACKAGE = "sprite_diffusion"
 # Each of the package's folders imports those above it in this list, and no others.
-FOLDERS = ["common", "data", "sampling", "metrics", "sharing", "runs", "training"]
+FOLDERS = ["common", "data", "sampling", "studio", "metrics", "sharing", "runs", "training"]
 # What is done with a finished model needs nothing of what makes one.
-REACH_OF_SCRIPTS = {script: FOLDERS[: FOLDERS.index("runs")] for script in ("sample.py", "calculate_metrics.py")}
+REACH_OF_SCRIPTS = {
+    script: FOLDERS[: FOLDERS.index("runs")] for script in ("sample.py", "studio.py", "calculate_metrics.py")
+}
 
 ALLOWED = {*sys.stdlib_module_names, "numpy", "torch", "diffusers"}
 ALLOWED_IN = {"schedulers": ALLOWED, "models": ALLOWED, "pipelines": {*ALLOWED, "PIL"}}

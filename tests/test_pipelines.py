@@ -15,13 +15,13 @@ from diffusers import (
     HeunDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
-    UNet2DConditionModel,
     UNet2DModel,
     UniPCMultistepScheduler,
 )
 from diffusers.image_processor import VaeImageProcessor
 from launching import PYTHON, run_command
 from PIL import Image
+from tiny_network import make_tiny_text_to_image
 
 from models import BasicUNet2DModel, ContextUNet2DModel
 from pipelines import (
@@ -33,7 +33,6 @@ from pipelines import (
 )
 from schedulers import ClosedFormDDPMScheduler, LinearCorruptionScheduler
 from sprite_diffusion.sampling.palettes import Palette
-from sprite_diffusion.training.text_encoder import build_text_encoder, build_tokenizer
 
 ID2LABEL = {0: "hero", 1: "food", 2: "spell"}
 
@@ -78,24 +77,7 @@ def conditional(request) -> ConditionalDDPMPipeline:
 
 @pytest.fixture
 def by_prompt() -> TextToImageDDPMPipeline:
-    tokenizer = build_tokenizer(["a red cat, asleep", "two blue dogs"])
-    torch.manual_seed(0)
-    text_encoder = build_text_encoder(tokenizer).eval()
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=8,
-        cross_attention_dim=text_encoder.config.hidden_size,
-        addition_embed_type="text",
-        addition_embed_type_num_heads=4,
-    ).eval()
-    scheduler = ClosedFormDDPMScheduler(timestep_spacing="trailing")
-    return quiet(TextToImageDDPMPipeline(unet, scheduler, text_encoder, tokenizer, ["two dogs"]))
+    return quiet(make_tiny_text_to_image())
 
 
 def test_same_images_as_the_stock_pipeline(unconditional):

@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from browsing import DESKTOP, PHONE, set_screen, start_browser, wait
 from launching import TINY
 from matplotlib.colors import to_rgb
 from PIL import Image
-from selenium.webdriver import ActionChains, Chrome, ChromeOptions, ChromeService, Keys
+from selenium.webdriver import ActionChains, Chrome, Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
-from selenium.webdriver.support.wait import WebDriverWait
 
 from sprite_diffusion.metrics import classifier
 from sprite_diffusion.runs import outputs
@@ -42,7 +42,6 @@ GRID_STEPS = [3, 6, 8, 9, 12, 15, 16]
 MARKUP = "<script>document.title = 'run'</script><img alt='x' src='https://example.com/x.png'>"
 HTML_NAME = '<b>&"x' + 60 * "y"
 TRAJECTORY_STEPS = 25
-DESKTOP, PHONE = 1200, 360  # CSS pixels
 
 
 def entry(global_step: int, **values: float | None) -> dict:
@@ -220,17 +219,8 @@ def test_token_does_not_stand_on_the_page(token, run, run_script, tmp_path, monk
 
 @pytest.fixture(scope="module")
 def browser():
-    """Starts a Chromium that finds no server by any name, and keeps a log of its requests and its console."""
-    options = ChromeOptions()
-    options.binary_location = "/usr/bin/chromium"
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "force-color-profile=srgb", "window-size=1200,900"):
-        options.add_argument(f"--{flag}")
-    options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("no_proxy", "*")  # the driver is on this machine
-        with Chrome(options, ChromeService("/usr/bin/chromedriver")) as driver:
-            yield driver
+    with start_browser() as browser:
+        yield browser
 
 
 @pytest.fixture
@@ -238,10 +228,7 @@ def visit(browser) -> Callable[..., None]:
     """Returns a function that opens a run's page."""
 
     def visit(run_dir: Path, width: int = DESKTOP, scheme: str = "light") -> None:
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width == PHONE}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        features = [{"name": "prefers-color-scheme", "value": scheme}]
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        set_screen(browser, width, scheme)
         browser.get((run_dir / "report.html").as_uri())
 
     return visit
@@ -272,10 +259,6 @@ def decode(image: WebElement) -> np.ndarray:
 
 def to_array(png: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-
-
-def wait(browser: Chrome, condition: Callable[[], object]) -> None:
-    WebDriverWait(browser, 20, poll_frequency=0.05).until(lambda _: condition())
 
 
 def test_page_asks_for_nothing_and_has_no_errors(run, browser, visit):

@@ -449,12 +449,12 @@ class TestPalettes:
         flags = SimpleNamespace(
             model="model", palette=str(tmp_path / "two.hex"), colours_per_image=None, binary_alpha=True
         )
-        finish, record = choose_finish(flags, pipeline)
+        finish = choose_finish(flags, pipeline)
         images = random_images(3, 4, 8, 8)
         levels, finished = to_array(images), to_array(finish(images))
         np.testing.assert_array_equal(finished[..., 3], np.where(levels[..., 3] >= 128, 255, 0))
         assert {*map(tuple, finished[..., :3].reshape(-1, 3).tolist())} == {(16, 32, 48), (240, 224, 208)}
-        assert record["binary_alpha"] is True
+        assert finish.record["binary_alpha"] is True
 
     @pytest.mark.parametrize(
         ("flags", "message"),

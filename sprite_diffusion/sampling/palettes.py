@@ -73,22 +73,43 @@ class Palette:
         return {"source": self.source, "colours": [f"#{bytes(colour).hex()}" for colour in self.colours], **limit}
 
 
-def choose_palette(text: str, model: str, num_channels: int) -> Palette:
+@dataclass(frozen=True)
+class Finish:
+    """What is done to samples after they are drawn."""
+
+    palette: Palette | None = None
+    binary_alpha: bool = False  # of images of four channels
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns images (N, C, H, W) in [0, 1] with an alpha of 0 or 1 and the palette's colours, if asked for."""
+        if self.binary_alpha:
+            images = torch.cat([images[:, :3], (images[:, 3:] >= 0.5).to(images.dtype)], dim=1)
+        return images if self.palette is None else self.palette.snap(images)
+
+    @property
+    def record(self) -> dict[str, object]:
+        """The entries in the record of a picture."""
+        palette = {} if self.palette is None else {"palette": self.palette.record}
+        return {**palette, **({"binary_alpha": True} if self.binary_alpha else {})}
+
+
+def choose_palette(text: str, model: str, num_channels: int, colours_per_image: int | None = None) -> Palette:
     """Returns the palette of `--palette`: the colours of a file, or those of the images that a model was trained on.
 
     Args:
         text: 'auto', a number of colours or a file.
         model: The model, which has a palette with it if the images are pixel art, and whose run tells the images.
         num_channels: The channels of the model's images.
+        colours_per_image: The most that an image is to have of them; None for all.
 
     Raises:
         UserInputError: If the file or the images can't be read, or a model of grey images is given colours.
     """
-    saved = _find_saved_palette(model) if text == "auto" else None
+    saved = find_saved_palette(model) if text == "auto" else None
     if saved is not None:
-        return Palette(read_palette(saved), text)
+        return Palette(read_palette(saved), text, colours_per_image)
     if text != "auto" and not text.isdecimal():
-        palette = Palette(read_palette(Path(text)), text)
+        palette = Palette(read_palette(Path(text)), text, colours_per_image)
         if num_channels == 1 and (palette.colours != palette.colours[:, :1]).any():
             raise UserInputError(f"--palette {text} has colours, and {model} draws in grey: give a palette of greys")
         return palette
@@ -104,10 +125,10 @@ def choose_palette(text: str, model: str, num_channels: int) -> Palette:
         raise UserInputError(f"--palette {text}: the images of the run can't be read; name a file ({error})") from None
     assert isinstance(data.dataset, StoredImages)
     limit = None if text == "auto" else int(text)
-    return Palette(learn_palette(data.dataset, limit), text)
+    return Palette(learn_palette(data.dataset, limit), text, colours_per_image)
 
 
-def _find_saved_palette(model: str) -> Path | None:
+def find_saved_palette(model: str) -> Path | None:
     """Returns the file of the palette that a run has left in its folder, or in a repository on the Hub, or None."""
     path = Path(model)
     for folder in filter(None, (path, find_run(path))):

@@ -2,8 +2,6 @@
 
 import argparse
 import math
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ from sprite_diffusion.sampling.figures import (
     show_steps,
 )
 from sprite_diffusion.sampling.generation import Request, Trajectory, sample_images
-from sprite_diffusion.sampling.palettes import choose_palette
+from sprite_diffusion.sampling.palettes import Finish, choose_palette
 from sprite_diffusion.sampling.pictures import (
     check_size,
     labelled_grid,
@@ -66,11 +64,11 @@ def write_samples(args: argparse.Namespace, pipeline: Pipeline) -> None:
     grid = (rows, columns) if args.output.suffix else (1, 1)  # a folder gets a file for each image
     scale = args.scale if args.sheet is None else args.scale or 1
     check_size(args.output, *grid, pipeline.sample_shape, scale, frames=1)
-    finish, finish_record = choose_finish(args, pipeline)
+    finish = choose_finish(args, pipeline)
     images = finish(sample_images(pipeline, sampler, request, trajectory=trajectory))
     if request.edit is not None:
         images = request.edit.keep(images)
-    record = {**sampler.record, **finish_record, **request.record}
+    record = {**sampler.record, **finish.record, **request.record}
     if args.sheet is not None:
         write_sheet(images, args.sheet, columns, scale, {**_record_of_model(args), **record})
         print(f"wrote {args.sheet}\nwrote {args.sheet.with_suffix('.json')}")
@@ -86,28 +84,17 @@ def write_samples(args: argparse.Namespace, pipeline: Pipeline) -> None:
         print(f"wrote {args.animate}")
 
 
-def choose_finish(
-    args: argparse.Namespace, pipeline: Pipeline
-) -> tuple[Callable[[torch.Tensor], torch.Tensor], dict[str, Any]]:
-    """Returns what `--palette` and `--binary_alpha` do to samples (N, C, H, W) in [0, 1], and the record of it.
+def choose_finish(args: argparse.Namespace, pipeline: Pipeline) -> Finish:
+    """Returns what `--palette` and `--binary_alpha` ask for.
 
     Raises `UserInputError` if there is no such palette, or no alpha.
     """
     num_channels = pipeline.sample_shape[0]
     if args.binary_alpha and num_channels != 4:
         raise UserInputError(f"--binary_alpha: {args.model} draws no transparency (see --image_mode of the training)")
-    palette = None
-    if args.palette is not None:
-        palette = choose_palette(args.palette, args.model, num_channels)
-        palette = replace(palette, colours_per_image=args.colours_per_image)
-
-    def finish(images: torch.Tensor) -> torch.Tensor:
-        if args.binary_alpha:
-            images = torch.cat([images[:, :3], (images[:, 3:] >= 0.5).to(images.dtype)], dim=1)
-        return images if palette is None else palette.snap(images)
-
-    record: dict[str, Any] = {} if palette is None else {"palette": palette.record}
-    return finish, record | ({"binary_alpha": True} if args.binary_alpha else {})
+    if args.palette is None:
+        return Finish(binary_alpha=args.binary_alpha)
+    return Finish(choose_palette(args.palette, args.model, num_channels, args.colours_per_image), args.binary_alpha)
 
 
 def make_figure(args: argparse.Namespace, pipeline: Pipeline) -> Figure:

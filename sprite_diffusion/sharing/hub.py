@@ -28,6 +28,7 @@ from sprite_diffusion.common.run_files import (
     SUMMARY_FILE,
 )
 from sprite_diffusion.sharing.card import make_card
+from sprite_diffusion.sharing.space import push_space
 
 # Checkpoints, optimizer states, logs and data are never uploaded.
 UPLOADED = [*PIPELINE_FILES, f"{SAMPLES_DIR}/*", SUMMARY_FILE, METRICS_FILE, HISTORY_FILE]
@@ -154,8 +155,8 @@ class HubUploader:
         shutil.rmtree(folder)
 
 
-def _push(run_dir: Path, repo_id: str, private: bool, create_pr: bool) -> None:
-    """Uploads a finished run. Raises `UserInputError` if the Hub refuses it."""
+def _push(run_dir: Path, repo_id: str, private: bool, create_pr: bool) -> str:
+    """Uploads a finished run, and returns its id, with the owner. Raises `UserInputError` if the Hub refuses it."""
     check_token(None)
     api = HfApi()
     if not create_pr:  # a pull request may go to a repository of somebody else
@@ -170,6 +171,7 @@ def _push(run_dir: Path, repo_id: str, private: bool, create_pr: bool) -> None:
     finally:
         shutil.rmtree(folder)
     print(f"uploaded {commit.pr_url or commit.commit_url}")
+    return repo_id
 
 
 def parse_args() -> argparse.Namespace:
@@ -181,9 +183,12 @@ def parse_args() -> argparse.Namespace:
     push.add_argument("repo_id", help="Such as me/sprites; made if it is missing.")
     push.add_argument("--private", action="store_true", help="Make it private if it is missing.")
     push.add_argument("--pr", action="store_true", help="Open a pull request in place of a commit.")
+    push.add_argument("--space", metavar="ID", help="Also make a Space of this id, with the studio of the model.")
     card = commands.add_parser("card", help=f"Write {CARD_FILE} of a run, and upload nothing.")
     card.add_argument("run_dir", type=Path)
     args = parser.parse_args()
+    if args.command == "push" and args.pr and args.space is not None:
+        raise UserInputError("--space does not go with --pr: its studio would draw with what the repository holds now")
     if not (args.run_dir / INDEX_FILE).is_file():
         raise UserInputError(f"{args.run_dir} holds no pipeline: name the output folder of a run that has saved one")
     return args
@@ -193,7 +198,9 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     if args.command == "push":
-        _push(args.run_dir, args.repo_id, args.private, args.pr)
+        repo_id = _push(args.run_dir, args.repo_id, args.private, args.pr)
+        if args.space is not None:
+            print(f"uploaded {push_space(args.space, repo_id, args.private)}")
         return
     path = args.run_dir / CARD_FILE
     write_text(path, make_card(args.run_dir, None, None))
