@@ -614,7 +614,8 @@ class TextToImageDDPMPipeline(_DDPMPipeline):
         for text in dict.fromkeys(prompts):
             if text not in self._seen_prompts:
                 self._seen_prompts.add(text)
-                self._warn_of_prompt(text)
+                for note in check_prompt(self.tokenizer, text):
+                    logger.warning(note)
         tokens = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
         device = self._execution_device
         return self.text_encoder(tokens.input_ids.to(device), attention_mask=tokens.attention_mask.to(device))[0]
@@ -648,21 +649,20 @@ class TextToImageDDPMPipeline(_DDPMPipeline):
             raise ValueError(f"`{name}_embeds` has the shape {tuple(embeds.shape)}: it must be (B, L, {features})")
         return embeds
 
-    def _warn_of_prompt(self, prompt: str) -> None:
-        """Warns of the words of a prompt that the tokenizer has no token for, and of its end if that is cut off."""
-        tokenizer = self.tokenizer
-        encoding = tokenizer(prompt, return_offsets_mapping=tokenizer.is_fast, verbose=False)
-        ids, limit = encoding.input_ids, tokenizer.model_max_length
-        if len(ids) > limit:
-            begin = limit - 1  # the end has a token too
-            rest = (
-                prompt[encoding.offset_mapping[begin][0] :] if tokenizer.is_fast else tokenizer.decode(ids[begin:-1])
-            )
-            logger.warning(f"the prompt has {len(ids)} tokens, this model takes {limit}: '{rest}' is left out")
-        known = tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}
-        for word in find_unknown_words(tokenizer, prompt):
-            nearest = ", ".join(get_close_matches(word, sorted(known))) or "none"
-            logger.warning(f"this model has never seen the word '{word}'; words like it that it has seen: {nearest}")
+
+def check_prompt(tokenizer: Any, prompt: str) -> list[str]:
+    """Returns what a model does not take of a prompt: its end if that is cut off, and words without a token."""
+    encoding = tokenizer(prompt, return_offsets_mapping=tokenizer.is_fast, verbose=False)
+    ids, limit, notes = encoding.input_ids, tokenizer.model_max_length, []
+    if len(ids) > limit:
+        begin = limit - 1  # the end has a token too
+        rest = prompt[encoding.offset_mapping[begin][0] :] if tokenizer.is_fast else tokenizer.decode(ids[begin:-1])
+        notes.append(f"the prompt has {len(ids)} tokens, this model takes {limit}: '{rest}' is left out")
+    known = tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}
+    for word in find_unknown_words(tokenizer, prompt):
+        nearest = ", ".join(get_close_matches(word, sorted(known))) or "none"
+        notes.append(f"this model has never seen the word '{word}'; words like it that it has seen: {nearest}")
+    return notes
 
 
 def find_unknown_words(tokenizer: Any, text: str) -> list[str]:

@@ -349,6 +349,15 @@ def test_other_models_draw_too(model, flags, visit, folder, tmp_path):
     np.testing.assert_array_equal(drawn, read(*sorted((tmp_path / "out").glob("*.png"))))
 
 
+def test_the_page_names_words_that_the_model_has_never_seen(visit):
+    """Every time, to everybody; not only when they are first asked for."""
+    studio = visit("prompt")
+    for prompt in ("a zebra", "two dogs", "a zebra"):
+        studio.write("#prompt textarea", prompt)
+        studio.draw()
+        assert ("never seen the word 'zebra'" in studio.status) == (prompt == "a zebra")
+
+
 def test_a_slider_mixes_classes(visit, folder, tmp_path):
     studio = visit("class")
     studio.open("A mix of classes")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torchvision.transforms.functional import to_pil_image
 
-from pipelines import TextToImageDDPMPipeline
+from pipelines import TextToImageDDPMPipeline, check_prompt
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.common.flags import SEED_RANGE, Range
 from sprite_diffusion.sampling.conditions import Condition, choose_conditions, example_conditions
@@ -57,6 +57,11 @@ class Model:
     def takes_prompts(self) -> bool:
         """Whether images are asked for by prompt."""
         return isinstance(self.pipeline, TextToImageDDPMPipeline)
+
+    def check_prompts(self, settings: "Settings") -> list[str]:
+        """Returns what the model does not take of the prompts."""
+        prompts = (settings.prompt, settings.negative_prompt) if self.takes_prompts else ()
+        return [note for prompt in prompts for note in check_prompt(self.pipeline.tokenizer, prompt)]
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,8 @@ def _add_conditions(model: Model) -> dict[str, Any]:
         examples = pipeline.example_prompts
         prompt = gr.Textbox(examples[0] if examples else "", label="Prompt", max_length=MAX_PROMPT, elem_id="prompt")
         if examples:
-            gr.Examples([[text] for text in examples], prompt, label="Prompts like those it was trained on")
+            with gr.Accordion("Prompts like those it was trained on", open=False):
+                gr.Examples([[text] for text in examples], prompt)
         negative = gr.Textbox(label="Away from", max_length=MAX_PROMPT, elem_id="negative")
         return {"prompt": prompt, "negative_prompt": negative, "guidance_scale": guidance.render()}
     names = [(pipeline.id2label.get(id, str(id)), str(id)) for id in range(pipeline.num_classes)]
@@ -231,7 +232,9 @@ def _draw(
             pictures = [make_single_picture(image, 1) for image in shown.images]
             with TemporaryDirectory() as folder:
                 files = [str(path) for path in write_files(model, shown, Path(folder))]
-                said = _say(f"{len(pictures)} drawn by {shown.sampler.label}.")
+                said = _say(
+                    "\n".join([f"{len(pictures)} drawn by {shown.sampler.label}.", *model.check_prompts(settings)])
+                )
                 code = write_snippet(model, settings, shown)
                 yield said, list(zip(pictures, captions, strict=True)), files, code, shown
     except UserInputError as error:
@@ -302,4 +305,5 @@ def _leave() -> tuple:
 
 
 def _say(text: str) -> str:
-    return f"<p>{html.escape(printable(mask_secrets(text)))}</p>"
+    """Returns lines of text for the page."""
+    return f"<p>{'<br>'.join(html.escape(printable(line)) for line in mask_secrets(text).splitlines())}</p>"
