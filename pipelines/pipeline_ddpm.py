@@ -90,6 +90,8 @@ class _DDPMPipeline(DiffusionPipeline):
         index_file = folder / self.config_name
         index = json.loads(index_file.read_text())
         for name, part in {"_class_name": self, **self.components}.items():
+            if part is None:
+                continue
             subfolder = folder if part is self else folder / name
             module = _find_library(part) or _save_source(type(part), subfolder)
             # Of its own class transformers 4 would look for files that transformers 5 does not write.

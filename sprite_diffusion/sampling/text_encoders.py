@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers.utils import logging
 
-from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.common.errors import UserInputError, first_line
+from sprite_diffusion.common.run_files import CONFIG_FILE, find_run, read_saved_config
 from sprite_diffusion.sampling.model_checks import check_numbers, naming
 
 MAX_LENGTH = 2**15  # tokens of a prompt; a tokenizer without a limit says 10^30
@@ -19,10 +21,38 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def load_text_parts(model: str, index: Mapping[str, Any]) -> dict[str, Any]:
+def load_text_encoder(name: str) -> tuple[Any, Any]:
+    """Returns the tokenizer and the text encoder of `--text_encoder`, in float32 on the CPU.
+
+    Args:
+        name: A name on the Hub or a folder: of a text encoder with its tokenizer, or of a pipeline that has both.
+
+    Raises:
+        UserInputError: If there is no such text encoder.
+    """
+    of_pipeline = Path(name, "text_encoder").is_dir()
+    tokenizer_folder, encoder_folder = ("tokenizer", "text_encoder") if of_pipeline else ("", "")
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, subfolder=encoder_folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, subfolder=tokenizer_folder)
+        text_encoder = transformers.AutoModelForTextEncoding.from_pretrained(
+            name, subfolder=encoder_folder, config=config.get_text_config()
+        )
+    except Exception as error:  # the values in its files can lead transformers to raise anything
+        raise UserInputError(f"--text_encoder {name} can't be loaded: {first_line(error)}") from None
+    return tokenizer, text_encoder.float().eval()
+
+
+def load_text_parts(model: str, index: Mapping[str, Any], frozen: str | None = None) -> dict[str, Any]:
     """Returns the text encoder and the tokenizer of a pipeline by these names, in float32 on the CPU.
 
-    Raises `UserInputError`, or whatever error the values in their files lead to.
+    Args:
+        model: What holds the pipeline.
+        index: Its index, in which the text encoder of a checkpoint is null if the run leaves it as it is.
+        frozen: The `--text_encoder` of that run, if it is known.
+
+    Raises:
+        UserInputError: Or whatever error the values in their files lead to.
     """
     quiet_transformers()
     with naming("tokenizer/tokenizer_config.json"):
@@ -30,20 +60,53 @@ def load_text_parts(model: str, index: Mapping[str, Any]) -> dict[str, Any]:
         tokenizer = tokenizer_class.from_pretrained(model, subfolder="tokenizer")
         if not 2 <= tokenizer.model_max_length <= MAX_LENGTH:
             raise ValueError(f"model_max_length is {tokenizer.model_max_length}: it must be 2 to {MAX_LENGTH:,}")
+    if is_left_out(index["text_encoder"]):
+        try:
+            _, text_encoder = load_text_encoder(frozen or _find_frozen(model))
+            _check_fits(text_encoder.config, tokenizer)
+        except (UserInputError, ValueError) as error:
+            raise UserInputError(f"{model}, the text encoder of its run: {error}") from None
+        return {"text_encoder": text_encoder, "tokenizer": tokenizer}
     with naming("text_encoder/config.json"):
         encoder_class = _find_class(model, index["text_encoder"], transformers.PreTrainedModel)
         config = encoder_class.config_class.from_pretrained(model, subfolder="text_encoder")
         check_numbers("", json.loads(config.to_json_string()))
-        if config.vocab_size < len(tokenizer):
-            raise ValueError(f"it has {config.vocab_size:,} tokens, and its tokenizer {len(tokenizer):,}")
-        if getattr(config, "max_position_embeddings", MAX_LENGTH) < tokenizer.model_max_length:
-            raise ValueError(f"it takes fewer tokens than its tokenizer gives, {tokenizer.model_max_length}")
+        _check_fits(config, tokenizer)
     text_encoder, found = encoder_class.from_pretrained(
         model, subfolder="text_encoder", config=config, output_loading_info=True
     )
     if missing := sorted(found["missing_keys"]):
         raise UserInputError(f"{model} lacks weights of its text encoder: {', '.join(missing[:3])}; save it again")
     return {"text_encoder": text_encoder.float().eval(), "tokenizer": tokenizer}
+
+
+def is_left_out(entry: Any) -> bool:
+    """Returns whether the entry of an index says that the pipeline was saved without this part."""
+    return entry == [None, None]
+
+
+def _find_frozen(checkpoint: str) -> str:
+    """Returns where the text encoder of a checkpoint is that has none: in the pipeline of its run, or as the run says.
+
+    Raises `UserInputError` if the folder of the run does not say.
+    """
+    run_dir = find_run(Path(checkpoint))
+    if run_dir is not None and (run_dir / "text_encoder").is_dir():
+        return str(run_dir)
+    name = None if run_dir is None else (read_saved_config(run_dir) or {}).get("text_encoder")
+    if not isinstance(name, str):
+        raise UserInputError(
+            f"it is not in the checkpoint: put that into the folder of the run, whose {CONFIG_FILE} names it"
+        )
+    return name
+
+
+def _check_fits(config: Any, tokenizer: Any) -> None:
+    """Raises ValueError if a text encoder takes fewer words, or fewer of them, than its tokenizer gives."""
+    if config.vocab_size < len(tokenizer):
+        raise ValueError(f"it has {config.vocab_size:,} tokens, and its tokenizer {len(tokenizer):,}")
+    if getattr(config, "max_position_embeddings", MAX_LENGTH) < tokenizer.model_max_length:
+        raise ValueError(f"it takes fewer tokens than its tokenizer gives, {tokenizer.model_max_length}")
 
 
 def _find_class(model: str, entry: Any, base: type) -> Any:

@@ -21,7 +21,7 @@ from sprite_diffusion.training.build import build_model, build_noise_scheduler
 from sprite_diffusion.training.loss import ddpm_loss
 from sprite_diffusion.training.randomness import Draws
 from sprite_diffusion.training.steps import Batch
-from sprite_diffusion.training.text_encoder import choose_text_encoder, embed, tokenize
+from sprite_diffusion.training.text_encoder import choose_text_encoder, embed_once, tokenize
 from sprite_diffusion.training.training_loop import begin_run, training_loop
 
 MAX_GRID_ROWS = 8  # captions in a sample grid, one per row
@@ -76,7 +76,7 @@ def train(config: TrainingConfig, data: ImageData | None = None) -> TextToImageD
     if config.text_encoder is None:
         model: torch.nn.Module = CaptionedNetwork(unet, text_encoder)
     else:
-        model, read = unet, {"encoder_hidden_states": embed(text_encoder, read)}
+        model, read = unet, {"encoder_hidden_states": embed_once(text_encoder, read)}
     noise_scheduler = build_noise_scheduler(config, base)
 
     def loss_fn(model: Any, batch: Batch, draws: Draws) -> torch.Tensor:
