@@ -408,6 +408,20 @@ def test_captions_are_read_once_into_a_file_that_is_mapped(text_encoder, tmp_pat
     assert not images.exists()
 
 
+def test_a_text_encoder_is_written_once(run, tmp_path, monkeypatch):
+    pipeline = load_pipeline(str(run))
+    names = {*pipeline.text_encoder.state_dict()}
+    written = []
+    save = CLIPTextModel.save_pretrained
+    monkeypatch.setattr(
+        CLIPTextModel, "save_pretrained", lambda *args, **kwargs: written.append(save(*args, **kwargs))
+    )
+    pipeline.save_pretrained(tmp_path / "copy")
+    assert len(written) == 1
+    assert_same_weights(weights(run, TEXT_WEIGHTS), weights(tmp_path / "copy", TEXT_WEIGHTS))
+    assert {*pipeline.text_encoder.state_dict()} == names
+
+
 def test_the_loss_reads_the_caption_of_each_image(monkeypatch, tmp_path):
     """Of each micro-batch the network is given the tokens of the captions, and the empty one for a share of them."""
     config = TrainingConfig(
