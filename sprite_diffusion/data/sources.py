@@ -22,6 +22,7 @@ from sprite_diffusion.data.image_folder import LocalFiles, find_local_files, lis
 from sprite_diffusion.data.labels import choose_class_names, spread_over_classes, to_class_ids
 from sprite_diffusion.data.sprites import CLASS_NAMES, draw_sprites
 
+BUILT_IN_SOURCE = f"{BUILT_IN_DATASET} (built in)"
 BUILT_IN_SIZE = 8000
 BUILT_IN_CAPTIONS = "caption"
 MAX_BUILT_IN_SIZE = 10**6  # which take 0.8 GB of memory
@@ -93,7 +94,7 @@ def draw_built_in(config: DataConfig, with_labels: bool | None) -> Source:
         num_images, transparent=config.image_mode == "RGBA", leave_out=leave_out
     )
     return Source(
-        f"{BUILT_IN_DATASET} (built in)",
+        BUILT_IN_SOURCE,
         ("sprites", hashlib.sha256(images.tobytes()).hexdigest()),
         np.arange(len(images)),
         len(images),
