@@ -29,6 +29,7 @@ from sprite_diffusion.metrics import evaluation
 from sprite_diffusion.metrics.evaluation import generate, match_conditions
 from sprite_diffusion.metrics.real_images import RealImages
 from sprite_diffusion.runs.config import TrainingConfig
+from sprite_diffusion.runs.presets import load_preset, parse_config
 from sprite_diffusion.sampling.conditions import Condition
 from sprite_diffusion.sampling.figures import find_snapshots, show_learning
 from sprite_diffusion.sampling.generation import Request, sample_images
@@ -170,6 +171,34 @@ def test_captions_are_looked_for_where_there_are_no_classes(pictures):
         find_caption_column(config_of(pictures), streaming=False)
     assert find_caption_column(config_of(pictures, caption_column="caption"), streaming=False) == "caption"
     assert find_caption_column(DataConfig(), streaming=False) is None
+
+
+@pytest.mark.parametrize("in_classes", [False, True])
+@pytest.mark.parametrize("from_python", [False, True])
+def test_the_preset_of_captions_takes_those_of_other_images(from_python, in_classes, pictures, tmp_path):
+    if in_classes:
+        for i in range(len(CAPTIONS)):
+            (pictures / f"class {i % 2}").mkdir(exist_ok=True)
+            (pictures / f"{i}.png").rename(pictures / f"class {i % 2}" / f"{i}.png")
+
+    def load(**images):
+        argv = [f"--{name}={value}" for name, value in images.items()]
+        preset = "sprites_captions.yaml"
+        config = load_preset(preset, **images) if from_python else parse_config(["--config", preset, *argv], "")
+        assert not config.leave_out_pairs
+        return load_image_data(config, None)
+
+    with pytest.raises(UserInputError, match=r"pictures has no captions .*: name their --caption_column, or"):
+        load(train_data_dir=str(pictures))
+    (pictures / "class 1" if in_classes else pictures).joinpath("1.txt").write_text("a cat")
+    assert load(train_data_dir=str(pictures)).captions == ["", "a cat"]
+    if not in_classes:
+        add_metadata(pictures)
+        assert sorted(load(train_data_dir=str(pictures)).captions) == sorted(set(CAPTIONS))
+        assert sorted(load(dataset_name=str(make_parquet(pictures))).captions) == sorted(set(CAPTIONS))
+    np.save(tmp_path / "a.npy", np.zeros((4, 16, 16, 3), np.uint8))
+    with pytest.raises(UserInputError, match=r"--caption_column auto: .*a.npy have no captions, give another"):
+        load(dataset_name=str(tmp_path / "a.npy"))
 
 
 @pytest.mark.parametrize(

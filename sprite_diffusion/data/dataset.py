@@ -267,7 +267,10 @@ def open_images(config: DataConfig, with_labels: bool | None, streaming: bool = 
             f"--streaming can't be used with {name or '--cell'}, which fits into memory: leave it out"
         )
     if config.caption_column is not None and name != BUILT_IN_DATASET:
-        raise UserInputError(f"--caption_column: {name or 'the sheets of --cell'} have no captions, leave it out")
+        raise UserInputError(
+            f"--caption_column {config.caption_column}: {name or 'the sheets of --cell'} have no captions, give "
+            "another --config, or leave it out"
+        )
     open_source = cut_sheets if config.cell is not None else open_arrays if is_array else draw_built_in
     return open_source(config, with_labels)
 

@@ -4,7 +4,7 @@ import glob
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from sprite_diffusion.common.errors import UserInputError, first_line
 from sprite_diffusion.data.attributes import has_left_out_pair
 from sprite_diffusion.data.captions import TEXT_FILES, Captions, clean_caption, find_text_column, read_text_beside
-from sprite_diffusion.data.config import BUILT_IN_DATASET, IMAGE_MODES, DataConfig
+from sprite_diffusion.data.config import BUILT_IN_DATASET, FIND_CAPTIONS, IMAGE_MODES, DataConfig
 from sprite_diffusion.data.decoding import SkippedImage, name_image
 from sprite_diffusion.data.image_folder import LocalFiles, find_local_files, list_image_folder
 from sprite_diffusion.data.labels import choose_class_names, spread_over_classes, to_class_ids
@@ -86,7 +86,7 @@ def draw_built_in(config: DataConfig, with_labels: bool | None) -> Source:
     """Draws the built-in sprites. `with_labels` is as in `load_image_data`."""
     if (config.max_train_samples or 0) > MAX_BUILT_IN_SIZE:
         raise UserInputError(f"--max_train_samples {config.max_train_samples}: draw {MAX_BUILT_IN_SIZE:,} at most")
-    if config.caption_column not in (None, BUILT_IN_CAPTIONS):
+    if config.caption_column not in (None, FIND_CAPTIONS, BUILT_IN_CAPTIONS):
         raise UserInputError(f"--caption_column {config.caption_column}: that of '{BUILT_IN_DATASET}' is caption")
     num_images = config.max_train_samples or BUILT_IN_SIZE
     leave_out = has_left_out_pair if config.leave_out_pairs else None
@@ -197,16 +197,11 @@ def open_table(config: DataConfig, with_labels: bool | None, streaming: bool) ->
             f"{name} has no label column: name one by --label_column "
             f"(columns: {', '.join(rows.features)}), or put the images of each class into a folder of its own"
         )
-    caption_column = config.caption_column
-    if caption_column not in (None, TEXT_FILES, *rows.features):
-        raise UserInputError(
-            f"--caption_column {caption_column}: {name} has the columns {', '.join(rows.features)}; 'txt' is for .txt "
-            "files beside the images"
-        )
     if isinstance(rows.features[image_column], datasets.Image):
         # `datasets` would decode the images too, but not name the image that it can't decode.
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
-    return Table(name, rows, image_column, label_column, caption_column, skipped_images, files)
+    table = Table(name, rows, image_column, label_column, None, skipped_images, files)
+    return replace(table, caption_column=_choose_caption_column(table, config))
 
 
 def find_caption_column(config: DataConfig, streaming: bool) -> str | None:
@@ -218,8 +213,32 @@ def find_caption_column(config: DataConfig, streaming: bool) -> str | None:
     if config.caption_column is not None or name == BUILT_IN_DATASET or name.endswith(".npy") or config.cell:
         return config.caption_column
     table = open_table(config, with_labels=None, streaming=streaming)
-    if table.label_column is not None:
-        return None
+    return None if table.label_column is not None else _find_caption_column(table, config)
+
+
+def _choose_caption_column(table: Table, config: DataConfig) -> str | None:
+    """Returns the `--caption_column` of a table. Raises `UserInputError` if there is none such."""
+    chosen, columns = config.caption_column, ", ".join(table.rows.features)
+    if chosen == FIND_CAPTIONS:
+        chosen = _find_caption_column(table, config)
+        if chosen is None:
+            raise UserInputError(
+                f"{table.name} has no captions (columns: {columns}): name their --caption_column, or give another "
+                "--config to train by class"
+            )
+    elif chosen not in (None, TEXT_FILES, *table.rows.features):
+        raise UserInputError(
+            f"--caption_column {chosen}: {table.name} has the columns {columns}; 'txt' is for .txt files beside the "
+            "images"
+        )
+    return chosen
+
+
+def _find_caption_column(table: Table, config: DataConfig) -> str | None:
+    """Returns the `--caption_column` that a table seems to have, None if it has no captions.
+
+    Raises `UserInputError` if it has several.
+    """
     found = find_text_column(table.rows.features, table.name)
     if found is None and config.dataset_name is None:  # a folder
         images = table.rows.select_columns(table.image_column)
