@@ -21,9 +21,10 @@ from transformers import BertConfig, BertModel, CLIPTextModel, PreTrainedTokeniz
 from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline
 from schedulers import ClosedFormDDPMScheduler
 from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.data import sources
 from sprite_diffusion.data.config import DataConfig
 from sprite_diffusion.data.dataset import _cache_key, load_image_data, load_tensor, open_images
-from sprite_diffusion.data.sources import find_caption_column
+from sprite_diffusion.data.sources import find_captions
 from sprite_diffusion.data.sprites import draw_sprites
 from sprite_diffusion.metrics import evaluation
 from sprite_diffusion.metrics.evaluation import generate, match_conditions
@@ -117,7 +118,7 @@ def test_every_source_gives_each_image_its_caption(source, streaming, pictures):
         add_texts(pictures)
         column = "txt"
     config = config_of(make_parquet(pictures) if source == "parquet" else pictures)
-    assert find_caption_column(config, streaming) == column
+    assert find_captions(config, streaming)[0] == column
     config.caption_column = column
     assert read_pairs(config, streaming) == expected
     captions = load_image_data(config, with_labels=None, streaming=streaming).captions
@@ -162,15 +163,15 @@ def test_captions_are_no_part_of_the_decoded_images(pictures):
 
 
 def test_captions_are_looked_for_where_there_are_no_classes(pictures):
-    assert find_caption_column(config_of(pictures), streaming=False) is None
+    assert find_captions(config_of(pictures), streaming=False)[0] is None
     add_metadata(pictures, "Prompt", note="no caption by its name")
-    assert find_caption_column(config_of(pictures), streaming=False) == "Prompt"
-    assert find_caption_column(config_of(pictures, label_column="note"), streaming=False) is None
+    assert find_captions(config_of(pictures), streaming=False)[0] == "Prompt"
+    assert find_captions(config_of(pictures, label_column="note"), streaming=False)[0] is None
     add_metadata(pictures, "caption", description="another")
     with pytest.raises(UserInputError, match="the columns caption, description: name one of them by --caption_column"):
-        find_caption_column(config_of(pictures), streaming=False)
-    assert find_caption_column(config_of(pictures, caption_column="caption"), streaming=False) == "caption"
-    assert find_caption_column(DataConfig(), streaming=False) is None
+        find_captions(config_of(pictures), streaming=False)
+    assert find_captions(config_of(pictures, caption_column="caption"), streaming=False)[0] == "caption"
+    assert find_captions(DataConfig(), streaming=False)[0] is None
 
 
 @pytest.mark.parametrize("in_classes", [False, True])
@@ -248,9 +249,13 @@ def test_heads_of_the_attention_to_words_have_the_channels_that_the_flag_says():
 
 
 @pytest.mark.parametrize("flags", ["", "--streaming --max_train_steps 3"])
-def test_captions_beside_pictures_are_found_and_trained_on(flags, pictures, run_script, tmp_path):
+def test_captions_beside_pictures_are_found_and_trained_on(flags, pictures, run_script, tmp_path, monkeypatch):
     add_texts(pictures)
+    opened = []
+    open_dataset = sources._open_dataset
+    monkeypatch.setattr(sources, "_open_dataset", lambda *args: opened.append(args) or open_dataset(*args))
     run_script("train_conditional", f"{TINY} --train_data_dir {pictures} --resolution 8 {flags}", tmp_path / "run")
+    assert len(opened) == 1
     pipeline = load_pipeline(str(tmp_path / "run"))
     assert sorted(pipeline.example_prompts) == sorted(set(CAPTIONS) - {""})
     assert yaml.safe_load((tmp_path / "run" / "training_config.yaml").read_text())["caption_column"] == "txt"

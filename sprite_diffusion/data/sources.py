@@ -178,8 +178,8 @@ def _load_array(path: str, flag: str) -> np.ndarray:
 def open_table(config: DataConfig, with_labels: bool | None, streaming: bool) -> Table:
     """Opens a folder of images, a parquet file, a local dataset or one of the Hub.
 
-    `with_labels` and `streaming` are as in `load_image_data`. Raises `UserInputError` if the dataset can't be read, or
-    its columns can't be found.
+    Without `with_labels=False`, the column of labels is found if there is one. `streaming` is as in `load_image_data`.
+    Raises `UserInputError` if the dataset can't be read, or its columns can't be found.
     """
     name, rows, skipped_images, files = _open_dataset(config, streaming)
     if rows.features is None:
@@ -192,11 +192,6 @@ def open_table(config: DataConfig, with_labels: bool | None, streaming: bool) ->
     label_column = None
     if with_labels is not False:
         label_column = _find_column(rows.features, datasets.ClassLabel, "label_column", config.label_column, name)
-    if label_column is None and with_labels:
-        raise UserInputError(
-            f"{name} has no label column: name one by --label_column "
-            f"(columns: {', '.join(rows.features)}), or put the images of each class into a folder of its own"
-        )
     if isinstance(rows.features[image_column], datasets.Image):
         # `datasets` would decode the images too, but not name the image that it can't decode.
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
@@ -204,16 +199,19 @@ def open_table(config: DataConfig, with_labels: bool | None, streaming: bool) ->
     return replace(table, caption_column=_choose_caption_column(table, config))
 
 
-def find_caption_column(config: DataConfig, streaming: bool) -> str | None:
+def find_captions(config: DataConfig, streaming: bool) -> tuple[str | None, Table | None]:
     """Returns the `--caption_column` of the images that `config` names, found if it is not given; None without one.
 
-    It is not looked for where images have classes. Raises `UserInputError` if the dataset can't be read.
+    It is not looked for where images have classes. Also returns the table of the images, if it was opened to find it.
+    Raises `UserInputError` if that can't be read.
     """
     name = config.dataset_name or ""
     if config.caption_column is not None or name == BUILT_IN_DATASET or name.endswith(".npy") or config.cell:
-        return config.caption_column
+        return config.caption_column, None
     table = open_table(config, with_labels=None, streaming=streaming)
-    return None if table.label_column is not None else _find_caption_column(table, config)
+    if table.label_column is None:
+        table = replace(table, caption_column=_find_caption_column(table, config))
+    return table.caption_column, table
 
 
 def _choose_caption_column(table: Table, config: DataConfig) -> str | None:

@@ -15,7 +15,7 @@ from sprite_diffusion.common.machine import join_processes
 from sprite_diffusion.common.run_files import CONFIG_FILE, INDEX_FILE
 from sprite_diffusion.data.config import IMAGE_MODES, DataConfig
 from sprite_diffusion.data.dataset import load_image_data
-from sprite_diffusion.data.sources import find_caption_column
+from sprite_diffusion.data.sources import find_captions
 from sprite_diffusion.metrics.evaluation import (
     choose_num_images,
     evaluate,
@@ -43,12 +43,12 @@ def calculate(
     state = join_processes()
     pipeline = None if is_image_folder(args.model) else open_pipeline(args, state.device)
     resolution = choose_resolution(pipeline, args.model, config, data_flags)
-    config = replace(config, resolution=resolution)
+    config, table = replace(config, resolution=resolution), None
     if pipeline is not None:
         config = replace(config, image_mode=IMAGE_MODES[pipeline.sample_shape[0]])
         if isinstance(pipeline, TextToImageDDPMPipeline):
-            config = replace(config, caption_column=find_caption_column(config, streaming=False))
-    real = RealImages(load_image_data(config, with_labels=None))
+            config.caption_column, table = find_captions(config, streaming=False)
+    real = RealImages(load_image_data(config, with_labels=None, table=table))
     num_images = choose_num_images(real, args.num_images)
     facts = {
         "model": Path(args.model).name,

@@ -13,6 +13,7 @@ from pipelines import TextToImageDDPMPipeline
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.captions import NO_CAPTION
 from sprite_diffusion.data.dataset import ImageData, load_image_data
+from sprite_diffusion.data.sources import Table
 from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.runs.outputs import SampleGrid
 from sprite_diffusion.sampling.conditions import Condition
@@ -48,12 +49,15 @@ class CaptionedNetwork(torch.nn.Module):
         return self.unet(sample, timestep, encoder_hidden_states=embeddings, **kwargs)
 
 
-def train(config: TrainingConfig, data: ImageData | None = None) -> TextToImageDDPMPipeline:
+def train(
+    config: TrainingConfig, data: ImageData | None = None, table: Table | None = None
+) -> TextToImageDDPMPipeline:
     """Trains a model on images with captions, writes it into `config.output_dir`, and returns its pipeline.
 
     Args:
         config: The flags.
         data: Images with captions, such as those of `load_tensor`; None for those that `config` names.
+        table: That of the latter, if it is open already.
 
     Raises:
         UserInputError: For a flag, file or column that has to be changed.
@@ -66,7 +70,7 @@ def train(config: TrainingConfig, data: ImageData | None = None) -> TextToImageD
     base = begin_run(config)
     if base is not None and not isinstance(base, TextToImageDDPMPipeline):
         raise UserInputError(f"--init_from {config.init_from} reads no captions: name a model that does")
-    data = data or load_image_data(config, with_labels=None, streaming=config.streaming)
+    data = data or load_image_data(config, with_labels=None, streaming=config.streaming, table=table)
     captions = data.captions
     if captions is None or captions == [""]:
         raise UserInputError(f"{data.source}: there are no captions to train on: give some, or train by class")
