@@ -1,11 +1,14 @@
 """Text encoders and tokenizers of transformers: loaded without its bars and advice, and checked to fit each other."""
 
-import json
+import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+from safetensors import safe_open
 from transformers.utils import logging
 
 from sprite_diffusion.common.errors import UserInputError, first_line
@@ -55,11 +58,13 @@ def load_text_parts(model: str, index: Mapping[str, Any], frozen: str | None = N
         UserInputError: Or whatever error the values in their files lead to.
     """
     quiet_transformers()
-    with naming("tokenizer/tokenizer_config.json"):
-        tokenizer_class = _find_class(model, index["tokenizer"], transformers.PreTrainedTokenizerBase)
+    with naming("tokenizer"):
+        tokenizer_class = _find_class(model, index, "tokenizer", transformers.PreTrainedTokenizerBase)
         tokenizer = tokenizer_class.from_pretrained(model, subfolder="tokenizer")
         if not 2 <= tokenizer.model_max_length <= MAX_LENGTH:
             raise ValueError(f"model_max_length is {tokenizer.model_max_length}: it must be 2 to {MAX_LENGTH:,}")
+        if len(_tokenize_nothing(tokenizer)) != tokenizer.model_max_length:
+            raise ValueError("it does not fill a prompt up to its model_max_length")
     if is_left_out(index["text_encoder"]):
         try:
             _, text_encoder = load_text_encoder(frozen or _find_frozen(model))
@@ -68,16 +73,51 @@ def load_text_parts(model: str, index: Mapping[str, Any], frozen: str | None = N
             raise UserInputError(f"{model}, the text encoder of its run: {error}") from None
         return {"text_encoder": text_encoder, "tokenizer": tokenizer}
     with naming("text_encoder/config.json"):
-        encoder_class = _find_class(model, index["text_encoder"], transformers.PreTrainedModel)
-        config = encoder_class.config_class.from_pretrained(model, subfolder="text_encoder")
-        check_numbers("", json.loads(config.to_json_string()))
+        encoder_class = _find_class(model, index, "text_encoder", transformers.PreTrainedModel)
+        values, _ = encoder_class.config_class.get_config_dict(model, subfolder="text_encoder")
+        if "vocab_size" not in values:  # transformers would take a default for each value, as if there were no file
+            raise ValueError("it is missing, or does not say how many words there are")
+        check_numbers("", values)
+        config = encoder_class.config_class.from_dict(values)
         _check_fits(config, tokenizer)
-    text_encoder, found = encoder_class.from_pretrained(
-        model, subfolder="text_encoder", config=config, output_loading_info=True
-    )
-    if missing := sorted(found["missing_keys"]):
-        raise UserInputError(f"{model} lacks weights of its text encoder: {', '.join(missing[:3])}; save it again")
+        size = _check_shapes(encoder_class, config, tokenizer.model_max_length)
+    with naming("text_encoder"):
+        _check_size(Path(model, "text_encoder"), size)
+        text_encoder, found = encoder_class.from_pretrained(
+            model, subfolder="text_encoder", config=config, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        keys = (*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"])
+        if keys:
+            raise ValueError(
+                f"its weights are others than its config.json says ({min(map(str, keys))}): save it again"
+            )
     return {"text_encoder": text_encoder.float().eval(), "tokenizer": tokenizer}
+
+
+def _tokenize_nothing(tokenizer: Any) -> list[int]:
+    """Returns the tokens of the empty prompt: those that a tokenizer puts around and behind the words of every one."""
+    return tokenizer([""], padding="max_length", truncation=True).input_ids[0]
+
+
+def _check_shapes(encoder_class: Any, config: Any, num_tokens: int) -> int:
+    """Returns how many weights a text encoder has. Raises an error unless it gives a vector for each token."""
+    # Tensors there have shapes and take no memory; torch warns of those without elements, an error says it better.
+    with torch.device("meta"), torch.no_grad(), warnings.catch_warnings(action="ignore"):
+        encoder = encoder_class(config).eval()
+        embeddings = encoder(torch.zeros(1, num_tokens, dtype=torch.long))[0]
+    if embeddings.shape != (1, num_tokens, config.hidden_size):
+        raise ValueError(f"it gives the shape {tuple(embeddings.shape)} for {num_tokens} tokens")
+    return sum(parameter.numel() for parameter in encoder.parameters())
+
+
+def _check_size(folder: Path, size: int) -> None:
+    """Raises ValueError if the files of a folder have fewer weights than `size`: transformers would draw the rest."""
+    saved, paths = 0, [*folder.glob("*.safetensors")]
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            saved += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - no dict
+    if paths and saved < size:
+        raise ValueError(f"it has {saved:,} weights, and {size:,} by its config.json")
 
 
 def is_left_out(entry: Any) -> bool:
@@ -102,17 +142,18 @@ def _find_frozen(checkpoint: str) -> str:
 
 
 def _check_fits(config: Any, tokenizer: Any) -> None:
-    """Raises ValueError if a text encoder takes fewer words, or fewer of them, than its tokenizer gives."""
-    if config.vocab_size < len(tokenizer):
-        raise ValueError(f"it has {config.vocab_size:,} tokens, and its tokenizer {len(tokenizer):,}")
+    """Raises ValueError if a text encoder takes fewer tokens, or fewer at a time, than its tokenizer gives."""
+    largest = max(*tokenizer.get_vocab().values(), *_tokenize_nothing(tokenizer))
+    if config.vocab_size <= largest:
+        raise ValueError(f"it has {config.vocab_size:,} tokens, and its tokenizer gives the one of number {largest:,}")
     if getattr(config, "max_position_embeddings", MAX_LENGTH) < tokenizer.model_max_length:
         raise ValueError(f"it takes fewer tokens than its tokenizer gives, {tokenizer.model_max_length}")
 
 
-def _find_class(model: str, entry: Any, base: type) -> Any:
-    """Returns the class of transformers that an index names. Raises `UserInputError` if it is no `base`."""
-    library, name = entry
+def _find_class(model: str, index: Mapping[str, Any], part: str, base: type) -> Any:
+    """Returns the class of transformers that an index names for a part. Raises `UserInputError` if it is no `base`."""
+    library, name = index[part]
     found = getattr(transformers, name, None)
     if library != "transformers" or not (isinstance(found, type) and issubclass(found, base)):
-        raise UserInputError(f"{model} holds a {name}, which transformers does not have")
+        raise UserInputError(f"{model} has a {name} as its {part}, which is none of transformers")
     return found
