@@ -122,10 +122,14 @@ def test_weights_that_are_wrong(file, kind, refuse):
     refuse(file, damage)
 
 
-def test_words_with_numbers_that_the_text_encoder_does_not_have(refuse):
+@pytest.mark.parametrize("kind", ["number", "template"])
+def test_words_that_the_text_encoder_or_the_tokenizer_does_not_have(kind, refuse):
     def damage(path: Path) -> None:
         words = json.loads(path.read_text())
-        words["model"]["vocab"]["hero"] = 1000
+        if kind == "number":
+            words["model"]["vocab"]["hero"] = 1000
+        else:
+            words["post_processor"]["special_tokens"] = {}
         path.write_text(json.dumps(words))
 
     refuse(WORDS, damage)

@@ -1,5 +1,6 @@
 """Text encoders and tokenizers of transformers: loaded without its bars and advice, and checked to fit each other."""
 
+import json
 import math
 import warnings
 from collections.abc import Mapping
@@ -63,6 +64,7 @@ def load_text_parts(model: str, index: Mapping[str, Any], frozen: str | None = N
         tokenizer = tokenizer_class.from_pretrained(model, subfolder="tokenizer")
         if not 2 <= tokenizer.model_max_length <= MAX_LENGTH:
             raise ValueError(f"model_max_length is {tokenizer.model_max_length}: it must be 2 to {MAX_LENGTH:,}")
+        _check_template(tokenizer)
         if len(_tokenize_nothing(tokenizer)) != tokenizer.model_max_length:
             raise ValueError("it does not fill a prompt up to its model_max_length")
     if is_left_out(index["text_encoder"]):
@@ -92,6 +94,16 @@ def load_text_parts(model: str, index: Mapping[str, Any], frozen: str | None = N
                 f"its weights are others than its config.json says ({min(map(str, keys))}): save it again"
             )
     return {"text_encoder": text_encoder.float().eval(), "tokenizer": tokenizer}
+
+
+def _check_template(tokenizer: Any) -> None:
+    """Raises ValueError if a tokenizer puts tokens around a prompt that it does not know: it would end the program."""
+    processor = tokenizer.backend_tokenizer.post_processor if tokenizer.is_fast else None
+    template = {} if processor is None else json.loads(processor.__getstate__())
+    if template.get("type") == "TemplateProcessing":
+        put = {piece["SpecialToken"]["id"] for piece in template["single"] if "SpecialToken" in piece}
+        if unknown := put - template["special_tokens"].keys():
+            raise ValueError(f"its template has {min(unknown)}, which is none of its special tokens")
 
 
 def _tokenize_nothing(tokenizer: Any) -> list[int]:
