@@ -119,7 +119,10 @@ def _check_shapes(encoder_class: Any, config: Any, num_tokens: int) -> int:
         embeddings = encoder(torch.zeros(1, num_tokens, dtype=torch.long))[0]
     if embeddings.shape != (1, num_tokens, config.hidden_size):
         raise ValueError(f"it gives the shape {tuple(embeddings.shape)} for {num_tokens} tokens")
-    return sum(parameter.numel() for parameter in encoder.parameters())
+    sizes = [parameter.numel() for parameter in encoder.parameters()]
+    if 0 in sizes:
+        raise ValueError("some of its weights have no elements")
+    return sum(sizes)
 
 
 def _check_size(folder: Path, size: int) -> None:
