@@ -10,15 +10,15 @@ from sprite_diffusion.runs.presets import parse_config
 def main() -> None:
     config = parse_config(sys.argv[1:], default_preset="sprites_conditional.yaml")
     # Imported here, as it takes seconds, which `--help` and a wrong flag need not wait for.
-    from sprite_diffusion.data.sources import find_caption_column
+    from sprite_diffusion.data.sources import find_captions
 
-    config.caption_column = find_caption_column(config, config.streaming)
+    config.caption_column, table = find_captions(config, config.streaming)
     if config.caption_column is None:
         from sprite_diffusion.training.conditional import train
     else:
         from sprite_diffusion.training.captioned import train
 
-    train(config)
+    train(config, table=table)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -90,6 +90,8 @@ class _DDPMPipeline(DiffusionPipeline):
         index_file = folder / self.config_name
         index = json.loads(index_file.read_text())
         for name, part in {"_class_name": self, **self.components}.items():
+            if part is None:
+                continue
             subfolder = folder if part is self else folder / name
             module = _find_library(part) or _save_source(type(part), subfolder)
             # Of its own class transformers 4 would look for files that transformers 5 does not write.
@@ -530,13 +532,9 @@ class TextToImageDDPMPipeline(_DDPMPipeline):
 
         The arguments are those of [`~diffusers.DiffusionPipeline.save_pretrained`].
         """
-        super().save_pretrained(save_directory, **kwargs)
-        if type(self.text_encoder).__name__ == "CLIPTextModel":
-            # transformers 5 has shorter names for its weights, takes these as well, and 4 would find none of its own.
-            weights = self.text_encoder.state_dict()
-            named = {f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in weights.items()}
-            folder = Path(save_directory, "text_encoder")
-            self.text_encoder.save_pretrained(folder, state_dict=named, variant=kwargs.get("variant"))
+        is_clip = type(self.text_encoder).__name__ == "CLIPTextModel"
+        with self.text_encoder.register_state_dict_post_hook(_rename_for_clip) if is_clip else nullcontext():
+            super().save_pretrained(save_directory, **kwargs)
 
     @torch.no_grad()
     def __call__(  # type: ignore[override]  # the prompt comes first
@@ -663,6 +661,15 @@ def check_prompt(tokenizer: Any, prompt: str) -> list[str]:
         nearest = ", ".join(get_close_matches(word, sorted(known))) or "none"
         notes.append(f"this model has never seen the word '{word}'; words like it that it has seen: {nearest}")
     return notes
+
+
+def _rename_for_clip(text_encoder: torch.nn.Module, weights: dict[str, torch.Tensor], *args: Any) -> None:
+    """Gives weights that are about to be saved the names of transformers 4, in place.
+
+    transformers 5 has shorter ones and takes these as well; 4 would find none of its own.
+    """
+    for name in list(weights):
+        weights[f"text_model.{name.removeprefix('text_model.')}"] = weights.pop(name)
 
 
 def find_unknown_words(tokenizer: Any, text: str) -> list[str]:

@@ -21,25 +21,36 @@ from transformers import BertConfig, BertModel, CLIPTextModel, PreTrainedTokeniz
 from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline
 from schedulers import ClosedFormDDPMScheduler
 from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.data import sources
 from sprite_diffusion.data.config import DataConfig
 from sprite_diffusion.data.dataset import _cache_key, load_image_data, load_tensor, open_images
-from sprite_diffusion.data.sources import find_caption_column
+from sprite_diffusion.data.sources import find_captions
 from sprite_diffusion.data.sprites import draw_sprites
 from sprite_diffusion.metrics import evaluation
 from sprite_diffusion.metrics.evaluation import generate, match_conditions
 from sprite_diffusion.metrics.real_images import RealImages
 from sprite_diffusion.runs.config import TrainingConfig
+from sprite_diffusion.runs.presets import load_preset, parse_config
 from sprite_diffusion.sampling.conditions import Condition
 from sprite_diffusion.sampling.figures import find_snapshots, show_learning
 from sprite_diffusion.sampling.generation import Request, sample_images
 from sprite_diffusion.sampling.pipeline_loading import load_pipeline
 from sprite_diffusion.sampling.samplers import make_sampler
+from sprite_diffusion.sampling.text_encoders import load_text_encoder
 from sprite_diffusion.sharing.card import make_card
 from sprite_diffusion.sharing.hub import copy_uploaded
+from sprite_diffusion.training import text_encoder as embedding
 from sprite_diffusion.training.build import build_model
 from sprite_diffusion.training.captioned import train
 from sprite_diffusion.training.steps import make_dataloader
-from sprite_diffusion.training.text_encoder import MAX_TOKENS, build_text_encoder, build_tokenizer, tokenize
+from sprite_diffusion.training.text_encoder import (
+    MAX_TOKENS,
+    build_text_encoder,
+    build_tokenizer,
+    embed_once,
+    fit_length,
+    tokenize,
+)
 
 CAPTIONS = ["A red cat, asleep", "a blue dog", "", "a blue dog", "two dogs and a cat"]
 WORDS_FLAGS = f"{TINY} --caption_column caption"
@@ -107,7 +118,7 @@ def test_every_source_gives_each_image_its_caption(source, streaming, pictures):
         add_texts(pictures)
         column = "txt"
     config = config_of(make_parquet(pictures) if source == "parquet" else pictures)
-    assert find_caption_column(config, streaming) == column
+    assert find_captions(config, streaming)[0] == column
     config.caption_column = column
     assert read_pairs(config, streaming) == expected
     captions = load_image_data(config, with_labels=None, streaming=streaming).captions
@@ -152,15 +163,43 @@ def test_captions_are_no_part_of_the_decoded_images(pictures):
 
 
 def test_captions_are_looked_for_where_there_are_no_classes(pictures):
-    assert find_caption_column(config_of(pictures), streaming=False) is None
+    assert find_captions(config_of(pictures), streaming=False)[0] is None
     add_metadata(pictures, "Prompt", note="no caption by its name")
-    assert find_caption_column(config_of(pictures), streaming=False) == "Prompt"
-    assert find_caption_column(config_of(pictures, label_column="note"), streaming=False) is None
+    assert find_captions(config_of(pictures), streaming=False)[0] == "Prompt"
+    assert find_captions(config_of(pictures, label_column="note"), streaming=False)[0] is None
     add_metadata(pictures, "caption", description="another")
     with pytest.raises(UserInputError, match="the columns caption, description: name one of them by --caption_column"):
-        find_caption_column(config_of(pictures), streaming=False)
-    assert find_caption_column(config_of(pictures, caption_column="caption"), streaming=False) == "caption"
-    assert find_caption_column(DataConfig(), streaming=False) is None
+        find_captions(config_of(pictures), streaming=False)
+    assert find_captions(config_of(pictures, caption_column="caption"), streaming=False)[0] == "caption"
+    assert find_captions(DataConfig(), streaming=False)[0] is None
+
+
+@pytest.mark.parametrize("in_classes", [False, True])
+@pytest.mark.parametrize("from_python", [False, True])
+def test_the_preset_of_captions_takes_those_of_other_images(from_python, in_classes, pictures, tmp_path):
+    if in_classes:
+        for i in range(len(CAPTIONS)):
+            (pictures / f"class {i % 2}").mkdir(exist_ok=True)
+            (pictures / f"{i}.png").rename(pictures / f"class {i % 2}" / f"{i}.png")
+
+    def load(**images):
+        argv = [f"--{name}={value}" for name, value in images.items()]
+        preset = "sprites_captions.yaml"
+        config = load_preset(preset, **images) if from_python else parse_config(["--config", preset, *argv], "")
+        assert not config.leave_out_pairs
+        return load_image_data(config, None)
+
+    with pytest.raises(UserInputError, match=r"pictures has no captions .*: name their --caption_column, or"):
+        load(train_data_dir=str(pictures))
+    (pictures / "class 1" if in_classes else pictures).joinpath("1.txt").write_text("a cat")
+    assert load(train_data_dir=str(pictures)).captions == ["", "a cat"]
+    if not in_classes:
+        add_metadata(pictures)
+        assert sorted(load(train_data_dir=str(pictures)).captions) == sorted(set(CAPTIONS))
+        assert sorted(load(dataset_name=str(make_parquet(pictures))).captions) == sorted(set(CAPTIONS))
+    np.save(tmp_path / "a.npy", np.zeros((4, 16, 16, 3), np.uint8))
+    with pytest.raises(UserInputError, match=r"--caption_column auto: .*a.npy have no captions, give another"):
+        load(dataset_name=str(tmp_path / "a.npy"))
 
 
 @pytest.mark.parametrize(
@@ -210,9 +249,13 @@ def test_heads_of_the_attention_to_words_have_the_channels_that_the_flag_says():
 
 
 @pytest.mark.parametrize("flags", ["", "--streaming --max_train_steps 3"])
-def test_captions_beside_pictures_are_found_and_trained_on(flags, pictures, run_script, tmp_path):
+def test_captions_beside_pictures_are_found_and_trained_on(flags, pictures, run_script, tmp_path, monkeypatch):
     add_texts(pictures)
+    opened = []
+    open_dataset = sources._open_dataset
+    monkeypatch.setattr(sources, "_open_dataset", lambda *args: opened.append(args) or open_dataset(*args))
     run_script("train_conditional", f"{TINY} --train_data_dir {pictures} --resolution 8 {flags}", tmp_path / "run")
+    assert len(opened) == 1
     pipeline = load_pipeline(str(tmp_path / "run"))
     assert sorted(pipeline.example_prompts) == sorted(set(CAPTIONS) - {""})
     assert yaml.safe_load((tmp_path / "run" / "training_config.yaml").read_text())["caption_column"] == "txt"
@@ -290,9 +333,10 @@ def test_a_model_that_is_begun_from_keeps_its_words(run, run_script, tmp_path, c
         assert_same_weights(weights(run, name), weights(tmp_path / "tuned", name))
 
 
-@pytest.fixture
-def text_encoder(tmp_path):
+@pytest.fixture(scope="module")
+def text_encoder(tmp_path_factory):
     """Saves a text encoder of another kind with its tokenizer, as the Hub has them."""
+    folder = tmp_path_factory.mktemp("encoder") / "bert"
     torch.manual_seed(0)
     tokenizer = build_tokenizer(draw_sprites(20)[2])
     config = BertConfig(
@@ -303,20 +347,113 @@ def text_encoder(tmp_path):
         intermediate_size=16,
         max_position_embeddings=64,
     )
-    BertModel(config).save_pretrained(tmp_path / "bert")
-    tokenizer.save_pretrained(tmp_path / "bert")
-    return tmp_path / "bert"
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
-def test_a_trained_text_encoder_stays_as_it_is(text_encoder, run_script, tmp_path):
-    run_script("train_conditional", f"{WORDS_FLAGS} --text_encoder {text_encoder}", tmp_path / "run")
-    pipeline = load_pipeline(str(tmp_path / "run"))
+@pytest.fixture(scope="module")
+def frozen_flags(text_encoder):
+    return f"{WORDS_FLAGS} --use_ema --text_encoder {text_encoder}"
+
+
+@pytest.fixture(scope="module")
+def frozen_run(frozen_flags, run_script, tmp_path_factory):
+    """Trains a tiny network on the captions of sprites as another text encoder reads them."""
+    output_dir = tmp_path_factory.mktemp("frozen") / "run"
+    run_script("train_conditional", frozen_flags, output_dir)
+    return output_dir
+
+
+def test_a_trained_text_encoder_stays_as_it_is(frozen_run, text_encoder):
+    pipeline = load_pipeline(str(frozen_run))
     assert isinstance(pipeline.text_encoder, BertModel)
     assert pipeline.unet.config.cross_attention_dim == 16
     before, after = BertModel.from_pretrained(text_encoder).state_dict(), pipeline.text_encoder.state_dict()
     assert_same_weights(dict(before), dict(after))
-    trained = weights(tmp_path / "run" / "checkpoint-8", "model.safetensors")
+    trained = weights(frozen_run / "checkpoint-8", "model.safetensors")
     assert trained.keys() == pipeline.unet.state_dict().keys()
+
+
+def test_checkpoints_do_without_a_text_encoder_that_is_not_trained(frozen_run, text_encoder, tmp_path):
+    assert not list((frozen_run / "checkpoint-8").rglob("text_encoder*"))
+    expected = load_pipeline(str(frozen_run)).encode_prompt("a hero")
+    copy = shutil.copytree(frozen_run / "checkpoint-8", tmp_path / "run" / "checkpoint-8")
+    with pytest.raises(UserInputError, match="checkpoint-8, the text encoder of its run: it is not in the checkpoint"):
+        load_pipeline(str(copy))
+    shutil.copy(frozen_run / "training_config.yaml", tmp_path / "run")
+    for checkpoint in (frozen_run / "checkpoint-8", copy):  # the second has it from where the run has it
+        assert torch.equal(load_pipeline(str(checkpoint)).encode_prompt("a hero"), expected)
+    config = (tmp_path / "run" / "training_config.yaml").read_text().replace(str(text_encoder), "no/such")
+    (tmp_path / "run" / "training_config.yaml").write_text(config)
+    with pytest.raises(UserInputError, match=r"checkpoint-8, .*: --text_encoder no/such can't be loaded"):
+        load_pipeline(str(copy))
+
+
+def test_a_run_that_is_resumed_has_its_text_encoder_from_the_flag(
+    frozen_run, frozen_flags, run_script, tmp_path, capsys
+):
+    resumed = tmp_path / "resumed"
+    shutil.copytree(frozen_run / "checkpoint-3", resumed / "checkpoint-3")
+    flags = f"{frozen_flags} --resume_from_checkpoint checkpoint-3"
+    with pytest.raises(SystemExit):
+        run_script("train_conditional", re.sub("--text_encoder [^ ]+", "", flags), resumed)
+    assert "--text_encoder None: " in capsys.readouterr().err.splitlines()[-1]
+    run_script("train_conditional", flags, resumed)
+    names = ("unet/diffusion_pytorch_model.safetensors", TEXT_WEIGHTS, "checkpoint-8/model.safetensors")
+    for name in (*names, "checkpoint-8/unet/diffusion_pytorch_model.safetensors"):
+        assert_same_weights(weights(frozen_run, name), weights(resumed, name))
+
+
+def test_captions_are_read_once_into_a_file_that_is_mapped(text_encoder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tokenizer, encoder = load_text_encoder(str(text_encoder))
+    fit_length(tokenizer, captions := draw_sprites(300)[2])
+    tokens = tokenize(tokenizer, captions)
+    with torch.no_grad():
+        expected = encoder(**tokens)[0]
+    read = []
+    embed = embedding.embed
+    monkeypatch.setattr(embedding, "embed", lambda *args: read.append(args) or embed(*args))
+
+    def find_files() -> list[Path]:
+        return [*(tmp_path / "sprite-diffusion" / "embeddings").rglob("embeddings.bin")]
+
+    for _ in range(2):
+        torch.testing.assert_close(embed_once(encoder, tokens), expected)
+    assert len(read) == 1
+    embeddings = embed_once(encoder, tokens)
+    (file,) = find_files()
+    assert str(file) in Path("/proc/self/maps").read_text()
+    del embeddings
+    file.write_bytes(bytes(file.stat().st_size))
+    torch.testing.assert_close(embed_once(encoder, tokens), expected)
+    assert len(read) == 2
+    with torch.no_grad():
+        encoder.encoder.layer[0].output.dense.bias += 1
+    assert not torch.allclose(embed_once(encoder, tokens), expected)
+    assert len(find_files()) == 2
+    # They count with the images for the limit of the cache.
+    (images := tmp_path / "sprite-diffusion" / "images" / "0").mkdir(parents=True)
+    (images / "pixels.bin").write_bytes(b"1")
+    monkeypatch.setenv("SPRITE_DIFFUSION_CACHE_GB", "0")
+    assert len(embed_once(encoder, {name: ids[:2] for name, ids in tokens.items()})) == 2
+    assert len(find_files()) == 1
+    assert not images.exists()
+
+
+def test_a_text_encoder_is_written_once(run, tmp_path, monkeypatch):
+    pipeline = load_pipeline(str(run))
+    names = {*pipeline.text_encoder.state_dict()}
+    written = []
+    save = CLIPTextModel.save_pretrained
+    monkeypatch.setattr(
+        CLIPTextModel, "save_pretrained", lambda *args, **kwargs: written.append(save(*args, **kwargs))
+    )
+    pipeline.save_pretrained(tmp_path / "copy")
+    assert len(written) == 1
+    assert_same_weights(weights(run, TEXT_WEIGHTS), weights(tmp_path / "copy", TEXT_WEIGHTS))
+    assert {*pipeline.text_encoder.state_dict()} == names
 
 
 def test_the_loss_reads_the_caption_of_each_image(monkeypatch, tmp_path):

@@ -131,7 +131,8 @@ def test_what_a_preset_has_for_the_built_in_sprites_is_not_for_images_of_the_use
     )
     monkeypatch.setattr(presets, "presets_dir", lambda: tmp_path)
     folder = save_pictures(tmp_path / "mine", size=(16, 16))
-    for flags, expected in (("", (True, 5, "caption")), (f"--train_data_dir {folder}", (False, None, None))):
+    next(folder.glob("*.png")).with_suffix(".txt").write_text("a cat")
+    for flags, expected in (("", (True, 5, "caption")), (f"--train_data_dir {folder}", (False, None, "auto"))):
         config = parse(flags, "words.yaml")
         assert (config.leave_out_pairs, config.max_train_samples, config.caption_column) == expected
 

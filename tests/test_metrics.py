@@ -26,6 +26,7 @@ from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.dataset import load_image_data
 from sprite_diffusion.data.doubles import NEAR_COPY
 from sprite_diffusion.metrics import classifier, pixel_art, real_images
+from sprite_diffusion.metrics import judge as judging
 from sprite_diffusion.metrics.classifier import Classifier, is_weak, load_classifier, load_tensors, save_tensors
 from sprite_diffusion.metrics.distances import frechet_distance
 from sprite_diffusion.metrics.evaluation import (
@@ -848,6 +849,25 @@ class TestEvaluateEvery:
             {line["global_step"]: line["figures"]["precision"]["value"] for line in history}
         )
         assert "| coverage |" in make_card(tmp_path / "run", None, None)
+
+    def test_words_are_judged_too(self, run_script, tmp_path, monkeypatch):
+        monkeypatch.setattr(judging, "TRAINING_STEPS", 2)
+        monkeypatch.setattr(judging, "NUM_SPRITES", 200)
+        monkeypatch.setattr(judging, "NUM_HELD_OUT", 100)
+        monkeypatch.setattr(judging, "MIN_ACCURACY", 0)
+        flags = f"{self.FLAGS} --guidance_scale 2 --train_batch_size 5 --caption_column caption --logger tensorboard"
+        run_script("train_conditional", f"{flags} --leave_out_pairs", tmp_path / "run")
+        during = read_metrics(tmp_path / "run")["figures"]
+        assert {"attributes_seen", "colours_seen", "attributes_unseen", "colours_unseen"} < during.keys()
+        logs = EventAccumulator(str(next((tmp_path / "run" / "logs").rglob("events*")).parent)).Reload()
+        last = logs.Scalars("metrics/colours_seen")[-1].value
+        assert last == pytest.approx(during["colours_seen"]["value"])
+        flags = "--num_images 10 --num_inference_steps 2 --guidance_scale 2 --batch_size 5"
+        run_script("calculate_metrics", f"{tmp_path / 'run'} {flags}")
+        after = read_metrics(tmp_path / "run")["figures"]
+        assert {name: figure["value"] for name, figure in during.items()} == pytest.approx(
+            {name: figure["value"] for name, figure in after.items()}, rel=1e-4
+        )
 
     def test_they_are_of_the_averaged_weights_and_those_of_calculate_metrics(self, run_script, tmp_path, monkeypatch):
         run_script("train_conditional", f"{self.FLAGS} --guidance_scale 2 --train_batch_size 5", tmp_path / "run")

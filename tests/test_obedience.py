@@ -181,8 +181,8 @@ class TestFigures:
         )
         asked = []
 
-        def generate(captions):
-            asked.append(captions)
+        def generate(conditions):
+            asked.append(captions := [condition.name for condition in conditions])
             images = prompts[SEEN if captions == prompts[SEEN].captions else UNSEEN].images
             for rows in torch.randperm(40).split(7):
                 yield rows, images[rows]

@@ -21,7 +21,7 @@ from sprite_diffusion.data.config import DataConfig, parse_data_flags
 from sprite_diffusion.data.dataset import StoredImages, load_image_data, open_images
 from sprite_diffusion.data.decoding import DEEP_MODES, BadImageError, open_image
 from sprite_diffusion.data.doubles import count_near_doubles
-from sprite_diffusion.data.sources import Source, Table, find_caption_column
+from sprite_diffusion.data.sources import Source, Table, find_captions
 
 NUM_LOOKED_AT = 64  # photographs take 0.1 s each
 MIN_SIDE, MAX_SIDE = 8, 64  # pixels that a network is advised for: smaller ones can't be halved, larger ones need days
@@ -169,11 +169,13 @@ def main() -> None:
     print(printable(facts.describe()))
     chosen = choose_flags(facts, config, {*names_of(argv)})
     of_images = {flag.name for flag in fields(DataConfig)} & chosen.keys()
-    data = load_image_data(replace(config, **{name: chosen[name] for name in of_images}), with_labels=None)
+    column, table = find_captions(config, streaming=False)
+    fitting = replace(config, **{name: chosen[name] for name in of_images})
+    data = load_image_data(fitting, with_labels=None, table=table)
     images, class_names = data.dataset, data.class_names or []
     assert isinstance(images, StoredImages)  # as they are not streamed
     script = "train_unconditional.py"
-    if (column := find_caption_column(config, streaming=False)) is not None:
+    if column is not None:
         script = "train_conditional.py"
         print(printable(f"they have captions: {column}"))
     elif len(class_names) > 1:

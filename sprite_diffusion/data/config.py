@@ -9,6 +9,7 @@ from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.common.flags import as_flags, check_values, flag, make_parser, names_of, read_yaml, suggest
 
 BUILT_IN_DATASET = "sprites"
+FIND_CAPTIONS = "auto"  # as `--caption_column`
 ImageMode = Literal["auto", "L", "RGB", "RGBA"]
 IMAGE_MODES: dict[int, ImageMode] = {1: "L", 3: "RGB", 4: "RGBA"}  # by the channels of an image
 MAX_SIDE = 2**14  # pixels; a network's activations of larger images would not fit into any memory
@@ -33,8 +34,8 @@ class DataConfig:
     label_column: str | None = flag(None, "Column of the class labels; found if not given.")
     caption_column: str | None = flag(
         None,
-        "Column of captions to train on in place of classes (train_conditional.py), or 'txt' for a .txt file beside "
-        "each image; found if not given, where there are no classes.",
+        "Column of captions to train on in place of classes (train_conditional.py), 'txt' for a .txt file beside each "
+        "image, or 'auto' for whichever there is, which is also looked for if not given, where there are no classes.",
     )
     labels_file: str | None = flag(None, ".npy file of the labels, (N,) or one-hot (N, K), of a .npy dataset.")
     class_names: list[str] | None = flag(None, "Names of the classes, in order, where the data has none.")

@@ -229,7 +229,9 @@ class StreamedImages(IterableDataset):
             yield prepare_or_skip(row[image_column], name, self.config), class_label, caption_id
 
 
-def load_image_data(config: DataConfig, with_labels: bool | None, streaming: bool = False) -> ImageData:
+def load_image_data(
+    config: DataConfig, with_labels: bool | None, streaming: bool = False, table: Table | None = None
+) -> ImageData:
     """Finds the images that `config` names and, unless they are streamed, decodes them all.
 
     So errors in the data show before the training, not hours later.
@@ -238,15 +240,18 @@ def load_image_data(config: DataConfig, with_labels: bool | None, streaming: boo
         config: The source of the images, and how to decode them.
         with_labels: Whether to read class labels; None for those that the source has, if any.
         streaming: Whether to decode images while they are used.
+        table: That of the images, if `find_captions` has opened it.
 
     Raises:
         UserInputError: For a source, image or label that can't be used.
     """
-    opened = open_images(config, with_labels, streaming)
+    opened = open_images(config, with_labels, streaming, table)
     return _open_stream(opened, config) if isinstance(opened, Table) else _decode_all(opened, config, with_labels)
 
 
-def open_images(config: DataConfig, with_labels: bool | None, streaming: bool = False) -> Source | Table:
+def open_images(
+    config: DataConfig, with_labels: bool | None, streaming: bool = False, table: Table | None = None
+) -> Source | Table:
     """Finds the images that `config` names, and decodes none. The arguments and errors are those of `load_image_data`.
 
     Returns a `Table` of images that are to be streamed, else a `Source`.
@@ -260,14 +265,22 @@ def open_images(config: DataConfig, with_labels: bool | None, streaming: bool = 
     if config.labels_file and not is_array:
         raise UserInputError("--labels_file belongs to a --dataset_name that is an .npy file")
     if not is_array and name != BUILT_IN_DATASET and config.cell is None:
-        table = open_table(config, with_labels, streaming)
+        table = table or open_table(config, with_labels, streaming)
+        if with_labels and table.label_column is None:
+            raise UserInputError(
+                f"{table.name} has no label column: name one by --label_column (columns: "
+                f"{', '.join(table.rows.features)}), or put the images of each class into a folder of its own"
+            )
         return table if streaming else read_table(table, config)
     if streaming:
         raise UserInputError(
             f"--streaming can't be used with {name or '--cell'}, which fits into memory: leave it out"
         )
     if config.caption_column is not None and name != BUILT_IN_DATASET:
-        raise UserInputError(f"--caption_column: {name or 'the sheets of --cell'} have no captions, leave it out")
+        raise UserInputError(
+            f"--caption_column {config.caption_column}: {name or 'the sheets of --cell'} have no captions, give "
+            "another --config, or leave it out"
+        )
     open_source = cut_sheets if config.cell is not None else open_arrays if is_array else draw_built_in
     return open_source(config, with_labels)
 

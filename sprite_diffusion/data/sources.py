@@ -4,7 +4,7 @@ import glob
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from sprite_diffusion.common.errors import UserInputError, first_line
 from sprite_diffusion.data.attributes import has_left_out_pair
 from sprite_diffusion.data.captions import TEXT_FILES, Captions, clean_caption, find_text_column, read_text_beside
-from sprite_diffusion.data.config import BUILT_IN_DATASET, IMAGE_MODES, DataConfig
+from sprite_diffusion.data.config import BUILT_IN_DATASET, FIND_CAPTIONS, IMAGE_MODES, DataConfig
 from sprite_diffusion.data.decoding import SkippedImage, name_image
 from sprite_diffusion.data.image_folder import LocalFiles, find_local_files, list_image_folder
 from sprite_diffusion.data.labels import choose_class_names, spread_over_classes, to_class_ids
 from sprite_diffusion.data.sprites import CLASS_NAMES, draw_sprites
 
+BUILT_IN_SOURCE = f"{BUILT_IN_DATASET} (built in)"
 BUILT_IN_SIZE = 8000
 BUILT_IN_CAPTIONS = "caption"
 MAX_BUILT_IN_SIZE = 10**6  # which take 0.8 GB of memory
@@ -85,7 +86,7 @@ def draw_built_in(config: DataConfig, with_labels: bool | None) -> Source:
     """Draws the built-in sprites. `with_labels` is as in `load_image_data`."""
     if (config.max_train_samples or 0) > MAX_BUILT_IN_SIZE:
         raise UserInputError(f"--max_train_samples {config.max_train_samples}: draw {MAX_BUILT_IN_SIZE:,} at most")
-    if config.caption_column not in (None, BUILT_IN_CAPTIONS):
+    if config.caption_column not in (None, FIND_CAPTIONS, BUILT_IN_CAPTIONS):
         raise UserInputError(f"--caption_column {config.caption_column}: that of '{BUILT_IN_DATASET}' is caption")
     num_images = config.max_train_samples or BUILT_IN_SIZE
     leave_out = has_left_out_pair if config.leave_out_pairs else None
@@ -93,7 +94,7 @@ def draw_built_in(config: DataConfig, with_labels: bool | None) -> Source:
         num_images, transparent=config.image_mode == "RGBA", leave_out=leave_out
     )
     return Source(
-        f"{BUILT_IN_DATASET} (built in)",
+        BUILT_IN_SOURCE,
         ("sprites", hashlib.sha256(images.tobytes()).hexdigest()),
         np.arange(len(images)),
         len(images),
@@ -177,8 +178,8 @@ def _load_array(path: str, flag: str) -> np.ndarray:
 def open_table(config: DataConfig, with_labels: bool | None, streaming: bool) -> Table:
     """Opens a folder of images, a parquet file, a local dataset or one of the Hub.
 
-    `with_labels` and `streaming` are as in `load_image_data`. Raises `UserInputError` if the dataset can't be read, or
-    its columns can't be found.
+    Without `with_labels=False`, the column of labels is found if there is one. `streaming` is as in `load_image_data`.
+    Raises `UserInputError` if the dataset can't be read, or its columns can't be found.
     """
     name, rows, skipped_images, files = _open_dataset(config, streaming)
     if rows.features is None:
@@ -191,34 +192,51 @@ def open_table(config: DataConfig, with_labels: bool | None, streaming: bool) ->
     label_column = None
     if with_labels is not False:
         label_column = _find_column(rows.features, datasets.ClassLabel, "label_column", config.label_column, name)
-    if label_column is None and with_labels:
-        raise UserInputError(
-            f"{name} has no label column: name one by --label_column "
-            f"(columns: {', '.join(rows.features)}), or put the images of each class into a folder of its own"
-        )
-    caption_column = config.caption_column
-    if caption_column not in (None, TEXT_FILES, *rows.features):
-        raise UserInputError(
-            f"--caption_column {caption_column}: {name} has the columns {', '.join(rows.features)}; 'txt' is for .txt "
-            "files beside the images"
-        )
     if isinstance(rows.features[image_column], datasets.Image):
         # `datasets` would decode the images too, but not name the image that it can't decode.
         rows = rows.cast_column(image_column, datasets.Image(decode=False))
-    return Table(name, rows, image_column, label_column, caption_column, skipped_images, files)
+    table = Table(name, rows, image_column, label_column, None, skipped_images, files)
+    return replace(table, caption_column=_choose_caption_column(table, config))
 
 
-def find_caption_column(config: DataConfig, streaming: bool) -> str | None:
+def find_captions(config: DataConfig, streaming: bool) -> tuple[str | None, Table | None]:
     """Returns the `--caption_column` of the images that `config` names, found if it is not given; None without one.
 
-    It is not looked for where images have classes. Raises `UserInputError` if the dataset can't be read.
+    It is not looked for where images have classes. Also returns the table of the images, if it was opened to find it.
+    Raises `UserInputError` if that can't be read.
     """
     name = config.dataset_name or ""
     if config.caption_column is not None or name == BUILT_IN_DATASET or name.endswith(".npy") or config.cell:
-        return config.caption_column
+        return config.caption_column, None
     table = open_table(config, with_labels=None, streaming=streaming)
-    if table.label_column is not None:
-        return None
+    if table.label_column is None:
+        table = replace(table, caption_column=_find_caption_column(table, config))
+    return table.caption_column, table
+
+
+def _choose_caption_column(table: Table, config: DataConfig) -> str | None:
+    """Returns the `--caption_column` of a table. Raises `UserInputError` if there is none such."""
+    chosen, columns = config.caption_column, ", ".join(table.rows.features)
+    if chosen == FIND_CAPTIONS:
+        chosen = _find_caption_column(table, config)
+        if chosen is None:
+            raise UserInputError(
+                f"{table.name} has no captions (columns: {columns}): name their --caption_column, or give another "
+                "--config to train by class"
+            )
+    elif chosen not in (None, TEXT_FILES, *table.rows.features):
+        raise UserInputError(
+            f"--caption_column {chosen}: {table.name} has the columns {columns}; 'txt' is for .txt files beside the "
+            "images"
+        )
+    return chosen
+
+
+def _find_caption_column(table: Table, config: DataConfig) -> str | None:
+    """Returns the `--caption_column` that a table seems to have, None if it has no captions.
+
+    Raises `UserInputError` if it has several.
+    """
     found = find_text_column(table.rows.features, table.name)
     if found is None and config.dataset_name is None:  # a folder
         images = table.rows.select_columns(table.image_column)

@@ -1,8 +1,8 @@
 """The work of calculate_metrics.py: measures a model, or a folder of images, against data."""
 
 import argparse
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,10 @@ from pipelines import TextToImageDDPMPipeline
 from sprite_diffusion.common.errors import UserInputError, first_line
 from sprite_diffusion.common.machine import join_processes
 from sprite_diffusion.common.run_files import CONFIG_FILE, INDEX_FILE
-from sprite_diffusion.data.config import BUILT_IN_DATASET, IMAGE_MODES, DataConfig
+from sprite_diffusion.data.config import IMAGE_MODES, DataConfig
 from sprite_diffusion.data.dataset import load_image_data
-from sprite_diffusion.data.sources import find_caption_column
-from sprite_diffusion.data.sprites import SIZE
+from sprite_diffusion.data.sources import find_captions
 from sprite_diffusion.metrics.evaluation import (
-    Batch,
     choose_num_images,
     evaluate,
     generate,
@@ -28,10 +26,9 @@ from sprite_diffusion.metrics.evaluation import (
     sampling_facts,
 )
 from sprite_diffusion.metrics.extractors import make_extractor
-from sprite_diffusion.metrics.obedience import measure_obedience
+from sprite_diffusion.metrics.obedience import choose_groups, measure_obedience
 from sprite_diffusion.metrics.real_images import RealImages
-from sprite_diffusion.metrics.report import SEEN, UNSEEN, Report
-from sprite_diffusion.sampling.conditions import Condition
+from sprite_diffusion.metrics.report import Report
 from sprite_diffusion.sampling.pipeline_loading import Pipeline, find_model_kind, load_pipeline, speed_up
 
 
@@ -46,12 +43,12 @@ def calculate(
     state = join_processes()
     pipeline = None if is_image_folder(args.model) else open_pipeline(args, state.device)
     resolution = choose_resolution(pipeline, args.model, config, data_flags)
-    config = replace(config, resolution=resolution)
+    config, table = replace(config, resolution=resolution), None
     if pipeline is not None:
         config = replace(config, image_mode=IMAGE_MODES[pipeline.sample_shape[0]])
         if isinstance(pipeline, TextToImageDDPMPipeline):
-            config = replace(config, caption_column=find_caption_column(config, streaming=False))
-    real = RealImages(load_image_data(config, with_labels=None))
+            config.caption_column, table = find_captions(config, streaming=False)
+    real = RealImages(load_image_data(config, with_labels=None, table=table))
     num_images = choose_num_images(real, args.num_images)
     facts = {
         "model": Path(args.model).name,
@@ -66,8 +63,15 @@ def calculate(
         sampled_by = ""
     else:
         sampler = make_evaluation_sampler(pipeline, args.scheduler, args.num_inference_steps)
-        conditions = match_conditions(pipeline, real, num_images)
-        images = generate(pipeline, sampler, conditions, args.batch_size, args.guidance_scale, args.seed)
+        draw = partial(
+            generate,
+            pipeline,
+            sampler,
+            batch_size=args.batch_size,
+            guidance_scale=args.guidance_scale,
+            seed=args.seed,
+        )
+        images = draw(match_conditions(pipeline, real, num_images))
         facts |= sampling_facts(pipeline, sampler, args.guidance_scale, args.seed)
         sampled_by = f" by {sampler.label}"
     with state.local_main_process_first():
@@ -78,25 +82,14 @@ def calculate(
         )
     judge_classes = pipeline is not None and pipeline.is_conditional
     result = evaluate(real, extractor, images, num_images, judge_classes)
-    obedience = None
-    if pipeline is not None and knows_words_of_artist(pipeline, config):
-
-        def draw(captions: Sequence[str]) -> Iterator[Batch]:
-            prompts = [Condition.of_prompt(caption) for caption in captions]
-            return generate(pipeline, sampler, prompts, args.batch_size, args.guidance_scale, args.seed)
-
-        obedience = measure_obedience(draw, num_images, (SEEN, UNSEEN) if config.leave_out_pairs else (SEEN,))
+    obedience = {}
+    if pipeline is not None:
+        obedience = measure_obedience(draw, num_images, choose_groups(pipeline, real, config.leave_out_pairs))
     if result is None:
         return None
     report, closest_pairs = result
-    report.figures |= obedience or {}
+    report.figures |= obedience
     return report, closest_pairs, facts
-
-
-def knows_words_of_artist(pipeline: Pipeline, config: DataConfig) -> bool:
-    """Returns whether a model draws what a prompt says, of images that the built-in artist has captioned."""
-    is_captioned = isinstance(pipeline, TextToImageDDPMPipeline)
-    return is_captioned and config.dataset_name == BUILT_IN_DATASET and config.image_size == (SIZE, SIZE)
 
 
 def is_image_folder(model: str) -> bool:

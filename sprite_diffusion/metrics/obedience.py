@@ -8,13 +8,18 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from pipelines import TextToImageDDPMPipeline
 from sprite_diffusion.common.errors import warn
 from sprite_diffusion.data.attributes import has_left_out_pair, is_left_out, read_caption
-from sprite_diffusion.data.sprites import draw_sprites
+from sprite_diffusion.data.sources import BUILT_IN_SOURCE
+from sprite_diffusion.data.sprites import SIZE, draw_sprites
 from sprite_diffusion.metrics.distances import interval_of_ratio
 from sprite_diffusion.metrics.evaluation import Batch
 from sprite_diffusion.metrics.judge import COLOUR, MIN_ACCURACY, UNSAID, Judge, encode_captions, load_judge
+from sprite_diffusion.metrics.real_images import RealImages
 from sprite_diffusion.metrics.report import LEFT_OUT_PAIRS, NUMBERS_NAMED, SEEN, UNSEEN, Measurement
+from sprite_diffusion.sampling.conditions import Condition
+from sprite_diffusion.sampling.pipeline_loading import Pipeline
 
 
 class Prompts(NamedTuple):
@@ -36,37 +41,54 @@ def draw_prompts(num_images: int, group: str) -> Prompts:
     return Prompts(captions, torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))))
 
 
+def choose_groups(pipeline: Pipeline, real: RealImages, leave_out_pairs: bool) -> tuple[str, ...]:
+    """Returns the groups of captions that a model can be judged by: of the built-in artist's words, if it reads those.
+
+    Args:
+        pipeline: The model.
+        real: What it was trained on.
+        leave_out_pairs: Whether that was without the pairs of `--leave_out_pairs`.
+    """
+    is_captioned = isinstance(pipeline, TextToImageDDPMPipeline)
+    if not is_captioned or real.source != BUILT_IN_SOURCE or real.image_size != (SIZE, SIZE):
+        return ()
+    return (SEEN, UNSEEN) if leave_out_pairs else (SEEN,)
+
+
 def measure_obedience(
-    generate: Callable[[list[str]], Iterator[Batch]], num_images: int, groups: Sequence[str]
-) -> dict[str, Measurement] | None:
+    generate: Callable[[list[Condition]], Iterator[Batch]], num_images: int, groups: Sequence[str]
+) -> dict[str, Measurement]:
     """Has images generated of captions, and judges them. Warns of the slots that the judge refuses.
 
     Args:
-        generate: Yields this process's share of the images of some captions, (B, C, 16, 16), one for each.
+        generate: Yields this process's share of the images of some prompts, (B, C, 16, 16), one for each.
         num_images: How many captions of each group.
-        groups: `SEEN` and, of a model that was trained with `--leave_out_pairs`, `UNSEEN`.
+        groups: Those of `choose_groups`; without any there is nothing to judge.
 
     Returns:
-        The figures of `judge_obedience`, by name; None but on the main process.
+        The figures of `judge_obedience`, by name; none but on the main process.
 
     Raises:
         UserInputError: If the judge can't be kept in the cache.
     """
     state = PartialState()
+    figures: dict[str, Measurement] = {}
+    if not groups:
+        return figures
     with state.local_main_process_first():
         judge = load_judge(state.device)
     if judge.refused:
         warn(f"the judge is right on less than {MIN_ACCURACY:.0%} and is not asked about: {', '.join(judge.refused)}")
-    figures: dict[str, Measurement] = {}
     for group in groups:
         prompts = draw_prompts(num_images, group)
-        parts = [(rows, judge.read(images)) for rows, images in generate(prompts.captions)]
+        conditions = [Condition.of_prompt(caption) for caption in prompts.captions]
+        parts = [(rows, judge.read(images)) for rows, images in generate(conditions)]
         parts = gather_object(parts)
         if state.is_main_process:
             order = torch.cat([rows for rows, _ in parts]).argsort()
             seen = torch.cat([values for _, values in parts])[order]
             figures |= judge_obedience(judge, seen, prompts, group)
-    return figures if state.is_main_process else None
+    return figures
 
 
 def judge_obedience(judge: Judge, seen: torch.Tensor, prompts: Prompts, group: str) -> dict[str, Measurement]:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +43,7 @@ from sprite_diffusion.metrics.evaluation import (
 )
 from sprite_diffusion.metrics.extractors import Extractor, make_extractor
 from sprite_diffusion.metrics.flags import CLIP_MODEL
+from sprite_diffusion.metrics.obedience import choose_groups, measure_obedience
 from sprite_diffusion.metrics.real_images import RealImages
 from sprite_diffusion.metrics.report import NEAR_COPIES, Losses, append_history, is_lowest, write_report
 from sprite_diffusion.runs.base_model import describe_base
@@ -64,6 +65,7 @@ from sprite_diffusion.sharing.report import draw_losses, make_report, read_train
 from sprite_diffusion.sharing.trackers import Trackers
 
 IMAGES_PER_EVALUATION = 500
+JUDGED_PER_EVALUATION = 100  # captions of each group, which name several attributes each
 SECONDS_BEFORE_ESTIMATE = 10.0  # the first steps are slow
 # Seconds of an epoch that has a line of its own: of shorter ones there are too many to read, and a run that is counted
 # in steps may have hundreds.
@@ -262,25 +264,22 @@ class RunOutputs:
             )
 
     def _evaluate(self, pipeline: Pipeline, state: TrainState) -> Judgement:
-        """Measures some images, sampled by all processes: for the trackers, and for the card.
-
-        The judgement is that of the main process.
-        """
+        """Measures some images, sampled by all processes, for the trackers and the card; the main process judges."""
         config, real = self.config, self.real
         num_images = choose_num_images(real, IMAGES_PER_EVALUATION)
         sampler = make_evaluation_sampler(pipeline, None, None)
         # One of several processes must not leave the others waiting for its images.
-        is_only_process = self.accelerator.num_processes == 1
-        with self.signals.interruptible() if is_only_process else nullcontext():
-            extractor = self._extractor
-            conditions = match_conditions(pipeline, real, num_images)
-            images = generate(
-                pipeline, sampler, conditions, config.train_batch_size, config.guidance_scale, config.seed
-            )
-            result = evaluate(real, extractor, images, num_images, judge_classes=pipeline.is_conditional)
+        with self.signals.interruptible() if self.accelerator.num_processes == 1 else nullcontext():
+            size, guidance = config.train_batch_size, config.guidance_scale
+            draw = partial(generate, pipeline, sampler, batch_size=size, guidance_scale=guidance, seed=config.seed)
+            images = draw(match_conditions(pipeline, real, num_images))
+            result = evaluate(real, self._extractor, images, num_images, judge_classes=pipeline.is_conditional)
+            groups = choose_groups(pipeline, real, config.leave_out_pairs)
+            obedience = measure_obedience(draw, min(num_images, JUDGED_PER_EVALUATION), groups)
         if result is None:
             return Judgement()
         report, closest_pairs = result
+        report.figures |= obedience
         losses = self.measure_losses()
         scalars = {} if losses is None else losses.to_dict()
         if losses is not None and losses.gap_grows(self.output_dir, state.global_step):

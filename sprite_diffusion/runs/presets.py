@@ -1,6 +1,7 @@
 """The flags of a run from the command line and from files: defaults < `--config FILE.yaml` < flags."""
 
 import os
+import re
 from argparse import ArgumentParser
 from collections.abc import Mapping
 from dataclasses import fields
@@ -10,7 +11,7 @@ from typing import Any
 
 from sprite_diffusion.common.errors import UserInputError, mask_secrets, printable
 from sprite_diffusion.common.flags import as_argv, as_flags, check_text, make_parser, names_of, parse_known, read_yaml
-from sprite_diffusion.data.config import BUILT_IN_DATASET
+from sprite_diffusion.data.config import BUILT_IN_DATASET, FIND_CAPTIONS
 from sprite_diffusion.runs.config import TrainingConfig
 
 
@@ -27,16 +28,9 @@ def parse_config(argv: list[str], default_preset: str) -> TrainingConfig:
     if flags.config is not None:
         check_text("config", flags.config)
     path = presets_dir() / default_preset if flags.config is None else find_preset(flags.config)
-    preset_argv = _read_as_flags(path, parser)
+    preset_argv = _read_preset(path, parser, flags.dataset_name, flags.train_data_dir)
     has_own_data = (flags.dataset_name or flags.train_data_dir) not in (None, BUILT_IN_DATASET)
-    dropped: tuple[str, ...] = ()
-    if flags.train_data_dir is not None and flags.dataset_name is None:  # else a preset's dataset would win over it
-        dropped += ("--dataset_name=",)
-    if path.resolve().parent == presets_dir() and has_own_data:
-        # These are of the preset's own data.
-        dropped += ("--max_train_samples=", "--leave_out_pairs=", "--caption_column=")
-    if flags.num_epochs is not None:
-        dropped += ("--max_train_steps=",)
+    dropped = () if flags.num_epochs is None else ("--max_train_steps=",)
     if flags.config is None and has_own_data:  # which decide by themselves whether they are transparent
         preset_argv = [argument for argument in preset_argv if not argument.startswith("--image_mode=")]
 
@@ -117,13 +111,27 @@ def load_preset(name: str, **changes: Any) -> TrainingConfig:
         UserInputError: If there is no such file or model, or a value in the file or in `changes` is wrong.
     """
     path, parser = find_preset(name), make_parser(TrainingConfig)
-    preset_argv = _read_as_flags(path, parser)
+    preset_argv = _read_preset(path, parser, changes.get("dataset_name"), changes.get("train_data_dir"))
     values = vars(parser.parse_args(preset_argv))
     if changes.get("num_epochs") is not None:
         values["max_train_steps"] = None
     of_file = {*names_of(preset_argv)} if values["init_from"] is not None else set()
     of_model = _flags_of_model(values | changes, {*changes}, of_file)
     return TrainingConfig(**{**values, **of_model, **changes})
+
+
+def _read_preset(
+    path: Path, parser: ArgumentParser, dataset_name: str | None, train_data_dir: str | None
+) -> list[str]:
+    """Returns the `--config` file as a command line, without what is not true of the images that the user names."""
+    preset_argv = _read_as_flags(path, parser)
+    dropped: tuple[str, ...] = ()
+    if train_data_dir is not None and dataset_name is None:  # else a preset's dataset would win over it
+        dropped += ("--dataset_name=",)
+    if path.resolve().parent == presets_dir() and (dataset_name or train_data_dir) not in (None, BUILT_IN_DATASET):
+        dropped += ("--max_train_samples=", "--leave_out_pairs=")
+        preset_argv = [re.sub("(?<=--caption_column=).*", FIND_CAPTIONS, argument) for argument in preset_argv]
+    return [argument for argument in preset_argv if not argument.startswith(dropped)]
 
 
 def _read_as_flags(path: Path, parser: ArgumentParser) -> list[str]:

@@ -58,8 +58,10 @@ class Weights:
             self.model.train()
 
     def save(self, folder: Path) -> None:
-        """Writes the folder that `DiffusionPipeline.from_pretrained` loads."""
+        """Writes the folder of a pipeline, without a text encoder that is not trained: it stays what it was."""
         with self.pipeline() as pipeline:
+            for name in pipeline.components.keys() & {*TRAINED_PARTS} - self.model.keys():
+                pipeline.register_modules(**{name: None})
             pipeline.save_pretrained(str(folder))
 
     def finish(self) -> DiffusionPipeline:

@@ -4,7 +4,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
@@ -277,10 +277,11 @@ def _assemble(
     text_parts = {}
     if pipeline_class is TextToImageDDPMPipeline:
         text_parts = load_text_parts(model, index)
-        _check_finite(model, text_parts["text_encoder"])
+        _check_finite(model, text_parts["text_encoder"], "text_encoder")
     with naming(f"{prefix}{NETWORK_FILE}"):
         config = read_config(model, unet_folder, unet_class)
-        with torch.device("meta"):  # tensors there have shapes and take no memory
+        # Tensors there have shapes and take no memory; torch warns of those without elements, an error says it better.
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             unet = unet_class.from_config(config)
         weightless = pipeline_class(unet=unet, scheduler=scheduler, **text_parts)
         check_network(weightless)
@@ -288,7 +289,8 @@ def _assemble(
         check_process(weightless)
     with naming(INDEX_FILE):
         options = read_examples(index) if text_parts else read_names(index, weightless.num_classes)
-    unet = _load_network(model, unet_folder, unet_class, dtype)
+    with naming(unet_folder) if unet_folder else nullcontext():
+        unet = _load_network(model, unet_folder, unet_class, dtype)
     return pipeline_class(unet=unet, scheduler=scheduler, **text_parts, **options)
 
 
@@ -311,12 +313,12 @@ def _load_network(model: str, unet_folder: str | None, unet_class: Any, dtype: t
     return _check_finite(model, unet)
 
 
-def _check_finite(model: str, network: Any) -> Any:
+def _check_finite(model: str, network: Any, part: str = "network") -> Any:
     """Returns a network. Raises `UserInputError` if its weights are not finite."""
     for name, weight in network.state_dict().items():
         if not weight.isfinite().all():
             raise UserInputError(
-                f"{model}: the weights of its network are not finite ({name}): take another checkpoint"
+                f"{model}: the weights of its {part} are not finite ({name}): take another checkpoint"
             )
     return network
 

@@ -13,6 +13,7 @@ from pipelines import TextToImageDDPMPipeline
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.captions import NO_CAPTION
 from sprite_diffusion.data.dataset import ImageData, load_image_data
+from sprite_diffusion.data.sources import Table
 from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.runs.outputs import SampleGrid
 from sprite_diffusion.sampling.conditions import Condition
@@ -21,7 +22,7 @@ from sprite_diffusion.training.build import build_model, build_noise_scheduler
 from sprite_diffusion.training.loss import ddpm_loss
 from sprite_diffusion.training.randomness import Draws
 from sprite_diffusion.training.steps import Batch
-from sprite_diffusion.training.text_encoder import choose_text_encoder, embed, tokenize
+from sprite_diffusion.training.text_encoder import choose_text_encoder, embed_once, tokenize
 from sprite_diffusion.training.training_loop import begin_run, training_loop
 
 MAX_GRID_ROWS = 8  # captions in a sample grid, one per row
@@ -48,12 +49,15 @@ class CaptionedNetwork(torch.nn.Module):
         return self.unet(sample, timestep, encoder_hidden_states=embeddings, **kwargs)
 
 
-def train(config: TrainingConfig, data: ImageData | None = None) -> TextToImageDDPMPipeline:
+def train(
+    config: TrainingConfig, data: ImageData | None = None, table: Table | None = None
+) -> TextToImageDDPMPipeline:
     """Trains a model on images with captions, writes it into `config.output_dir`, and returns its pipeline.
 
     Args:
         config: The flags.
         data: Images with captions, such as those of `load_tensor`; None for those that `config` names.
+        table: That of the latter, if it is open already.
 
     Raises:
         UserInputError: For a flag, file or column that has to be changed.
@@ -66,7 +70,7 @@ def train(config: TrainingConfig, data: ImageData | None = None) -> TextToImageD
     base = begin_run(config)
     if base is not None and not isinstance(base, TextToImageDDPMPipeline):
         raise UserInputError(f"--init_from {config.init_from} reads no captions: name a model that does")
-    data = data or load_image_data(config, with_labels=None, streaming=config.streaming)
+    data = data or load_image_data(config, with_labels=None, streaming=config.streaming, table=table)
     captions = data.captions
     if captions is None or captions == [""]:
         raise UserInputError(f"{data.source}: there are no captions to train on: give some, or train by class")
@@ -76,7 +80,7 @@ def train(config: TrainingConfig, data: ImageData | None = None) -> TextToImageD
     if config.text_encoder is None:
         model: torch.nn.Module = CaptionedNetwork(unet, text_encoder)
     else:
-        model, read = unet, {"encoder_hidden_states": embed(text_encoder, read)}
+        model, read = unet, {"encoder_hidden_states": embed_once(text_encoder, read)}
     noise_scheduler = build_noise_scheduler(config, base)
 
     def loss_fn(model: Any, batch: Batch, draws: Draws) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 from pipelines import ConditionalDDPMPipeline
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.dataset import ImageData, load_image_data
+from sprite_diffusion.data.sources import Table
 from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.runs.outputs import SampleGrid
 from sprite_diffusion.sampling.conditions import Condition, one_hot
@@ -23,12 +24,15 @@ from sprite_diffusion.training.training_loop import begin_run, training_loop
 MAX_GRID_ROWS = 16  # classes in a sample grid, one per row
 
 
-def train(config: TrainingConfig, data: ImageData | None = None) -> ConditionalDDPMPipeline:
+def train(
+    config: TrainingConfig, data: ImageData | None = None, table: Table | None = None
+) -> ConditionalDDPMPipeline:
     """Trains a model on images by class, writes it into `config.output_dir`, and returns its pipeline.
 
     Args:
         config: The flags.
         data: Images with labels, such as those of `load_tensor`; None for those that `config` names.
+        table: That of the latter, if it is open already.
 
     Raises:
         UserInputError: For a flag, file or column that has to be changed.
@@ -39,7 +43,7 @@ def train(config: TrainingConfig, data: ImageData | None = None) -> ConditionalD
         raise UserInputError("--model_class BasicUNet2DModel takes no class labels: use train_unconditional.py")
     check_without_captions(config)
     base = begin_run(config)
-    data = data or load_image_data(config, with_labels=True, streaming=config.streaming)
+    data = data or load_image_data(config, with_labels=True, streaming=config.streaming, table=table)
     id2label = data.id2label
     if id2label is None:
         raise UserInputError(f"{data.source} have no class labels: give them, or train without classes")

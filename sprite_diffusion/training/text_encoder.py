@@ -1,28 +1,32 @@
 """The text encoder and its tokenizer: a small one for the words of the captions, or one that is trained already."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+import xxhash
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm.auto import tqdm
 
 from pipelines import find_unknown_words
-from sprite_diffusion.common.errors import UserInputError, first_line, mask_secrets, printable, warn
+from sprite_diffusion.common.cache import check_digest, make_once, write_digest
+from sprite_diffusion.common.errors import UserInputError, mask_secrets, printable, warn
 from sprite_diffusion.common.run_files import read_saved_config
 from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.sampling.pipeline_loading import Pipeline
-from sprite_diffusion.sampling.text_encoders import load_text_parts, quiet_transformers
+from sprite_diffusion.sampling.text_encoders import is_left_out, load_text_encoder, load_text_parts, quiet_transformers
 
 MAX_TOKENS = 77  # of a caption, as CLIP has it; the rest of a longer one is not read
 MAX_WORDS = 2**15  # the most frequent ones
 BEGIN, END, UNKNOWN = "<|startoftext|>", "<|endoftext|>", "<|unknown|>"
 HIDDEN_SIZE, NUM_LAYERS, NUM_HEADS = 128, 2, 4
 EMBEDDED_AT_ONCE = 256  # captions
+EMBEDDINGS_FILE = "embeddings.bin"
 
 
 def build_tokenizer(captions: Sequence[str]) -> Any:
@@ -74,32 +78,6 @@ def build_text_encoder(tokenizer: Any) -> transformers.CLIPTextModel:
     return transformers.CLIPTextModel(config)
 
 
-def load_text_encoder(name: str, captions: Sequence[str]) -> tuple[Any, Any]:
-    """Returns the tokenizer and the text encoder of `--text_encoder`, in float32.
-
-    Args:
-        name: A name on the Hub or a folder: of a text encoder with its tokenizer, or of a pipeline that has both.
-        captions: What it is to read.
-
-    Raises:
-        UserInputError: If there is no such text encoder.
-    """
-    of_pipeline = Path(name, "text_encoder").is_dir()
-    tokenizer_folder, encoder_folder = ("tokenizer", "text_encoder") if of_pipeline else ("", "")
-    try:
-        config = transformers.AutoConfig.from_pretrained(name, subfolder=encoder_folder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, subfolder=tokenizer_folder)
-        text_encoder = transformers.AutoModelForTextEncoding.from_pretrained(
-            name, subfolder=encoder_folder, config=config.get_text_config()
-        )
-    except Exception as error:  # the values in its files can lead transformers to raise anything
-        raise UserInputError(f"--text_encoder {name} can't be loaded: {first_line(error)}") from None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    fit_length(tokenizer, captions)
-    return tokenizer, text_encoder.float()
-
-
 def choose_text_encoder(config: TrainingConfig, captions: Sequence[str], base: Pipeline | None) -> tuple[Any, Any]:
     """Returns the tokenizer and the text encoder of a run, which is frozen if `--text_encoder` names it.
 
@@ -110,17 +88,12 @@ def choose_text_encoder(config: TrainingConfig, captions: Sequence[str], base: P
     """
     quiet_transformers()
     if config.resume_from_checkpoint is not None:
-        checkpoint = str(Path(config.output_dir, config.resume_from_checkpoint))
-        index = DiffusionPipeline.load_config(checkpoint)
-        if "text_encoder" not in index:
-            raise UserInputError(f"{checkpoint} was trained without captions: leave --caption_column out")
-        earlier = (read_saved_config(Path(config.output_dir)) or {}).get("text_encoder")
-        if earlier != config.text_encoder:
-            raise UserInputError(f"--text_encoder {config.text_encoder}: the run that is resumed has {earlier}")
-        parts = load_text_parts(checkpoint, index)
-        tokenizer, text_encoder = parts["tokenizer"], parts["text_encoder"]
+        tokenizer, text_encoder = _resume_text_encoder(config)
     elif config.text_encoder is not None:
-        tokenizer, text_encoder = load_text_encoder(config.text_encoder, captions)
+        tokenizer, text_encoder = load_text_encoder(config.text_encoder)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        fit_length(tokenizer, captions)
         if base is not None and not _are_same(text_encoder, base.text_encoder):
             raise UserInputError(
                 f"--text_encoder {config.text_encoder}: the network of --init_from {config.init_from} has learned "
@@ -143,6 +116,23 @@ def choose_text_encoder(config: TrainingConfig, captions: Sequence[str], base: P
     return tokenizer, text_encoder
 
 
+def _resume_text_encoder(config: TrainingConfig) -> tuple[Any, Any]:
+    """Returns the tokenizer of the checkpoint that a run is resumed from, and its text encoder or the frozen one.
+
+    Raises `UserInputError` if the run read no captions, or by another text encoder.
+    """
+    checkpoint = str(Path(config.output_dir, config.resume_from_checkpoint or ""))
+    index = DiffusionPipeline.load_config(checkpoint)
+    if "text_encoder" not in index:
+        raise UserInputError(f"{checkpoint} was trained without captions: leave --caption_column out")
+    saved = read_saved_config(Path(config.output_dir)) or {}  # a copy of a checkpoint alone has none
+    earlier = saved.get("text_encoder", config.text_encoder)
+    if is_left_out(index["text_encoder"]) != (config.text_encoder is not None) or earlier != config.text_encoder:
+        raise UserInputError(f"--text_encoder {config.text_encoder}: {checkpoint} was written with {earlier}")
+    parts = load_text_parts(checkpoint, index, frozen=config.text_encoder)
+    return parts["tokenizer"], parts["text_encoder"]
+
+
 def _are_same(first: torch.nn.Module, second: torch.nn.Module) -> bool:
     """Returns whether two networks have the same weights."""
     one, other = first.state_dict(), second.state_dict()
@@ -162,14 +152,41 @@ def tokenize(tokenizer: Any, captions: Sequence[str]) -> dict[str, torch.Tensor]
     return {name: tokens[name].to(PartialState().device) for name in ("input_ids", "attention_mask")}
 
 
+def embed_once(text_encoder: Any, tokens: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Returns the embeddings (N, L, D) of tokens, float32, in a file of the cache that is mapped into memory.
+
+    Moves the text encoder to the device of the process. Raises `UserInputError` if the cache can't be written.
+    """
+    text_encoder.to(PartialState().device)
+    shape = (*tokens["input_ids"].shape, text_encoder.config.hidden_size)
+
+    def write(folder: Path) -> None:
+        with open(folder / EMBEDDINGS_FILE, "wb") as file:
+            for embeddings in embed(text_encoder, tokens):
+                file.write(embeddings.numpy().tobytes())
+        write_digest(folder, [EMBEDDINGS_FILE])
+
+    def open_embeddings(folder: Path) -> torch.Tensor:
+        check_digest(folder, [EMBEDDINGS_FILE])
+        # Mapped so that a change would stay in memory: torch takes no array that is for reading alone.
+        return torch.from_numpy(np.memmap(folder / EMBEDDINGS_FILE, np.float32, "c", shape=shape))
+
+    return make_once("embeddings", _hash_all(text_encoder, tokens), write, open_embeddings)
+
+
 @torch.no_grad()
-def embed(text_encoder: Any, tokens: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Returns the embeddings (N, L, D) of tokens on the CPU, float32; moves the text encoder to the device."""
-    state = PartialState()
-    text_encoder.to(state.device)
+def embed(text_encoder: Any, tokens: Mapping[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yields the embeddings (B, L, D) of tokens, some captions after the other, on the CPU."""
     starts = range(0, len(tokens["input_ids"]), EMBEDDED_AT_ONCE)
-    bar = tqdm(starts, "embedding captions", dynamic_ncols=True, leave=False, disable=not state.is_main_process)
-    batches = [
-        text_encoder(**{name: ids[i : i + EMBEDDED_AT_ONCE] for name, ids in tokens.items()})[0].cpu() for i in bar
-    ]
-    return torch.cat(batches)
+    for start in tqdm(starts, "embedding captions", dynamic_ncols=True, leave=False):
+        batch = {name: values[start : start + EMBEDDED_AT_ONCE] for name, values in tokens.items()}
+        yield text_encoder(**batch)[0].cpu()
+
+
+def _hash_all(text_encoder: Any, tokens: Mapping[str, torch.Tensor]) -> str:
+    """Returns a hash of a text encoder, of the tokens that it reads, and of the kind of device that it is on."""
+    digest = xxhash.xxh3_128(f"{text_encoder.config.to_json_string()}{text_encoder.device.type}".encode())
+    for name, tensor in (*text_encoder.state_dict().items(), *tokens.items()):
+        digest.update(repr((name, tensor.shape)).encode())
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
