@@ -821,7 +821,7 @@ except SystemExit as exit:
     ],
 )
 def test_help_and_wrong_flags_do_not_wait_for_torch(command, status):
-    result = run_command([*PYTHON, "-c", MAIN, *command.split()])
+    result = run_command([*PYTHON, "-c", MAIN, *command.split()], fork=False)
     assert result.stdout.splitlines()[-1] == status
 
 
