@@ -13,6 +13,7 @@ import launching
 import pytest
 from forking import LIBRARIES, ForkServer
 
+from sprite_diffusion.metrics import classifier
 from sprite_diffusion.sharing import report
 
 MEMORY = Path("/dev/shm")
@@ -37,6 +38,14 @@ def short_trajectories():
     """Has the pages of runs show two steps in place of all, but in test_report.py: a fifth of a small run's time."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(report, "TRAJECTORY_STEPS", 2)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def short_training_of_the_classifier():
+    """Trains the metrics' classifier for a second in place of ten; it can then tell sprites from noise."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(classifier, "TRAINING_STEPS", 60)
         yield
 
 
