@@ -734,14 +734,26 @@ def to_oklab(colours: torch.Tensor) -> torch.Tensor:
 def snap_colours(images: torch.Tensor, palette: torch.Tensor) -> torch.Tensor:
     """Returns images (B, C, H, W) in [0, 1], each pixel's colour the nearest of a palette (K, 3) in [0, 1], in OKLab.
 
-    The first channel or the first three are the colour, as one of 256 levels. Alpha stays as it is.
+    The first channel or the first three are the colour, as one of 256 levels. Alpha stays as it is; where it is 0, the
+    image is black.
     """
     num_channels = 1 if images.shape[1] == 1 else 3
     pixels = (255 * images[:, :num_channels]).round().expand(-1, 3, -1, -1).movedim(1, -1) / 255  # (B, H, W, 3)
     found, index = pixels.flatten(0, 2).unique(dim=0, return_inverse=True)
     nearest = palette[find_nearest(to_oklab(found), to_oklab(palette))]
     colours = nearest[index].view_as(pixels).movedim(-1, 1)
-    return torch.cat([colours[:, :num_channels], images[:, num_channels:]], dim=1)
+    return clear_hidden(torch.cat([colours[:, :num_channels], images[:, num_channels:]], dim=1))
+
+
+def clear_hidden(images: torch.Tensor) -> torch.Tensor:
+    """Returns images (..., C, H, W) in [0, 1], black where alpha is 0 as one of 256 levels.
+
+    What filters an image, as a game does, would mix colours that nobody is to see into the edges.
+    """
+    if images.shape[-3] != 4:
+        return images
+    alpha = images[..., 3:, :, :]
+    return torch.cat([torch.where((255 * alpha).round() > 0, images[..., :3, :, :], 0), alpha], dim=-3)
 
 
 def find_nearest(points: torch.Tensor, palette: torch.Tensor) -> torch.Tensor:

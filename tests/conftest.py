@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 from pathlib import Path
 
 # Before torch is loaded: networks of these sizes gain nothing from a second thread, and threads that wait in a loop
@@ -12,9 +11,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import launching
 import pytest
-import torch
-from forking import ForkServer
+from forking import LIBRARIES, ForkServer
 
+from sprite_diffusion.metrics import classifier
 from sprite_diffusion.sharing import report
 
 MEMORY = Path("/dev/shm")
@@ -43,13 +42,19 @@ def short_trajectories():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def fork_server(cache_of_its_own):
+def short_training_of_the_classifier():
+    """Trains the metrics' classifier for a second in place of ten; it can then tell sprites from noise."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(classifier, "TRAINING_STEPS", 60)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def fork_servers(cache_of_its_own):
     """Lets programs be forked, in the environment that the tests begin with."""
     environment = launching.make_environment(launching.PYTHON)
-    with ForkServer(environment) as server, pytest.MonkeyPatch.context() as monkeypatch:
-        # Where there is a GPU, imports may begin to use it, which a fork can't go on with.
-        if sys.platform == "linux" and not torch.accelerator.is_available():
-            monkeypatch.setattr(launching, "fork_server", server)
+    servers = [ForkServer(environment), ForkServer(environment, LIBRARIES, ["-I"])]
+    with launching.forking_from(servers):
         yield
 
 

@@ -2,13 +2,15 @@
 
 It holds model repositories and Spaces of one user with one branch; a Space is kept as `spaces/USER/NAME`. Clients take
 its address from `HF_ENDPOINT`, which they read when they are imported, so that each has to run in a process of its
-own. Weights go by LFS, for which clients need `HF_HUB_DISABLE_XET=1`.
+own; those that are forked from one process share an address, at which one server after the other may listen. Weights
+go by LFS, for which clients need `HF_HUB_DISABLE_XET=1`.
 """
 
 import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 import time
 from collections import defaultdict
@@ -89,13 +91,15 @@ class HubError(Exception):
 
 
 class HubServer(ThreadingHTTPServer):
-    """The server; use it by `with HubServer().running() as server`."""
+    """The server; use it by `with listen() as listening, HubServer(listening).running() as server`."""
 
     daemon_threads = True
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
+    def __init__(self, listening: socket.socket) -> None:
+        super().__init__(listening.getsockname(), _Handler, bind_and_activate=False)
+        self.listening = listening
+        self.server_port = listening.getsockname()[1]
+        self.url = url_of(listening)
         # The storage has another origin, as the real Hub's has: clients must not send it the token.
         self.storage_url = f"http://localhost:{self.server_port}"
         self.repos: dict[str, Repository] = {}
@@ -107,6 +111,8 @@ class HubServer(ThreadingHTTPServer):
 
     @contextmanager
     def running(self) -> Iterator["HubServer"]:
+        self.socket.close()
+        self.socket = self.listening.dup()  # which this server closes when it ends
         thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         try:
@@ -115,6 +121,15 @@ class HubServer(ThreadingHTTPServer):
             self.shutdown()
             thread.join()
             self.server_close()
+
+
+def listen() -> socket.socket:
+    """Returns a socket at a free port of this machine, for one server or for several, one after the other."""
+    return socket.create_server(("127.0.0.1", 0), backlog=16)
+
+
+def url_of(listening: socket.socket) -> str:
+    return f"http://127.0.0.1:{listening.getsockname()[1]}"
 
 
 def is_lfs(path: str, content_size: int) -> bool:

@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from forking import ForkedProgram, ForkServer
 
@@ -32,17 +34,39 @@ LAUNCH_TWO = [*LAUNCH, "--multi_gpu", "--num_processes", "2"]  # on CPUs where t
 # Threads that wait in a loop would make steps of milliseconds take seconds on a machine that is busy otherwise.
 ENVIRONMENT = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
-fork_server: ForkServer | None = None  # pytest has one while a session lasts
+fork_servers: list[ForkServer] = []  # which pytest has while a session lasts
 
 
-def run_script(script: str, flags: str, output_dir: Path | None = None) -> None:
-    """Runs the `main` of a script or module in this process."""
+@contextmanager
+def forking_from(servers: Sequence[ForkServer]) -> Iterator[None]:
+    """Lets programs be forked from servers, which end after that; where there is a GPU, does nothing.
+
+    There, imports may begin to use it, which a fork can't go on with.
+    """
+    can_fork = sys.platform == "linux" and not torch.accelerator.is_available()
+    with ExitStack() as ends, pytest.MonkeyPatch.context() as monkeypatch:
+        if can_fork:
+            monkeypatch.setattr(sys.modules[__name__], "fork_servers", [*fork_servers, *servers])
+        for server in servers:
+            ends.enter_context(server)
+        yield
+
+
+def run_script(script: str, flags: str, output_dir: Path | None = None, file: str = "") -> None:
+    """Runs the `main` of a script or module in this process; `file` is the name that it sees itself started by."""
     output = [] if output_dir is None else ["--output_dir", str(output_dir)]
     for state in (AcceleratorState, PartialState, GradientState):
         state._shared_state.clear()
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(sys, "argv", [script, *flags.split(), *output])
+        monkeypatch.setattr(sys, "argv", [file or script, *flags.split(), *output])
         importlib.import_module(script).main()
+
+
+def run_as_started(script: str, flags: str, output_dir: Path) -> None:
+    """Runs a script in this process on the CPU, as `start` does; strings have other hashes here than in forks."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+        run_script(script, flags, output_dir, file=f"{script}.py")
 
 
 def start(
@@ -73,8 +97,9 @@ def start_command(
         # pytest-xdist's processes ignore Ctrl-C, which a program that they start would inherit.
         "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     }
-    if fork and fork_server is not None and fork_server.can_run(command, options["env"]):
-        return ForkedProgram(fork_server, command, **options)
+    for server in fork_servers if fork else []:
+        if server.can_run(command, options["env"]):
+            return ForkedProgram(server, command, **options)
     return subprocess.Popen(command, **options)
 
 

@@ -507,7 +507,10 @@ def test_the_loss_reads_the_caption_of_each_image(monkeypatch, tmp_path):
         ),
     ],
 )
-def test_one_line_says_what_does_not_go_with_captions(script, flags, message, run_script, tmp_path, capsys):
+def test_one_line_says_what_does_not_go_with_captions(
+    script, flags, message, run_script, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no/such is asked for again and again else
     with pytest.raises(SystemExit) as exit:
         run_script(script, f"{TINY} {flags}", tmp_path / "run")
     assert exit.value.code == 2

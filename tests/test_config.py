@@ -3,8 +3,6 @@
 import os
 import re
 import shlex
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from launching import REPOSITORY
+from launching import PYTHON, REPOSITORY, run_command
 from PIL import Image
 
 from sprite_diffusion.common.errors import UserInputError, mask_secrets
@@ -184,8 +182,7 @@ def test_advice_is_a_command_that_can_be_typed(tmp_path, script, classes):
         save_pictures(folder / name, (32, 32), "RGBA")
     if not classes:
         save_pictures(folder, (32, 32), "RGBA")
-    command = [sys.executable, "-m", "sprite_diffusion.data.advise", folder, "--center-crop"]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    result = run_command([*PYTHON, "-m", "sprite_diffusion.data.advise", str(folder), "--center-crop"])
     facts, *hints, command = result.stdout.splitlines()
     number = 12 if classes else 6
     assert facts == f"{folder}: {number} images of 32x32, pixel art of 3 colours each, with transparency"

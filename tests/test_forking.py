@@ -4,16 +4,16 @@ import os
 import re
 import signal
 import subprocess
-from pathlib import Path
 
 import launching
 import pytest
 from forking import ForkedProgram
-from launching import LAUNCH, PYTHON, kill, run_command, start_command
+from launching import PYTHON, REPOSITORY, kill, run_command, start_command
 
 STATE = """
 import atexit, os, random, resource, signal, sys, threading, time
-print(sys.argv[1:], __name__, __file__, os.getcwd(), sys.path[:2], sorted(os.environ.items()))
+print(sys.argv[1:], __name__, globals().get("__file__"), os.getcwd(), sys.path, sorted(os.environ.items()))
+print(sys.flags)
 print(os.getppid(), os.getsid(0) == os.getpid(), repr(sys.stdin.read()), sys.stdout.line_buffering)
 print([signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGPIPE)])
 print(len(os.listdir("/proc/self/task")), sorted(os.listdir("/proc/self/fd")), resource.getrlimit(resource.RLIMIT_AS))
@@ -32,12 +32,10 @@ ENDS = [
 ]
 
 
-def start_both(folder: Path, script: str, *arguments: str, **options) -> list[subprocess.Popen[str]]:
-    """Starts a script by an interpreter and by a fork."""
-    if launching.fork_server is None:
+def start_both(command: list[str], **options) -> list[subprocess.Popen[str]]:
+    """Starts a program by an interpreter and by a fork."""
+    if not launching.fork_servers:
         pytest.skip("programs are not forked where there is a GPU, nor on another system than Linux")
-    (folder / "script.py").write_text(script)
-    command = [*PYTHON, str(folder / "script.py"), *arguments]
     programs = [start_command(command, fork=fork, **options) for fork in (False, True)]
     assert [type(program) for program in programs] == [subprocess.Popen, ForkedProgram]
     return programs
@@ -46,7 +44,27 @@ def start_both(folder: Path, script: str, *arguments: str, **options) -> list[su
 @pytest.mark.parametrize("end", ENDS)
 def test_state_output_and_status_are_those_of_an_interpreter(tmp_path, end):
     options = {"cwd": tmp_path, "environment": {"WANDB_MODE": "offline"}, "start_new_session": end == "pass"}
-    programs = start_both(tmp_path, f"{STATE}\n{end}", "--flag", "a value", **options)
+    (tmp_path / "script.py").write_text(f"{STATE}\n{end}")
+    programs = start_both([*PYTHON, str(tmp_path / "script.py"), "--flag", "a value"], **options)
+    assert_same_ends(programs)
+
+
+@pytest.mark.parametrize("options", [["-c"], ["-m"], ["-I", "-c"], ["-I"]], ids=" ".join)
+def test_code_modules_and_isolated_programs_are_forked_as_scripts_are(tmp_path, options):
+    (tmp_path / "script.py").write_text(STATE)
+    what = {"-c": STATE, "-m": "script", "-I": str(tmp_path / "script.py")}[options[-1]]
+    assert_same_ends(start_both([*PYTHON, *options, what, "--flag", "a value"], cwd=tmp_path))
+
+
+def test_isolated_programs_have_not_imported_this_project():
+    names = [path.name for path in REPOSITORY.iterdir() if (path / "__init__.py").is_file()]
+    assert "sprite_diffusion" in names
+    program = f"import sys\nprint('diffusers' in sys.modules, sys.modules.keys() & {names})"
+    assert run_command([*PYTHON, "-I", "-c", program]).stdout in ("True set()\n", "False set()\n")
+
+
+def assert_same_ends(programs: list[subprocess.Popen[str]]) -> None:
+    """Waits for programs, and asserts that they printed the same and ended alike."""
     printed = [program.communicate(timeout=60) for program in programs]
     assert programs[0].returncode == programs[1].returncode
     assert printed[0][0] == printed[1][0]
@@ -65,8 +83,8 @@ def test_forks_do_not_share_what_is_random(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_program_that_hangs_is_ended_by_a_signal_to_its_session(tmp_path, number):
-    script = "import time\nprint('hanging', flush=True)\ntime.sleep(600)"
-    for program in start_both(tmp_path, script, start_new_session=True):
+    (tmp_path / "script.py").write_text("import time\nprint('hanging', flush=True)\ntime.sleep(600)")
+    for program in start_both([*PYTHON, str(tmp_path / "script.py")], start_new_session=True):
         assert program.stdout is not None
         assert program.stdout.readline() == "hanging\n"
         with pytest.raises(subprocess.TimeoutExpired):
@@ -79,7 +97,7 @@ def test_a_program_that_hangs_is_ended_by_a_signal_to_its_session(tmp_path, numb
 
 @pytest.mark.parametrize(
     ("launcher", "environment"),
-    [(PYTHON, {"HF_HOME": "elsewhere"}), (PYTHON, {"OMP_NUM_THREADS": "2"}), ([*PYTHON, "-I"], {}), (LAUNCH, {})],
+    [(PYTHON, {"HF_HOME": "elsewhere"}), (PYTHON, {"OMP_NUM_THREADS": "2"}), ([*PYTHON, "-E"], {})],
 )
 def test_what_an_import_or_the_interpreter_may_read_is_not_forked(launcher, environment):
     """The command has no script, and ends with an error."""

@@ -12,10 +12,17 @@ from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data.dataset import load_tensor
 from sprite_diffusion.metrics.report import Losses
 from sprite_diffusion.runs.config import TrainingConfig
+from sprite_diffusion.sampling import samplers
 from sprite_diffusion.training.held_out import BATCH_SIZE, NUM_BATCHES, hold_out, measure_losses
 
 CONFIG = TrainingConfig(resolution="2", ddpm_num_steps=10, ddpm_num_inference_steps=10)
 FLAGS = f"{TINY} --max_train_samples 40 --num_epochs 2 --checkpointing_steps 100 --validation_fraction 0.25"
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    """Has the images that are measured beside the losses sampled in two steps."""
+    monkeypatch.setattr(samplers, "FEW_STEPS", 2)
 
 
 def numbered(num_images: int, labels: list[int] | None = None):
@@ -92,9 +99,9 @@ def test_losses_are_of_all_classes_where_images_are_sorted_by_class():
 
 
 def test_a_gap_grows_if_it_is_above_the_smallest_by_more_than_chance(run_script, tmp_path):
-    run_script("train_unconditional", f"{FLAGS} --evaluate_every 1", tmp_path)  # writes a history of two lines
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    history = [{**lines[0], "global_step": step, "loss_gap": gap} for step, gap in ((10, 0.3), (20, 0.1), (30, 0.2))]
+    run_script("train_unconditional", f"{FLAGS} --num_epochs 1 --evaluate_every 1", tmp_path)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    history = [{**line, "global_step": step, "loss_gap": gap} for step, gap in ((10, 0.3), (20, 0.1), (30, 0.2))]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, history)))
     gaps = {gap: Losses(1, 1 + gap, gap_error=0.02) for gap in (0.1, 0.15, 0.17, 0.31, 0.35, 0.37)}
     assert [gap for gap, losses in gaps.items() if losses.gap_grows(tmp_path, 40)] == [0.17, 0.31, 0.35, 0.37]

@@ -1,6 +1,7 @@
 """Tests uploads to the Hub, the card, and loading from the Hub, by the real clients against a server on this machine.
 
-Each client runs in a process of its own, as it reads the server's address when it is imported.
+Each client runs in a process of its own, as it reads the server's address when it is imported. All read the same one,
+so that these processes can be forked from one that has done the imports.
 """
 
 import ast
@@ -12,14 +13,25 @@ import subprocess
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import ClassVar
 from urllib.request import ProxyHandler, Request, build_opener
 
 import numpy as np
 import pytest
 import yaml
-from hub_server import DROP, TOKEN, HubServer, Repository
+from forking import LIBRARIES, ForkServer
+from hub_server import DROP, TOKEN, HubServer, Repository, listen, url_of
 from huggingface_hub import ModelCard
-from launching import PYTHON, REPOSITORY, TINY, kill, run_command, start_command
+from launching import (
+    PYTHON,
+    REPOSITORY,
+    TINY,
+    forking_from,
+    kill,
+    make_environment,
+    run_command,
+    start_command,
+)
 from markdown_it import MarkdownIt
 from PIL import Image
 from tiny_network import make_tiny_network
@@ -39,6 +51,7 @@ class User:
 
     server: HubServer
     home: Path
+    link: ClassVar[Path]  # to the folder of the user whose program runs, where every client looks for it
 
     def log_in(self) -> None:
         """Writes the token where `hf auth login` writes it."""
@@ -46,14 +59,35 @@ class User:
         (self.home / "token").write_text(TOKEN)
 
     def run(self, *command: str, cwd: Path = REPOSITORY, status: int = 0) -> subprocess.CompletedProcess:
-        environment = {"HF_ENDPOINT": self.server.url, "HF_HOME": str(self.home), "HF_HUB_DISABLE_XET": "1"}
-        environment |= {"NO_PROXY": "*", "no_proxy": "*"}
-        return run_command([*PYTHON, *command], status, environment=environment, cwd=cwd)
+        self.home.mkdir(exist_ok=True)
+        self.link.unlink(missing_ok=True)
+        self.link.symlink_to(self.home)
+        return run_command([*PYTHON, *command], status, environment=self.environment(self.server.url), cwd=cwd)
+
+    @classmethod
+    def environment(cls, url: str) -> dict[str, str]:
+        return {
+            "HF_ENDPOINT": url,
+            "HF_HOME": str(cls.link),
+            "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "*",
+            "no_proxy": "*",
+        }
+
+
+@pytest.fixture(scope="module")
+def listening(tmp_path_factory):
+    """The place of all servers of these tests, and processes to fork that have it from their environment."""
+    with listen() as listening, pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(User, "link", tmp_path_factory.mktemp("users") / "home", raising=False)
+        environment = make_environment(PYTHON, User.environment(url_of(listening)))
+        with forking_from([ForkServer(environment, LIBRARIES, options) for options in ([], ["-I"])]):
+            yield listening
 
 
 @pytest.fixture
-def server():
-    with HubServer().running() as server:
+def server(listening):
+    with HubServer(listening).running() as server:
         yield server
 
 
@@ -63,10 +97,10 @@ def author(server, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def pushed(tmp_path_factory):
+def pushed_runs(listening, tmp_path_factory):
     """Two runs that were pushed while they trained: `me/sprites`, private, and `me/sprites-by-class`, public."""
     folder = tmp_path_factory.mktemp("pushed")
-    with HubServer().running() as server:
+    with HubServer(listening).running() as server:
         author = User(server, folder / "author")
         private = ["train_unconditional.py", *TINY.split(), *PRIVATE_FLAGS.split()]
         public = ["train_conditional.py", *TINY.split(), *f"--push_to_hub --hub_token {TOKEN}".split()]
@@ -74,8 +108,14 @@ def pushed(tmp_path_factory):
             author.run(*private, "--output_dir", str(folder / "sprites")),
             author.run(*public, "--snapshot_epochs", "1", "--output_dir", str(folder / "sprites-by-class")),
         ]
-        printed = "".join(result.stdout + result.stderr for result in results)
-        yield server, folder, printed
+    return server, folder, "".join(result.stdout + result.stderr for result in results)
+
+
+@pytest.fixture
+def pushed(pushed_runs):
+    """The server that the runs were pushed to, which runs again, their folder and what they printed."""
+    with pushed_runs[0].running():
+        yield pushed_runs
 
 
 def shared_files(server: HubServer, name: str) -> set[str]:
@@ -334,9 +374,9 @@ def test_two_versions_of_the_code_in_one_process_keep_apart(pushed, tmp_path, ki
         text = (project / file).read_text()
         assert old in text
         (project / file).write_text(text.replace(old, new))
-    run_command([*PYTHON, "-c", SAVE_AGAIN, str(source), "changed"], cwd=project)
     loading = {"custom_pipeline": "pipeline"} if kind == "unconditional" else {}
     stranger = User(pushed[0], tmp_path / "stranger")
+    stranger.run("-c", SAVE_AGAIN, str(source), "changed", cwd=project)
     folders = [str(source), str(project / "changed")]
     result = stranger.run("-I", "-c", TWO_VERSIONS, repr(loading), *folders, cwd=tmp_path)
     plain, changed = "it must be at least 1 1000", "it must be more 2000"
@@ -682,8 +722,8 @@ for step, change in enumerate(changes):
 
 
 @pytest.fixture
-def pipeline_folder(pushed, tmp_path):
-    shutil.copytree(pushed[1] / "sprites", tmp_path / "run")
+def pipeline_folder(pushed_runs, tmp_path):
+    shutil.copytree(pushed_runs[1] / "sprites", tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -825,9 +865,8 @@ def test_a_space_draws_with_the_model(author, pipeline_folder, tmp_path):
         (tmp_path / "space" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "space" / name).write_bytes(content)
     environment = {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(find_free_port()), "SPACE_ID": "me/x"}
-    environment |= {"HF_ENDPOINT": author.server.url, "HF_HOME": str(author.home), "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"NO_PROXY": "*", "no_proxy": "*", "PYTHONPATH": "", "PYTHONSAFEPATH": ""}
-    process = start_command([*PYTHON, "-u", "app.py"], environment, tmp_path / "space")
+    environment |= {**author.environment(author.server.url), "PYTHONPATH": "", "PYTHONSAFEPATH": ""}
+    process = start_command([*PYTHON, "-u", "app.py"], environment, tmp_path / "space", fork=False)
     try:
         said = process.stdout.readline()
         url = re.fullmatch(r"open (http://127.0.0.1:\d+/) in a browser; Ctrl-C ends it\n", said)[1]

@@ -27,7 +27,7 @@ def installed(tmp_path_factory) -> Path:
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(REPOSITORY / name, source / name)
     pip = [*PYTHON, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--target", str(target)]
-    run_command([*pip, str(source)], cwd=source)
+    run_command([*pip, str(source)], cwd=source, fork=False)
     return target
 
 

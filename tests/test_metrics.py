@@ -23,6 +23,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 from pipelines import UnconditionalDDPMPipeline
 from sprite_diffusion.common.errors import UserInputError
+from sprite_diffusion.common.files import cache_dir
 from sprite_diffusion.data.dataset import load_image_data
 from sprite_diffusion.data.doubles import NEAR_COPY
 from sprite_diffusion.metrics import classifier, pixel_art, real_images
@@ -49,11 +50,10 @@ from sprite_diffusion.sharing.card import make_card
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """An empty cache for each test, and a classifier trained for a second, which can tell sprites from noise."""
+    """An empty cache, for tests of what is written there; the others share the classifiers of the session."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(classifier, "TRAINING_STEPS", 60)
     return tmp_path / "cache" / "sprite-diffusion"
 
 
@@ -195,21 +195,22 @@ class TestClassifier:
         images = real[real.reference[:10]]
         assert torch.equal(again(images), network(images))
 
-    def test_does_not_touch_the_random_state(self):
+    def test_does_not_touch_the_random_state(self, cache, monkeypatch):
+        monkeypatch.setattr(classifier, "TRAINING_STEPS", 2)
         torch.manual_seed(3)
         expected = torch.rand(1)
         torch.manual_seed(3)
-        load_classifier(sprites(), CPU)
+        load_classifier(sprites(60), CPU)
         assert torch.rand(1) == expected
 
-    def test_without_classes_it_learns_to_find_images_again(self):
+    def test_without_classes_it_learns_to_find_images_again(self, cache):
         real = sprites(600, with_labels=False)
         network, accuracy = load_classifier(real, CPU)
         assert real.class_labels is None
         assert network(real[real.held_out[:3]]).shape == (3, 128)
         assert accuracy > 20 / 256  # 20 times what guessing gives, after a second
 
-    def test_a_weak_one_is_warned_of(self, capsys, tmp_path):
+    def test_a_weak_one_is_warned_of(self, cache, capsys, tmp_path):
         labels = np.random.default_rng(0).integers(4, size=400)  # nothing can be learned
         images = np.random.default_rng(1).integers(256, size=(400, 8, 8, 3), dtype=np.uint8)
         np.save(tmp_path / "images.npy", images)
@@ -260,10 +261,12 @@ class TestClassifier:
         assert "a.safetensors" in modes
 
     @pytest.mark.parametrize(("signal_number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
-    def test_a_signal_while_it_is_trained_ends_the_program_and_leaves_nothing(
-        self, tmp_path, cache, signal_number, status
-    ):
+    def test_a_signal_while_it_is_trained_ends_the_program_and_leaves_nothing(self, tmp_path, signal_number, status):
+        def classifiers() -> set[Path]:
+            return {path for path in cache_dir().glob("*classifier*") if path.suffix != ".lock"}
+
         save_noise_and_labels(tmp_path)
+        before = classifiers()
         flags = f"{tmp_path / 'images'} --dataset_name {tmp_path / 'images.npy'} --resolution 16"
         process = start("calculate_metrics", flags, tmp_path / "out")
         assert process.stderr is not None
@@ -273,7 +276,7 @@ class TestClassifier:
         process.send_signal(signal_number)
         result = finish(process, status)
         assert not (tmp_path / "out").exists()
-        assert not [path for path in cache.iterdir() if "classifier" in path.name and path.suffix != ".lock"]
+        assert classifiers() == before
         assert not complaints(result.stderr)
 
     @pytest.mark.parametrize("size", [(1, 1), (8, 20), (16, 16), (28, 28), (64, 48)])
@@ -294,7 +297,7 @@ class TestEvaluate:
         assert report.figures["frechet_distance"].value < 1e-6
         assert report.figures["precision"].value == report.figures["recall"].value == 1
 
-    def test_held_out_images_score_as_the_floor_and_worse_images_worse(self, monkeypatch):
+    def test_held_out_images_score_as_the_floor_and_worse_images_worse(self, cache, monkeypatch):
         monkeypatch.setattr(classifier, "TRAINING_STEPS", 200)
         real = sprites(1000)
         extractor = make_extractor("classifier", "", real, CPU)
@@ -491,7 +494,7 @@ def enlarged(image: torch.Tensor) -> np.ndarray:
 
 
 class TestExtractors:
-    def test_features_of_real_images_are_kept_and_belong_to_their_half(self):
+    def test_features_of_real_images_are_kept_and_belong_to_their_half(self, cache):
         real = sprites(100)
         extractor = make_extractor("classifier", "", real, CPU)
         first = {half: real_features(extractor, real, getattr(real, half), CPU) for half in ("reference", "held_out")}
@@ -502,7 +505,8 @@ class TestExtractors:
         assert not torch.equal(*first.values())
 
     @pytest.mark.parametrize("damage", ["zeros in the data", "cut", "garbage", "tensors without a digest"])
-    def test_damaged_features_are_extracted_again(self, cache, damage):
+    def test_damaged_features_are_extracted_again(self, cache, damage, monkeypatch):
+        monkeypatch.setattr(classifier, "TRAINING_STEPS", 2)
         real = sprites(100)
         extractor = make_extractor("classifier", "", real, CPU)
         features = real_features(extractor, real, real.reference, CPU)
@@ -822,7 +826,7 @@ except SystemExit as exit:
     ],
 )
 def test_help_and_wrong_flags_do_not_wait_for_torch(command, status):
-    result = run_command([*PYTHON, "-c", MAIN, *command.split()])
+    result = run_command([*PYTHON, "-c", MAIN, *command.split()], fork=False)
     assert result.stdout.splitlines()[-1] == status
 
 
@@ -880,7 +884,8 @@ class TestEvaluateEvery:
         )
         assert during["extractor"] == after["extractor"]
 
-    def test_the_training_is_the_same_with_and_without(self, run_script, tmp_path):
+    def test_the_training_is_the_same_with_and_without(self, cache, run_script, tmp_path, monkeypatch):
+        monkeypatch.setattr(classifier, "TRAINING_STEPS", 2)
         run_script("train_unconditional", self.FLAGS, tmp_path / "with")
         run_script("train_unconditional", self.FLAGS.replace("--evaluate_every 2", ""), tmp_path / "without")
         one, other = (

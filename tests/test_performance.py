@@ -97,7 +97,7 @@ prepare_cpu(num_threads=None)
 faults()
 print(before, faults())
 """
-    before, after = map(int, run_command([*PYTHON, "-c", code]).stdout.split())
+    before, after = map(int, run_command([*PYTHON, "-c", code], fork=False).stdout.split())
     assert before > 10_000  # of up to 20 * 8 * 2048; else there is nothing to gain here
     assert after < 1000
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 from inspecting import assert_same_weights, read_scalars, weights
-from launching import LAUNCH, LAUNCH_TWO, REPOSITORY, TINY, finish, start
+from launching import LAUNCH, LAUNCH_TWO, REPOSITORY, finish, start
 from PIL import Image
 
 from sprite_diffusion.training.randomness import draw_randomness
@@ -88,9 +88,13 @@ def kill_in_training(launchers: list[subprocess.Popen], output_dir: Path, rank: 
 
 @pytest.fixture(scope="module")
 def two(data, tmp_path_factory) -> Path:
-    """Trains with two processes, which record their images, and returns the output folder."""
+    """Trains with two processes, which record their images, and returns the output folder.
+
+    The run is measured on its way, which is to change no number.
+    """
     output_dir = tmp_path_factory.mktemp("two") / "run"
-    printed = finish(start("tests/record_images", f"{data} --train_batch_size 8", output_dir, LAUNCH_TWO)).stdout
+    flags = f"{data} --train_batch_size 8 --evaluate_every 3 --keep_best_checkpoint --stop_when_copying"
+    printed = finish(start("tests/record_images", flags, output_dir, LAUNCH_TWO)).stdout
     assert "2 process(es)" in printed
     assert f"{NUM_STEPS} steps of 16 images" in printed
     return output_dir
@@ -248,11 +252,10 @@ def test_two_processes_go_on_with_the_run_of_one(data, run_script, tmp_path):
     assert_same_but_for_rounding(tmp_path / "one", tmp_path / "resumed", first_step=5)
 
 
-def test_two_processes_keep_the_best_checkpoint(tmp_path):
+def test_two_processes_keep_the_best_checkpoint(two):
     """The main process alone knows which is the best, and all of them have to write it."""
-    flags = f"{TINY} --evaluate_every 1 --keep_best_checkpoint --stop_when_copying"
-    finish(start("train_unconditional", flags, tmp_path / "run", LAUNCH_TWO))
-    assert len(list((tmp_path / "run").glob("checkpoint-best-*"))) == 1
+    [best] = two.glob("checkpoint-best-*")
+    assert len(list(best.glob("random_states_*"))) == 2
 
 
 @pytest.mark.slow

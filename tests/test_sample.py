@@ -170,7 +170,7 @@ except SystemExit as exit:
     ],
 )
 def test_help_and_wrong_flags_wait_for_no_library(flags, status):
-    result = run_command([*PYTHON, "-c", LIGHT, *flags.split()])
+    result = run_command([*PYTHON, "-c", LIGHT, *flags.split()], fork=False)
     assert result.stdout.splitlines()[-1] == f"status {status} loaded []"
 
 

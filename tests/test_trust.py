@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from hub_server import TOKEN, HubServer
+from hub_server import TOKEN, HubServer, listen
 from launching import REPOSITORY, TINY, finish, start
 from PIL import Image
 
@@ -178,8 +178,8 @@ def test_pickles_of_a_checkpoint_do_not_run(file, run_script, run_dir, victim):
     "given_by",
     [
         "--hub-token=",
-        "HF_TOKEN",
         "another flag",
+        pytest.param("HF_TOKEN", marks=pytest.mark.slow),
         pytest.param("--hub_token", marks=pytest.mark.slow),
         pytest.param("--hub_token=", marks=pytest.mark.slow),
         pytest.param("config", marks=pytest.mark.slow),
@@ -206,7 +206,7 @@ def test_token_is_written_nowhere(given_by, tmp_path):
             preset = (REPOSITORY / "configs/smoke_cpu.yaml").read_text()
             (tmp_path / "own.yaml").write_text(f"{preset}hub_token: {TOKEN}\n")
             flags += f" --config {tmp_path / 'own.yaml'}"
-    with HubServer().running() as server:
+    with listen() as listening, HubServer(listening).running() as server:
         environment["HF_ENDPOINT"] = server.url
         result = finish(start("train_unconditional", flags, tmp_path / "run", environment=environment))
         uploaded = server.repos["me/sprites"].files

@@ -184,7 +184,10 @@ def main() -> None:
     if near := count_near_doubles(images):
         print(f"{near:,} of them are doubles, or nearly so, of others, which a model copies first")
     if len(images) < FEW_IMAGES:
-        print("they are few: --init_from MODEL begins with a network that knows other images (docs/finetuning.md)")
+        print(
+            "they are few: --init_from MODEL, in place of --max_train_steps and the network's flags, begins with a "
+            "network that knows other images (docs/finetuning.md)"
+        )
     flags = as_argv(chosen)
     command = ["accelerate", "launch", script, *argv, *flags]
     print(printable(shlex.join(command)))

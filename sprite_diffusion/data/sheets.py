@@ -86,7 +86,8 @@ def _find_cells(path: str, size: tuple[int, int], config: DataConfig) -> list[Ce
     num_rows, num_columns = sheet.height // height, sheet.width // width
     if sheet.height % height or sheet.width % width:
         raise UserInputError(
-            f"{path} is {sheet.width}x{sheet.height}, no multiple of --cell {width}x{height}: give the size of a cell"
+            f"--cell {width}x{height}: {path} is {sheet.width}x{sheet.height}, no multiple of it: give the size of a "
+            "cell"
         )
     if config.sheet_labels is not None and len(config.sheet_labels) != num_rows:
         raise UserInputError(

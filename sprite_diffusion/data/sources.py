@@ -271,6 +271,8 @@ def _open_dataset(
         pattern = glob.escape(name) if Path(name).is_file() else name
         files = find_local_files(glob.glob(pattern))
         return name, _load("parquet", flag, pattern, config.dataset_split, config, streaming, files), [], files
+    if Path(name).is_file():
+        raise UserInputError(f"{flag} is neither a .npy nor a .parquet: name its folder or, of a sheet, --cell 16x16")
     files = None
     if Path(name).is_dir():
         files = find_local_files(glob.glob(f"{glob.escape(name)}/**", recursive=True))

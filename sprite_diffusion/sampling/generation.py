@@ -30,6 +30,8 @@ class Edit:
 
     def keep(self, drawn: torch.Tensor) -> torch.Tensor:
         """Returns images (N, C, H, W) with the image itself where nothing was to be drawn, whatever came after it."""
+        if self.strength == 0:
+            return self.image.expand_as(drawn)
         return drawn if self.mask is None else torch.where(self.mask == 1, drawn, self.image)
 
 

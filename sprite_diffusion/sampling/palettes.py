@@ -13,7 +13,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.utils import HfHubHTTPError, HFValidationError
 from PIL import Image
 
-from pipelines import find_nearest, to_oklab
+from pipelines import clear_hidden, find_nearest, to_oklab
 from sprite_diffusion.common.errors import UserInputError, first_line
 from sprite_diffusion.common.run_files import CONFIG_FILE, PALETTE_FILE, find_run
 from sprite_diffusion.data.advise import PIXEL_ART_COLOURS
@@ -26,6 +26,7 @@ LOOKED_AT = 512  # images, which say whether a set is pixel art
 READ_AT_ONCE = 4096  # images whose colours are in memory at a time
 CLUSTERED_PIXELS = 2**17  # drawn at random, so that the clusters of a large set take seconds
 CLUSTER_STEPS = 30
+MEDOID_PIXELS = 1024  # of a cluster
 MAX_FILE_SIZE = 2**16  # bytes of a text file of colours; 256 named ones take about ten thousand
 
 
@@ -46,21 +47,22 @@ class Palette:
         num_channels = 1 if images.shape[1] == 1 else 3
         levels = (images[:, :num_channels] * 255).round().to(torch.uint8)
         pixels = levels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
-        is_seen = (images[:, 3:] > 0).expand(-1, 1, -1, -1) if images.shape[1] == 4 else torch.ones_like(images[:, :1])
+        # Thousands of pixels that nobody sees, as their alpha is a level or two above 0, have colours of noise.
+        opacity = images[:, 3:] if images.shape[1] == 4 else torch.ones_like(images[:, :1])
         groups = 1 if self.colours_per_image is None else len(images)  # of images that share their colours
         snapped = [
             self._snap_pixels(*group)
-            for group in zip(pixels.reshape(groups, -1, 3), is_seen.reshape(groups, -1).numpy(), strict=True)
+            for group in zip(pixels.reshape(groups, -1, 3), opacity.reshape(groups, -1).numpy(), strict=True)
         ]
         colours = torch.from_numpy(np.concatenate(snapped).reshape(pixels.shape)).permute(0, 3, 1, 2)
         return torch.cat([colours[:, :num_channels].float() / 255, images[:, num_channels:]], dim=1)
 
-    def _snap_pixels(self, pixels: np.ndarray, is_seen: np.ndarray) -> np.ndarray:
-        """Returns pixels (P, 3) uint8 in colours of the palette; those that `is_seen` (P,) decide on which of them."""
+    def _snap_pixels(self, pixels: np.ndarray, opacity: np.ndarray) -> np.ndarray:
+        """Returns pixels (P, 3) uint8 in colours of the palette, which of them is decided by their opacity (P,)."""
         found, index = np.unique(pixels, axis=0, return_inverse=True)
         lab, palette = _to_oklab(found), self.colours
         if self.colours_per_image is not None:
-            counts = np.bincount(index.ravel(), is_seen)
+            counts = np.bincount(index.ravel(), opacity)
             palette = palette[
                 _choose_columns(_square_distances(lab, _to_oklab(palette)), counts, self.colours_per_image)
             ]
@@ -81,10 +83,13 @@ class Finish:
     binary_alpha: bool = False  # of images of four channels
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns images (N, C, H, W) in [0, 1] with an alpha of 0 or 1 and the palette's colours, if asked for."""
+        """Returns images (N, C, H, W) in [0, 1] with an alpha of 0 or 1 and the palette's colours, if asked for.
+
+        Where alpha is 0, they are black.
+        """
         if self.binary_alpha:
             images = torch.cat([images[:, :3], (images[:, 3:] >= 0.5).to(images.dtype)], dim=1)
-        return images if self.palette is None else self.palette.snap(images)
+        return clear_hidden(images if self.palette is None else self.palette.snap(images))
 
     @property
     def record(self) -> dict[str, object]:
@@ -171,8 +176,18 @@ def learn_palette(images: StoredImages, num_colours: int | None) -> np.ndarray:
     lab = _to_oklab(colours)
     drawn = rng.choice(len(lab), min(CLUSTERED_PIXELS, int(counts.sum())), p=counts / counts.sum())
     centres, _ = kmeans2(lab[drawn], num_colours or NUM_CLUSTERS, CLUSTER_STEPS, minit="++", rng=rng)
-    # Not the centre itself: white pixels and some of nearly white would make a ground that is not white.
-    return colours[np.unique(_find_nearest(centres, lab))]
+    cluster = _find_nearest(lab[drawn], centres)
+    return colours[np.unique([_find_medoid(drawn[cluster == k], lab) for k in np.unique(cluster)])]
+
+
+def _find_medoid(pixels: np.ndarray, lab: np.ndarray) -> int:
+    """Returns the colour that the pixels of a cluster, indices (P,) of rows of lab (K, 3), are nearest to on average.
+
+    Not the centre: white pixels and some of nearly white would make a ground that is not white.
+    """
+    some = pixels[:MEDOID_PIXELS]  # which were drawn at random
+    candidates = np.unique(some)
+    return candidates[np.sqrt(_square_distances(lab[candidates], lab[some])).mean(axis=1).argmin()]
 
 
 def _to_oklab(colours: np.ndarray) -> np.ndarray:
@@ -240,13 +255,16 @@ def read_palette(path: Path) -> np.ndarray:
         else:
             rows = _parse_colours(path)
     except Exception as error:  # decoders raise whatever a broken file leads them to
-        raise UserInputError(f"--palette {path} can't be read ({first_line(error)})") from None
+        raise UserInputError(
+            f"--palette {path} can't be read ({first_line(error)}): give a .gpl, a .hex or JASC's .pal, with a colour "
+            "on each line, or a .png"
+        ) from None
     colours = list(dict.fromkeys(map(tuple, rows)))
     if not all(0 <= level <= 255 for colour in colours for level in colour):
         raise UserInputError(f"--palette {path} has levels above 255: give colours of three levels from 0 to 255")
     if not MIN_COLOURS <= len(colours) <= MAX_COLOURS:
         raise UserInputError(
-            f"--palette {path} has {len(colours):,} colours: it must have {MIN_COLOURS} to {MAX_COLOURS}"
+            f"--palette {path}: number of its colours is {len(colours):,}: it must be {MIN_COLOURS} to {MAX_COLOURS}"
         )
     return np.array(colours, np.uint8)
 
@@ -260,7 +278,7 @@ def _parse_colours(path: Path) -> list[tuple[int, ...]]:
     if not "".join(lines[:1]).startswith(heads[ending]):
         raise ValueError(f"its first line is not '{heads[ending]}'")
     if ending == ".gpl":
-        lines = [line for line in lines[1:] if not line.startswith(("#", "Name:", "Columns:"))]
+        lines = [line for line in lines[1:] if not line.startswith(("#", "Name:", "Columns:", "Channels:"))]
     elif ending == ".pal":
         lines = lines[3:]  # after the version and the number of colours
     pattern = (
