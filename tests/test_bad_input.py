@@ -239,7 +239,11 @@ TRAIN_UNCONDITIONAL = [
     ("--dataset_name {0}/no_images.npy", "(0, 16, 16, 3)"),
     ("--dataset_name {0}/images.npy --streaming --max_train_steps 1", "--streaming"),
     ("--dataset_name {0}/missing.parquet", "--dataset_name {0}/missing.parquet"),
-    ("--dataset_name {0}/flat/0.png", "--dataset_name {0}/flat/0.png is neither a .npy nor a .parquet", "--cell 16x16"),
+    (
+        "--dataset_name {0}/flat/0.png",
+        "--dataset_name {0}/flat/0.png is neither a .npy nor a .parquet",
+        "--cell 16x16",
+    ),
     ("--dataset_name {0}/text.parquet", "--dataset_name {0}/text.parquet"),
     ("--dataset_name {0}/cut.parquet", "--dataset_name {0}/cut.parquet"),
     ("--dataset_name {0}/typed.parquet --dataset_split test", "--dataset_split test"),

@@ -2,10 +2,12 @@
 
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import wandb
 from course_network import make_course_network
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from inspecting import assert_same_weights, weights
@@ -16,6 +18,7 @@ from models import BasicUNet2DModel, ContextUNet2DModel
 from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline
 from schedulers import ClosedFormDDPMScheduler, LinearCorruptionScheduler
 from sprite_diffusion.common.flags import read_yaml
+from sprite_diffusion.runs.base_model import load_base
 from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.runs.presets import load_preset, parse_config
 from sprite_diffusion.sampling.pipeline_loading import load_pipeline
@@ -279,3 +282,22 @@ def test_models_that_no_run_can_begin_from(run_script, tmp_path, capsys):
         assert re.search(message, capsys.readouterr().err)
     assert load_pipeline(str(tmp_path / "model"))
     assert not (tmp_path / "run").exists()
+
+
+def test_an_artifact_of_wandb_is_begun_from(tmp_path, monkeypatch):
+    """What W&B's client downloads; the client itself and its servers are not asked."""
+    pipeline = make_pipeline(["hero", "food"])
+    pipeline.save_pretrained(str(tmp_path))
+    asked = []
+
+    class Api:
+        def artifact(self, name, type):
+            asked.append((name, type))
+            return SimpleNamespace(download=lambda: str(tmp_path))
+
+    monkeypatch.setattr(wandb, "Api", Api)
+    config = parse_config(["--init_from", "wandb:me/sprites/model:latest"], default_preset="sprites_conditional.yaml")
+    assert set(asked) == {("me/sprites/model:latest", "model")}
+    assert config.resolution == "8"
+    base = load_base("wandb:me/sprites/model:latest", {})
+    assert_same_weights(base.unet.state_dict(), pipeline.unet.state_dict())
