@@ -18,6 +18,7 @@ from models import BasicUNet2DModel, ContextUNet2DModel
 from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline
 from schedulers import ClosedFormDDPMScheduler, LinearCorruptionScheduler
 from sprite_diffusion.common.flags import read_yaml
+from sprite_diffusion.data.sprites import CLASS_NAMES
 from sprite_diffusion.runs.base_model import load_base
 from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.runs.presets import load_preset, parse_config
@@ -76,20 +77,27 @@ def test_the_same_network_is_the_same_function(make):
 
 
 @MAKERS
-def test_classes_keep_their_names_and_new_ones_begin_at_the_mean(make):
+def test_classes_keep_their_names_and_new_ones_begin_apart(make):
     base = make(["food", "spell", "hero"])
-    network, changes = adapt(base, names={0: "hero", 1: "potion", 2: "food"})
-    assert changes == "without the classes spell; the classes potion begin at the mean of its classes"
-    for before, now in ((2, 0), (0, 2), (3, 3)):  # the last id of either is "no class"
+    network, changes = adapt(base, names={0: "hero", 1: "potion", 2: "food", 3: "coin"})
+    assert changes == (
+        "without the classes spell; the classes potion, coin begin at random about the mean of its classes"
+    )
+    for before, now in ((2, 0), (0, 2), (3, 4)):  # the last id of either is "no class"
         torch.testing.assert_close(predict(network, IMAGES, now), predict(base.unet, IMAGES, before), **ROUNDING)
-    assert not torch.allclose(predict(network, IMAGES, 1), predict(network, IMAGES, 0), **ROUNDING)
+    for other in (0, 2, 3, 4):
+        assert not torch.allclose(predict(network, IMAGES, 1), predict(network, IMAGES, other), **ROUNDING)
 
 
-def test_the_mean_of_classes_is_that_of_their_rows():
+def test_new_classes_are_as_far_from_their_mean_as_those_of_a_new_network():
     base = make_pipeline(["food", "spell", "hero"])
-    network, _ = adapt(base, names={0: "potion"})
-    rows = base.unet.class_embedding.weight
-    torch.testing.assert_close(network.class_embedding.weight, torch.stack((rows[:3].mean(0), rows[3])))
+    network, _ = adapt(base, names={id: f"class {id}" for id in range(500)})
+    rows, new = base.unet.class_embedding.weight, network.class_embedding.weight
+    assert torch.equal(new[-1], rows[-1])
+    distances = new[:-1] - rows[:3].mean(dim=0)
+    # Normal, of variance 1 as of a new embedding: the mean and the deviation of so many are right to thousandths.
+    assert abs(distances.mean()) < 6 / distances.numel() ** 0.5
+    assert abs(distances.std() - 1) < 6 / (2 * distances.numel()) ** 0.5
 
 
 @MAKERS
@@ -101,12 +109,13 @@ def test_a_network_without_classes_is_what_the_model_knew_of_no_class(make):
 
 
 @MAKERS
-def test_new_classes_begin_as_the_model_without_classes(make):
+def test_no_class_begins_as_the_model_without_classes(make):
     base = make()
     network, changes = adapt(base, names=NAMES)
-    assert changes == "the classes hero, food begin as the model without classes"
-    for label in range(3):
-        torch.testing.assert_close(predict(network, IMAGES, label), predict(base.unet, IMAGES), **ROUNDING)
+    assert changes == 'the classes hero, food begin at random, "no class" as the model without classes'
+    torch.testing.assert_close(predict(network, IMAGES, 2), predict(base.unet, IMAGES), **ROUNDING)
+    first, second = (predict(network, IMAGES, label) for label in range(2))
+    assert not torch.allclose(first, second, **ROUNDING)
     assert network.state_dict().keys() >= base.unet.state_dict().keys()
 
 
@@ -233,7 +242,7 @@ def test_toy_begins_from_a_toy(run_script, tmp_path):
 
 
 def test_resumed_run_equals_the_uninterrupted_one_and_its_average_begins_at_the_model(run_script, tmp_path, capsys):
-    make_pipeline(["hero", "food"]).save_pretrained(tmp_path / "model")
+    make_pipeline(CLASS_NAMES).save_pretrained(tmp_path / "model")  # all of the run's: others begin at random
     flags = f"{FLAGS} --init_from {tmp_path / 'model'} --use_ema --resolution 8"
     run_script("train_conditional", flags, tmp_path / "whole")
     (tmp_path / "resumed").mkdir()

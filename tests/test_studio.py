@@ -1,6 +1,7 @@
 """Tests the studio: what it draws, and its page, opened in Chromium (Debian's chromium and chromium-driver)."""
 
 import html
+import io
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -38,7 +40,7 @@ from sprite_diffusion.studio.drawing import (
     open_model,
     write_files,
 )
-from sprite_diffusion.studio.page import build_page, serve
+from sprite_diffusion.studio.page import MAX_DRAFTS, Canvas, build_page, serve
 from sprite_diffusion.studio.snippet import write_snippet
 
 FEW = Settings(num_images=3, seed=5, num_inference_steps=4, guidance_scale=2.0)
@@ -135,6 +137,8 @@ SNIPPETS = [
     ("class", replace(FEW, class_id="0", sampler="ddpm", binary_alpha=True), PICTURE, None),
     ("class", replace(FEW, class_id="0", uses_palette=True, colours_per_image=2, binary_alpha=True), PICTURE, MASK),
     ("class", replace(FEW, class_id="0", strength=1.0), PICTURE, MASK),
+    ("class", replace(FEW, class_id="0", strength=0.0, uses_palette=True, binary_alpha=True), PICTURE, MASK),
+    ("class", replace(FEW, class_id="0", strength=0.0, uses_palette=True, binary_alpha=True), PICTURE, None),
     ("prompt", replace(FEW, prompt='a "red" dog\'s', negative_prompt="cat"), PICTURE, None),
     ("prompt", replace(FEW, prompt="", sampler="ddim"), None, None),
 ]
@@ -176,11 +180,26 @@ def test_a_drawing_that_nobody_waits_for_ends_at_its_next_step(models, monkeypat
     previews = draw(models["anything"], replace(FEW, sampler="ddpm", num_inference_steps=250))
     assert next(previews).shape == (3, 3, 8, 8)
     previews.close()
-    assert 1 <= len(calls) < 250
+    with models["anything"].lock:  # which the drawing holds until its last step
+        assert 1 <= len(calls) < 250
+        assert pipeline.scheduler is scheduler
     stopped_at = len(calls)
     time.sleep(0.2)
     assert len(calls) == stopped_at
-    assert pipeline.scheduler is scheduler
+
+
+def test_a_drawing_that_is_stopped_changes_nothing_of_the_next(models, monkeypatch):
+    """Which waits for its last step, as a pipeline has one scheduler and one condition at a time."""
+    model, expected = models["class"], finish(models["class"], replace(FEW, class_id="0")).images
+    monkeypatch.setattr(drawing, "PREVIEW_SECONDS", 0)
+    network = model.pipeline.unet.forward
+    monkeypatch.setattr(
+        model.pipeline.unet, "forward", lambda *args, **kwargs: time.sleep(0.1) or network(*args, **kwargs)
+    )
+    stopped = draw(model, replace(FEW, class_id="1", sampler="ddpm", num_inference_steps=50, guidance_scale=1.0))
+    next(stopped)
+    stopped.close()
+    np.testing.assert_array_equal(finish(model, replace(FEW, class_id="0")).images, expected)
 
 
 def test_a_drawing_that_takes_too_long_is_ended(models, monkeypatch):
@@ -206,6 +225,18 @@ def test_a_drawing_that_takes_too_long_is_ended(models, monkeypatch):
 def test_what_a_page_can_not_have_sent_is_refused(model, changes, message, models):
     with pytest.raises(UserInputError, match=message):
         finish(models[model], replace(FEW, **changes))
+
+
+@pytest.mark.parametrize("num_train_timesteps", [1, 2, 10, 20])
+def test_a_page_begins_with_steps_that_its_sampler_takes(num_train_timesteps, tmp_path):
+    scheduler = ClosedFormDDPMScheduler(num_train_timesteps=num_train_timesteps)
+    UnconditionalDDPMPipeline(make_tiny_network(), scheduler).save_pretrained(str(tmp_path))
+    model = open_model(str(tmp_path), torch.float32)
+    build_page(model).close()
+    assert "ddpm" in model.samplers
+    for sampler in model.samplers:
+        settings = replace(FEW, sampler=sampler, num_inference_steps=model.num_inference_steps)
+        assert finish(model, settings).images.shape == (3, 3, 8, 8)
 
 
 def test_a_process_without_other_samplers_has_its_own(tmp_path):
@@ -285,7 +316,7 @@ class Studio:
         """Clicks on Draw, waits for its end and returns the pixels of the files, (N, H, W, C) uint8."""
         self.browser.execute_script("document.querySelector('#status p').textContent = ''")
         self.click("#draw")
-        wait(self.browser, lambda: self.status not in ("", "Drawing ..."))
+        wait(self.browser, lambda: self.status not in ("", "Waiting ...", "Drawing ..."))
         assert " drawn by " in self.status
         wait(self.browser, lambda: self.files)
         names = sorted(name for name in self.files if name.startswith("sprite-"))
@@ -367,7 +398,7 @@ def test_a_slider_mixes_classes(visit, folder, tmp_path):
     studio.draw()
     assert "context={'hero': 1.0, 'food': 0.6}" in studio.find("#code").text
     texts = [image.get_attribute("alt") for image in studio.sprites]
-    assert texts == [f"hero=1, food=0.6 {seed}" for seed in (5, 6, 7)]
+    assert texts == [f"hero=1,food=0.6 {seed}" for seed in (5, 6, 7)]
 
 
 def test_a_sprite_is_varied_and_a_half_drawn_anew(visit):
@@ -423,7 +454,17 @@ def test_a_file_that_is_no_picture_is_answered_with_a_line(visit, tmp_path):
     studio = visit("anything")
     (tmp_path / "no.png").write_bytes(b"<script>")
     studio.load(tmp_path / "no.png")
-    studio.until("--image no.png is not an image that Pillow can read")
+    studio.until("no.png can't be read: load one of PNG, JPEG, GIF, WEBP, BMP")
+    Image.new("1", (4000, 2000)).save(tmp_path / "large.png")
+    studio.load(tmp_path / "large.png")
+    studio.until("large.png has more than 4,194,304 pixels: load a smaller picture")
+
+
+def test_an_empty_number_is_answered_with_a_line(visit):
+    studio = visit("anything")
+    studio.write("#seed input", Keys.BACKSPACE)
+    studio.click("#draw")
+    studio.until("--seed is None: it must be a whole number")
 
 
 @pytest.fixture
@@ -583,3 +624,35 @@ def test_wrong_flags_are_one_line(flags, message, folder, capsys):
         run_script("studio", f"{folder}/anything --port 1 {flags}")
     assert exit.value.code == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize("index", ["4", "50000000", "-1", "x"])
+def test_a_visitor_can_not_fill_the_memory_by_a_number(index):
+    canvas = Canvas(canvas_size=(8, 8))
+    data = {"type": "layer", "index": index, "id": "a"}
+    with pytest.raises(gr.Error, match="there are no such layers"):
+        canvas.accept_blobs(SimpleNamespace(data=data, files=[("a", b"")]))
+    for id in range(MAX_DRAFTS + 1):
+        canvas.accept_blobs(SimpleNamespace(data={**data, "index": "1", "id": id}, files=[("a", b"")]))
+    assert len(canvas.blob_storage) == MAX_DRAFTS
+
+
+def test_a_canvas_takes_no_larger_pictures_than_it_shows():
+    canvas = Canvas(canvas_size=(8, 8), type="pil")
+    for side, fits in ((16, True), (17, False)):
+        png = io.BytesIO()
+        Image.new("RGBA", (side, side)).save(png, "PNG")
+        for name, index in (("background", "null"), ("layer", "0"), ("composite", "null")):
+            part = {"type": name, "index": index, "id": "a"}
+            canvas.accept_blobs(SimpleNamespace(data=part, files=[("a", png.getvalue())]))
+        payload = canvas.data_model(id="a")
+        if fits:
+            assert canvas.preprocess(payload)["layers"][0].size == (16, 16)
+        else:
+            with pytest.raises(gr.Error, match="more than fits"):
+                canvas.preprocess(payload)
+
+
+def test_another_name_of_this_machine_is_not_served(pages):
+    with pytest.raises(HTTPError, match="400"):
+        urlopen(Request(f"{pages['class']}config", headers={"Host": "evil.example"}))

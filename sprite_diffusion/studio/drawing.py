@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from math import ceil, sqrt
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from typing import Any
 
 import torch
@@ -50,8 +51,10 @@ class Model:
 
     name: str
     pipeline: Pipeline
-    samplers: list[str]
+    samplers: list[str]  # those that take `num_inference_steps`, which a page begins with
+    num_inference_steps: int
     palette: Palette | None  # of a model of pixel art
+    lock: Lock = field(default_factory=Lock)  # a pipeline holds the scheduler and the classes of one drawing at a time
 
     @property
     def takes_prompts(self) -> bool:
@@ -108,8 +111,8 @@ class Watcher:
     """Shows what is drawn at each step, and ends a drawing that is to stop."""
 
     show: Callable[[torch.Tensor], None]  # called with clean images (N, C, H, W) in [0, 1]
+    stopped: Event
     trajectory: Trajectory = field(default_factory=lambda: Trajectory(MAX_FRAMES))
-    stopped: Event = field(default_factory=Event)
     tensor_names: tuple[str, ...] = ("latents", "pred_original_sample")
     _deadline: float = field(default_factory=lambda: time.monotonic() + MAX_SECONDS)
 
@@ -139,15 +142,14 @@ def open_model(name: str, dtype: torch.dtype) -> Model:
     """
     pipeline = load_pipeline(name, dtype)
     pipeline = pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-    own = short_name(pipeline.scheduler)
-    others = SAMPLERS if pipeline.scheduler.compatibles else ()
+    num_steps = max(1, min(FEW_STEPS, len(pipeline.scheduler) - 1))  # some samplers take fewer than all
+    samplers = []
+    for sampler in dict.fromkeys([*SAMPLERS, short_name(pipeline.scheduler)]):
+        with suppress(UserInputError):
+            make_sampler("sampler", pipeline, sampler if sampler in SHORT_NAMES else None, num_steps)
+            samplers.append(sampler)
     saved = find_saved_palette(name)
-    return Model(
-        name,
-        pipeline,
-        [*others, *({own} - {*others})],
-        None if saved is None else Palette(read_palette(saved), "auto"),
-    )
+    return Model(name, pipeline, samplers, num_steps, None if saved is None else Palette(read_palette(saved), "auto"))
 
 
 def choose_images(model: Model, settings: Settings) -> list[Condition]:
@@ -194,6 +196,8 @@ def prepare(
         negative=Condition.of_prompt(settings.negative_prompt) if settings.negative_prompt else None,
         edit=edit,
     )
+    if edit is not None and settings.strength == 0:
+        return sampler, request, Finish()  # the picture itself
     palette = model.palette if settings.uses_palette else None
     if palette is not None and settings.colours_per_image:
         palette = replace(palette, colours_per_image=settings.colours_per_image)
@@ -208,13 +212,17 @@ def draw(
     Closing the iterator ends the drawing at its next step. Raises `UserInputError` as `prepare` does, and for a
     drawing that takes too long.
     """
-    sampler, request, finish = prepare(model, settings, picture, mask)
     shown: SimpleQueue[torch.Tensor | Drawing | Exception] = SimpleQueue()
-    watcher = Watcher(shown.put)
+    stopped = Event()
 
     def run() -> None:
         try:
-            images = sample_images(model.pipeline, sampler, request, trajectory=watcher, show_progress=False)
+            with model.lock:  # until the last step of a drawing that was stopped
+                if stopped.is_set():
+                    return
+                sampler, request, finish = prepare(model, settings, picture, mask)
+                watcher = Watcher(shown.put, stopped)
+                images = sample_images(model.pipeline, sampler, request, trajectory=watcher, show_progress=False)
             images = finish(images)
             if request.edit is not None:
                 images = request.edit.keep(images)
@@ -223,8 +231,7 @@ def draw(
         except Exception as error:  # raised below, where somebody waits for it
             shown.put(error)
 
-    thread = Thread(target=run, daemon=True)
-    thread.start()
+    Thread(target=run, daemon=True).start()
     try:
         next_time = 0.0
         while True:
@@ -238,8 +245,7 @@ def draw(
                 next_time = time.monotonic() + PREVIEW_SECONDS
                 yield item
     finally:
-        watcher.stopped.set()
-        thread.join()
+        stopped.set()
 
 
 def write_files(model: Model, drawing: Drawing, folder: Path) -> list[Path]:

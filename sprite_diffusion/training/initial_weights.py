@@ -18,9 +18,9 @@ def adapt_network(
 ) -> tuple[torch.nn.Module, str]:
     """Returns a network of the shape of a model's, with its weights where they fit, and in words what was changed.
 
-    On images that both know, the network is at first the same function as the model's: grey is laid on three channels
-    or their mean taken, a new alpha is not looked at, classes keep their names, and a network without classes predicts
-    what the model predicted for "no class".
+    On images and classes that both know, the network is at first the same function as the model's: grey is laid on
+    three channels or their mean taken, a new alpha is not looked at, classes keep their names, and a network without
+    classes predicts what the model predicted for "no class".
 
     Args:
         base: The model.
@@ -42,7 +42,7 @@ def adapt_network(
     model = type(base.unet).from_config({**network, **shape})
     changes: list[str] = []
     weights = model.state_dict()
-    of_classes = _convert_classes(base, id2label, changes)
+    of_classes = _convert_classes(base, weights, id2label, changes)
     before = {**base.unet.state_dict(), **_convert_channels(base, weights, num_channels, changes), **of_classes}
     anew = [name for name in weights if name not in before or before[name].shape != weights[name].shape]
     if anew:
@@ -54,11 +54,15 @@ def adapt_network(
 
 
 def _convert_classes(
-    base: Pipeline, id2label: Mapping[int, str] | None, changes: list[str]
+    base: Pipeline, weights: Mapping[str, torch.Tensor], id2label: Mapping[int, str] | None, changes: list[str]
 ) -> dict[str, torch.Tensor]:
-    """Returns the weights of a network's classes: known names keep theirs, others begin at the mean of all."""
-    weights = base.unet.state_dict()
-    tables = {name: weights[name] for name in (CLASS_ROWS, *map(CLASS_COLUMNS.format, range(2))) if name in weights}
+    """Returns the weights of a network's classes: known names keep theirs, others begin at random about their mean.
+
+    At the mean itself they would all begin as one class, and a short training does not lead them far from each other.
+    `weights` are those that a new network of this shape begins with.
+    """
+    before = base.unet.state_dict()
+    tables = {name: before[name] for name in (CLASS_ROWS, *map(CLASS_COLUMNS.format, range(2))) if name in before}
     labels = {} if base.num_classes == 0 else base.id2label or {id: str(id) for id in range(base.num_classes)}
     ids = {name: id for id, name in labels.items()}
     if id2label is None:
@@ -66,25 +70,26 @@ def _convert_classes(
             return {}
         changes.append("its classes are left out, and what it knows of no class is kept")
         if CLASS_ROWS in tables:
-            return {TIME_BIAS: weights[TIME_BIAS] + tables[CLASS_ROWS][-1]}
+            return {TIME_BIAS: before[TIME_BIAS] + tables[CLASS_ROWS][-1]}
         return {name: torch.zeros_like(table[:, :1]) for name, table in tables.items()}
     names = list(id2label.values())
     new = [name for name in names if name not in ids]
     if gone := [name for name in ids if name not in names]:
         changes.append(f"without the classes {', '.join(gone)}")
     if not ids:
-        changes.append(f"the classes {', '.join(names)} begin as the model without classes")
-        width = len(weights[TIME_BIAS]) if TIME_BIAS in weights else 0
-        return {name: table.new_zeros(len(table), len(names)) for name, table in tables.items()} or {
-            CLASS_ROWS: weights[TIME_BIAS].new_zeros(len(names) + 1, width)
-        }
+        changes.append(f'the classes {", ".join(names)} begin at random, "no class" as the model without classes')
+        if tables:  # a context of zeros is "no class"
+            return {name: weights[name] for name in tables}
+        return {CLASS_ROWS: torch.cat((weights[CLASS_ROWS][:-1], torch.zeros_like(weights[CLASS_ROWS][-1:])))}
     if new:
-        changes.append(f"the classes {', '.join(new)} begin at the mean of its classes")
+        changes.append(f"the classes {', '.join(new)} begin at random about the mean of its classes")
     converted = {}
     for name, table in tables.items():
-        rows = table[:-1] if name == CLASS_ROWS else table.T  # (K, D)
-        kept = torch.stack([rows[ids[label]] if label in ids else rows.mean(dim=0) for label in names])
-        converted[name] = torch.cat((kept, table[-1:])) if name == CLASS_ROWS else kept.T
+        is_rows = name == CLASS_ROWS
+        rows, random_rows = (table[:-1], weights[name][:-1]) if is_rows else (table.T, weights[name].T)  # (K, D)
+        mean = rows.mean(dim=0)
+        kept = [rows[ids[label]] if label in ids else mean + random_rows[i] for i, label in enumerate(names)]
+        converted[name] = torch.cat((torch.stack(kept), table[-1:])) if is_rows else torch.stack(kept).T
     return converted
 
 
