@@ -433,10 +433,10 @@ class TestPalettes:
             ("a.pal", b"RIFF\x00\x01", " can't be read (its first line is not 'JASC-PAL')"),
             ("a.pal", b"\xff\xfe\x00", " can't be read ("),
             ("a.hex", b"ffffff\nred\n", " can't be read ('red' is no colour)"),
-            ("a.hex", b"", ": number of its colours is 0"),
-            ("a.hex", b"ffffff\n", ": number of its colours is 1: it must be 2 to 256"),
+            ("a.hex", b"", ": colours found: 0"),
+            ("a.hex", b"ffffff\n", ": colours found: 1; it must have 2 to 256"),
             ("a.gpl", b"GIMP Palette\n1 2 300\n4 5 6\n", " has levels above 255"),
-            ("a.hex", "\n".join(f"{i:06x}" for i in range(257)).encode(), ": number of its colours is 257"),
+            ("a.hex", "\n".join(f"{i:06x}" for i in range(257)).encode(), ": colours found: 257"),
             ("a.png", b"no image", " can't be read ("),
         ],
     )

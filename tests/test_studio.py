@@ -1,7 +1,6 @@
 """Tests the studio: what it draws, and its page, opened in Chromium (Debian's chromium and chromium-driver)."""
 
 import html
-import io
 import json
 import re
 import shutil
@@ -10,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -40,7 +38,7 @@ from sprite_diffusion.studio.drawing import (
     open_model,
     write_files,
 )
-from sprite_diffusion.studio.page import MAX_DRAFTS, Canvas, build_page, serve
+from sprite_diffusion.studio.page import bound_canvas, build_page, serve
 from sprite_diffusion.studio.snippet import write_snippet
 
 FEW = Settings(num_images=3, seed=5, num_inference_steps=4, guidance_scale=2.0)
@@ -626,31 +624,33 @@ def test_wrong_flags_are_one_line(flags, message, folder, capsys):
     assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
-@pytest.mark.parametrize("index", ["4", "50000000", "-1", "x"])
-def test_a_visitor_can_not_fill_the_memory_by_a_number(index):
-    canvas = Canvas(canvas_size=(8, 8))
-    data = {"type": "layer", "index": index, "id": "a"}
-    with pytest.raises(gr.Error, match="there are no such layers"):
-        canvas.accept_blobs(SimpleNamespace(data=data, files=[("a", b"")]))
-    for id in range(MAX_DRAFTS + 1):
-        canvas.accept_blobs(SimpleNamespace(data={**data, "index": "1", "id": id}, files=[("a", b"")]))
-    assert len(canvas.blob_storage) == MAX_DRAFTS
+def test_a_canvas_takes_no_more_than_fits_on_it(tmp_path):
+    canvas = gr.ImageEditor(canvas_size=(8, 8), type="pil")
+    bound_canvas(canvas)
+
+    def send(side: int, num_layers: int) -> dict:
+        Image.new("RGBA", (side, side)).save(tmp_path / "a.png")
+        part = {"path": str(tmp_path / "a.png"), "meta": {"_type": "gradio.FileData"}}
+        layers = [part] * num_layers
+        return canvas.preprocess(canvas.data_model(background=part, layers=layers, composite=part))
+
+    assert [layer.size for layer in send(16, 4)["layers"]] == [(16, 16)] * 4
+    for side, num_layers in ((17, 1), (16, 5)):
+        with pytest.raises(gr.Error, match="more than fits"):
+            send(side, num_layers)
 
 
-def test_a_canvas_takes_no_larger_pictures_than_it_shows():
-    canvas = Canvas(canvas_size=(8, 8), type="pil")
-    for side, fits in ((16, True), (17, False)):
-        png = io.BytesIO()
-        Image.new("RGBA", (side, side)).save(png, "PNG")
-        for name, index in (("background", "null"), ("layer", "0"), ("composite", "null")):
-            part = {"type": name, "index": index, "id": "a"}
-            canvas.accept_blobs(SimpleNamespace(data=part, files=[("a", png.getvalue())]))
-        payload = canvas.data_model(id="a")
-        if fits:
-            assert canvas.preprocess(payload)["layers"][0].size == (16, 16)
-        else:
-            with pytest.raises(gr.Error, match="more than fits"):
-                canvas.preprocess(payload)
+def test_no_parts_of_a_canvas_are_kept_for_a_click(pages):
+    """A visitor could send any number of them, and the number of one could be any."""
+    config = json.load(urlopen(f"{pages['class']}config"))
+    [canvas] = [c["id"] for c in config["components"] if c["props"].get("elem_id") == "canvas"]
+    body = {"data": {"type": "layer", "index": 5, "id": "a"}, "component_id": canvas, "fn_name": "accept_blobs"}
+    body |= {"session_hash": "x"}
+    request = Request(
+        f"{pages['class']}gradio_api/component_server", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with pytest.raises(HTTPError, match="404"):
+        urlopen(request)
 
 
 def test_another_name_of_this_machine_is_not_served(pages):

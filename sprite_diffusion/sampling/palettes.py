@@ -264,7 +264,7 @@ def read_palette(path: Path) -> np.ndarray:
         raise UserInputError(f"--palette {path} has levels above 255: give colours of three levels from 0 to 255")
     if not MIN_COLOURS <= len(colours) <= MAX_COLOURS:
         raise UserInputError(
-            f"--palette {path}: number of its colours is {len(colours):,}: it must be {MIN_COLOURS} to {MAX_COLOURS}"
+            f"--palette {path}: colours found: {len(colours):,}; it must have {MIN_COLOURS} to {MAX_COLOURS}"
         )
     return np.array(colours, np.uint8)
 

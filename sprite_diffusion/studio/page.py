@@ -3,7 +3,6 @@
 import html
 import socket
 from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,8 +37,7 @@ MAX_WAITING = 16  # clicks, of all who have the page open
 MAX_FILE_SIZE = "20mb"  # of a picture that is loaded
 MAX_PICTURE_PIXELS = 2**22
 PICTURE_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")  # not those whose decoders start programs
-MAX_LAYERS = 4  # of the canvas
-MAX_DRAFTS = 256  # canvases whose parts wait for the click that uses them
+MAX_PARTS = 6  # of the canvas: what lies below, layers, and both together
 CANVAS_SIDE = 384  # pixels, of the picture that a mask is painted on
 WAITING, DRAWING = "Waiting ...", "Drawing ..."
 BRUSH = ("#ff00ff", 0.6)  # what lies below is seen through it
@@ -60,35 +58,26 @@ SCRIPT = "() => { document.getElementById('status').setAttribute('role', 'status
 QUICK: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
-class Canvas(gr.ImageEditor):
-    """An editor that takes no more than a person can have painted, whatever a visitor sends."""
+def bound_canvas(canvas: gr.ImageEditor) -> None:
+    """Has a canvas take no more than a person can have painted, whatever a visitor sends."""
+    # Not by a subclass, beside whose module gradio would write a file.
+    read = canvas.preprocess
 
-    is_template = True  # it looks as its parent
-
-    def accept_blobs(self, data: Any) -> None:
-        """Takes a part of what was painted, before the click that uses it."""
-        index = str(data.data["index"] or 0)
-        if index != "null" and not (index.isdecimal() and len(index) < 4 and int(index) < MAX_LAYERS):
-            raise gr.Error("there are no such layers")
-        while len(self.blob_storage) >= MAX_DRAFTS:
-            self.blob_storage.pop(next(iter(self.blob_storage)))
-        super().accept_blobs(data)
-
-    def preprocess(self, payload: Any) -> Any:
-        """Returns the images of the parts."""
-        if payload is None:
-            return None
-        painted = self.blob_storage.get(payload.id) or payload
-        parts = [part for part in (painted.background, *painted.layers, painted.composite) if part is not None]
-        width, height = self.canvas_size
-        if len(parts) > MAX_LAYERS + 2 or any(_count_pixels(part) > 4 * width * height for part in parts):
+    def preprocess(payload: Any) -> Any:
+        parts = [] if payload is None else [payload.background, *payload.layers, payload.composite]
+        width, height = canvas.canvas_size
+        if len(parts) > MAX_PARTS or any(_count_pixels(part) > 4 * width * height for part in parts if part):
             raise gr.Error("this is more than fits on the canvas")
-        return super().preprocess(payload)
+        return read(payload)
+
+    canvas.preprocess = preprocess  # type: ignore[method-assign]
+    # By these, parts that no click ever uses would stay in memory; without them they come with the click.
+    canvas.accept_blobs, canvas.server_fns = None, []
 
 
 def _count_pixels(part: Any) -> int:
-    """Returns the pixels of a picture, a file or its bytes, without decoding it."""
-    with Image.open(BytesIO(part) if isinstance(part, bytes) else part.path, formats=PICTURE_FORMATS) as picture:
+    """Returns the pixels of a picture's file, without decoding it."""
+    with Image.open(part.path, formats=PICTURE_FORMATS) as picture:
         return picture.width * picture.height
 
 
@@ -225,7 +214,7 @@ def _add_sampling(model: Model) -> dict[str, Any]:
     return controls
 
 
-def _add_editing(model: Model, status: gr.HTML, sprites: gr.Gallery) -> tuple[gr.State, Canvas, gr.Radio, Any]:
+def _add_editing(model: Model, status: gr.HTML, sprites: gr.Gallery) -> tuple[gr.State, gr.ImageEditor, gr.Radio, Any]:
     """Adds the controls of a picture to change; returns its state, its canvas, its part and the strength."""
     picture = gr.State()
     height, width = model.pipeline.sample_shape[1:]
@@ -236,7 +225,7 @@ def _add_editing(model: Model, status: gr.HTML, sprites: gr.Gallery) -> tuple[gr
             leave = gr.Button("Draw from noise again", elem_id="leave")
         part = gr.Radio([ALL_OF_IT, PAINTED, *HALVES], value=ALL_OF_IT, label="Draw anew", elem_id="part")
         strength = gr.Slider(*_limits("strength"), value=0.6, step=0.05, label="By how much", elem_id="strength")
-        canvas = Canvas(
+        canvas = gr.ImageEditor(
             type="pil",
             label="Paint what is to be drawn anew",
             sources=[],
@@ -251,6 +240,7 @@ def _add_editing(model: Model, status: gr.HTML, sprites: gr.Gallery) -> tuple[gr
             visible=False,
             elem_id="canvas",
         )
+    bound_canvas(canvas)
     chosen = [picture, canvas, status]
     one_at_a_time: dict[str, Any] = {**QUICK, "queue": True, "concurrency_limit": 1}
     load.upload(lambda path: _load(model, path), load, chosen, **one_at_a_time)
@@ -357,12 +347,12 @@ def _load(model: Model, path: str) -> tuple:
 def _show(picture: torch.Tensor, text: str) -> tuple:
     background = make_single_picture(picture[0], _canvas_scale(*picture.shape[2:]))
     value: Any = {"background": background, "layers": [], "composite": None}
-    return picture, Canvas(value=value, visible=True), _say(text)
+    return picture, gr.ImageEditor(value=value, visible=True), _say(text)
 
 
 def _leave() -> tuple:
     """Returns no picture, no canvas, and what to say."""
-    return None, Canvas(value=None, visible=False), _say("Sprites are drawn from noise.")
+    return None, gr.ImageEditor(value=None, visible=False), _say("Sprites are drawn from noise.")
 
 
 def _say(text: str) -> str:
