@@ -52,21 +52,14 @@ def forking_from(servers: Sequence[ForkServer]) -> Iterator[None]:
         yield
 
 
-def run_script(script: str, flags: str, output_dir: Path | None = None, file: str = "") -> None:
-    """Runs the `main` of a script or module in this process; `file` is the name that it sees itself started by."""
+def run_script(script: str, flags: str, output_dir: Path | None = None) -> None:
+    """Runs the `main` of a script or module in this process."""
     output = [] if output_dir is None else ["--output_dir", str(output_dir)]
     for state in (AcceleratorState, PartialState, GradientState):
         state._shared_state.clear()
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(sys, "argv", [file or script, *flags.split(), *output])
+        monkeypatch.setattr(sys, "argv", [script, *flags.split(), *output])
         importlib.import_module(script).main()
-
-
-def run_as_started(script: str, flags: str, output_dir: Path) -> None:
-    """Runs a script in this process on the CPU, as `start` does; strings have other hashes here than in forks."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-        run_script(script, flags, output_dir, file=f"{script}.py")
 
 
 def start(

@@ -15,7 +15,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from inspecting import assert_same_runs, assert_same_weights, read_scalars, wait_for, weights
-from launching import LAUNCH_TWO, PYTHON, TINY, complaints, finish, kill, run_as_started, start
+from launching import LAUNCH_TWO, PYTHON, TINY, complaints, finish, kill, start
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -74,7 +74,7 @@ def test_a_killed_run_started_again_equals_the_one_never_stopped(tmp_path):
     flags = f"{EVERYTHING} --gradient_accumulation_steps 2 --random_flip --checkpoints_total_limit 2"
     flags += " --ddpm_num_inference_steps 30"
     start_run = partial(start, "train_conditional", flags)
-    run_as_started("train_conditional", flags, tmp_path / "whole")
+    finish(start("train_conditional", flags, tmp_path / "whole"))
     moments = ["checkpoint-*.partial", "samples/step-000005.png", "checkpoint-12"]  # the last step is 12
     assert run_with_kills(start_run, tmp_path / "killed", moments) == moments
     assert_same_runs(tmp_path / "whole", tmp_path / "killed")

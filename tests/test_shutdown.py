@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from inspecting import assert_same_runs, wait_for
-from launching import LAUNCH, PYTHON, TINY, complaints, finish, run_as_started, start
+from launching import LAUNCH, PYTHON, TINY, complaints, finish, start
 from PIL import Image
 
 from sprite_diffusion.common.run_files import list_checkpoints
@@ -41,7 +41,7 @@ def assert_unfinished(output_dir: Path) -> None:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("whole") / "run"
-    run_as_started("train_unconditional", FLAGS, output_dir)
+    finish(start("train_unconditional", FLAGS, output_dir))
     return output_dir
 
 
@@ -70,7 +70,7 @@ def test_a_signal_writes_a_checkpoint_and_changes_no_number(whole, tmp_path, num
 )
 def test_sampling_is_interrupted_and_done_again(tmp_path, interval):
     flags = f"{TINY} {interval} --ddpm_num_inference_steps 300 --checkpoints_total_limit 1"
-    run_as_started("train_unconditional", flags, tmp_path / "whole")
+    finish(start("train_unconditional", flags, tmp_path / "whole"))
     process = start("train_unconditional", flags, tmp_path / "run")
     read_until(process, "0/300")  # the progress bar of sampling counts 300 steps
     process.send_signal(signal.SIGINT)
