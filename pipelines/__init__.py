@@ -1,4 +1,5 @@
 from pipelines.pipeline_ddpm import (
+    DEFAULT_STRENGTH,
     ConditionalDDPMPipeline,
     TextToImageDDPMPipeline,
     UnconditionalDDPMPipeline,
@@ -11,6 +12,7 @@ from pipelines.pipeline_ddpm import (
 )
 
 __all__ = [
+    "DEFAULT_STRENGTH",
     "ConditionalDDPMPipeline",
     "TextToImageDDPMPipeline",
     "UnconditionalDDPMPipeline",

@@ -718,8 +718,7 @@ def to_straight_alpha(images: torch.Tensor) -> torch.Tensor:
     if images.shape[-3] != 4:
         return images
     alpha = images[..., 3:, :, :]
-    colours = torch.where((255 * alpha).round() > 0, images[..., :3, :, :] / alpha, 0).clamp(max=1)
-    return torch.cat([colours, alpha], dim=-3)
+    return clear_hidden(torch.cat([(images[..., :3, :, :] / alpha).clamp(max=1), alpha], dim=-3))
 
 
 def to_oklab(colours: torch.Tensor) -> torch.Tensor:

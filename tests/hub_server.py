@@ -355,11 +355,8 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self.repository()
         commit = repository.at(revision)
         siblings = [{"rfilename": path} for path in sorted(commit.files)]
-        owner, state = (
-            self.repo.removeprefix("spaces/").split("/")[0],
-            {"private": repository.private, "gated": False, "disabled": False},
-        )
         id = self.repo.removeprefix("spaces/")
+        owner, state = id.split("/")[0], {"private": repository.private, "gated": False, "disabled": False}
         names = {"id": id, "modelId": id, "author": owner, "sha": commit.oid}
         self.send_json({**names, **state, "tags": [], "downloads": 0, "likes": 0, "siblings": siblings})
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torchvision.transforms.functional import to_pil_image
 
-from pipelines import TextToImageDDPMPipeline, check_prompt
+from pipelines import DEFAULT_STRENGTH, TextToImageDDPMPipeline, check_prompt
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.common.flags import SEED_RANGE, Range
 from sprite_diffusion.sampling.conditions import Condition, choose_conditions, example_conditions
@@ -24,13 +24,13 @@ from sprite_diffusion.sampling.pictures import make_single_picture, save_animati
 from sprite_diffusion.sampling.pipeline_loading import Pipeline, load_pipeline
 from sprite_diffusion.sampling.samplers import Sampler, make_sampler, short_name
 from sprite_diffusion.sampling.sheets import write_sheet
+from sprite_diffusion.sampling.views import MAX_FRAMES
 
 MAX_IMAGES = 32
 MAX_STEPS = 250
 MAX_GUIDANCE = 10
 MAX_SECONDS = 120  # of one drawing: nobody waits longer for somebody else's
 MAX_PROMPT = 1000  # letters
-MAX_FRAMES = 60  # of an animation
 PREVIEW_SECONDS = 0.25
 FEW_STEPS = 20
 SAMPLERS = ("unipc", "dpmsolver++", "ddim", "ddpm")
@@ -80,7 +80,7 @@ class Settings:
     sampler: str = SAMPLERS[0]
     num_inference_steps: int = FEW_STEPS
     guidance_scale: float = 1.0
-    strength: float = 0.6  # of the change of a picture
+    strength: float = DEFAULT_STRENGTH  # of the change of a picture
     uses_palette: bool = False
     colours_per_image: int = 0  # of the palette; 0 for all
     binary_alpha: bool = False

@@ -14,6 +14,7 @@ from PIL import Image
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from pipelines import DEFAULT_STRENGTH
 from sprite_diffusion.common.errors import UserInputError, first_line, mask_secrets, printable
 from sprite_diffusion.common.flags import MAX_SEED
 from sprite_diffusion.sampling.editing import read_picture
@@ -105,7 +106,7 @@ def build_page(model: Model) -> gr.Blocks:
                     buttons=[],
                     elem_id="sprites",
                 )
-                picture, canvas, part, controls["strength"] = _add_editing(model, status, sprites)
+                picture, canvas, part, controls["strength"] = _add_editing(model, status)
                 files = gr.File(label="Files", file_count="multiple", interactive=False, elem_id="files")
                 code = gr.Code(label="The same in Python", language="python", interactive=False, elem_id="code")
         drawn = gr.State()  # the images
@@ -214,7 +215,7 @@ def _add_sampling(model: Model) -> dict[str, Any]:
     return controls
 
 
-def _add_editing(model: Model, status: gr.HTML, sprites: gr.Gallery) -> tuple[gr.State, gr.ImageEditor, gr.Radio, Any]:
+def _add_editing(model: Model, status: gr.HTML) -> tuple[gr.State, gr.ImageEditor, gr.Radio, Any]:
     """Adds the controls of a picture to change; returns its state, its canvas, its part and the strength."""
     picture = gr.State()
     height, width = model.pipeline.sample_shape[1:]
@@ -224,7 +225,9 @@ def _add_editing(model: Model, status: gr.HTML, sprites: gr.Gallery) -> tuple[gr
             load = gr.UploadButton("Load a picture", file_types=["image"], elem_id="load")
             leave = gr.Button("Draw from noise again", elem_id="leave")
         part = gr.Radio([ALL_OF_IT, PAINTED, *HALVES], value=ALL_OF_IT, label="Draw anew", elem_id="part")
-        strength = gr.Slider(*_limits("strength"), value=0.6, step=0.05, label="By how much", elem_id="strength")
+        strength = gr.Slider(
+            *_limits("strength"), value=DEFAULT_STRENGTH, step=0.05, label="By how much", elem_id="strength"
+        )
         canvas = gr.ImageEditor(
             type="pil",
             label="Paint what is to be drawn anew",
@@ -245,7 +248,7 @@ def _add_editing(model: Model, status: gr.HTML, sprites: gr.Gallery) -> tuple[gr
     one_at_a_time: dict[str, Any] = {**QUICK, "queue": True, "concurrency_limit": 1}
     load.upload(lambda path: _load(model, path), load, chosen, **one_at_a_time)
     leave.click(_leave, None, chosen, **QUICK)
-    part.input(lambda where: 0.6 if where == ALL_OF_IT else 1.0, part, strength, **QUICK)
+    part.input(lambda where: DEFAULT_STRENGTH if where == ALL_OF_IT else 1.0, part, strength, **QUICK)
     return picture, canvas, part, strength
 
 
@@ -345,6 +348,7 @@ def _load(model: Model, path: str) -> tuple:
 
 
 def _show(picture: torch.Tensor, text: str) -> tuple:
+    """Returns a picture (1, C, H, W) to change, its canvas, and what to say."""
     background = make_single_picture(picture[0], _canvas_scale(*picture.shape[2:]))
     value: Any = {"background": background, "layers": [], "composite": None}
     return picture, gr.ImageEditor(value=value, visible=True), _say(text)
