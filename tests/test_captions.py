@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tiny_network import make_tiny_network
 from transformers import BertConfig, BertModel, CLIPTextModel, PreTrainedTokenizerFast
 
-from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline
+from pipelines import ConditionalDDPMPipeline, UnconditionalDDPMPipeline, find_unknown_words
 from schedulers import ClosedFormDDPMScheduler
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.data import sources
@@ -55,6 +55,7 @@ from sprite_diffusion.training.text_encoder import (
 CAPTIONS = ["A red cat, asleep", "a blue dog", "", "a blue dog", "two dogs and a cat"]
 WORDS_FLAGS = f"{TINY} --caption_column caption"
 TEXT_WEIGHTS = "text_encoder/model.safetensors"
+WORD_ROWS = "text_model.embeddings.token_embedding.weight"
 
 
 @pytest.fixture
@@ -316,7 +317,7 @@ def test_two_processes_train_what_one_trains(run_script, tmp_path):
             torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-5)
 
 
-def test_a_model_that_is_begun_from_keeps_its_words(run, run_script, tmp_path, capsys):
+def test_a_model_that_is_begun_from_keeps_its_words_and_gets_new_ones(run, run_script, tmp_path, capsys):
     flags = f"--config {tmp_path / 'tuned.yaml'} --init_from {run}"
     (tmp_path / "tuned.yaml").write_text(
         "dataset_name: sprites\ncaption_column: caption\nmax_train_samples: 200\nmax_train_steps: 1\n"
@@ -325,12 +326,23 @@ def test_a_model_that_is_begun_from_keeps_its_words(run, run_script, tmp_path, c
     run_script("train_conditional", f"{flags} --ddpm_num_inference_steps 2", tmp_path / "tuned")
     printed = capsys.readouterr()
     assert "begun from" in printed.out
-    assert re.search(r"warning: \d+ words of the captions are unknown to the text encoder", printed.err)
-    assert (tmp_path / "tuned" / "tokenizer" / "tokenizer.json").read_text() == (
-        run / "tokenizer" / "tokenizer.json"
-    ).read_text()
-    for name in ("unet/diffusion_pytorch_model.safetensors", TEXT_WEIGHTS):
-        assert_same_weights(weights(run, name), weights(tmp_path / "tuned", name))
+    assert "unknown to the text encoder" not in printed.err
+    known, words = (
+        PreTrainedTokenizerFast.from_pretrained(folder, subfolder="tokenizer").get_vocab()
+        for folder in (run, tmp_path / "tuned")
+    )
+    assert known.items() < words.items()
+    assert re.search(rf"new words, {len(words) - len(known)}, begin at random: \w+, \w+", printed.out)
+    before, after = (weights(folder, TEXT_WEIGHTS) for folder in (run, tmp_path / "tuned"))
+    old_rows, rows = before.pop(WORD_ROWS), after.pop(WORD_ROWS)
+    assert torch.equal(rows[: len(known)], old_rows)
+    apart = torch.cdist(rows, rows) + torch.eye(len(rows))
+    assert (apart[len(known) :] > 0.1).all()  # two of 128 numbers of standard deviation 0.02 are 0.32 apart
+    assert_same_weights(before, after)
+    name = "unet/diffusion_pytorch_model.safetensors"
+    assert_same_weights(weights(run, name), weights(tmp_path / "tuned", name))
+    pipeline = load_pipeline(str(tmp_path / "tuned"))
+    assert not find_unknown_words(pipeline.tokenizer, " ".join(draw_sprites(200)[2]))
 
 
 @pytest.fixture(scope="module")

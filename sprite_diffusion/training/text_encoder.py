@@ -78,11 +78,28 @@ def build_text_encoder(tokenizer: Any) -> transformers.CLIPTextModel:
     return transformers.CLIPTextModel(config)
 
 
+def add_words(tokenizer: Any, text_encoder: Any, captions: Sequence[str]) -> None:
+    """Gives a tokenizer for which each word is a token, and its text encoder, the words of captions that are new.
+
+    The vectors of new words begin at random, so that they are told apart. Prints which they are.
+    """
+    backend = tokenizer.backend_tokenizer
+    new = find_unknown_words(tokenizer, " ".join(captions))[: max(0, MAX_WORDS - len(tokenizer))]
+    if not new or not isinstance(backend.model, models.WordLevel):
+        return
+    vocabulary = tokenizer.get_vocab() | {word: len(tokenizer) + i for i, word in enumerate(new)}
+    backend.model = models.WordLevel(vocabulary, unk_token=tokenizer.unk_token)
+    text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # at the mean, all would begin as one
+    if PartialState().is_main_process:
+        print(printable(f"new words, {len(new)}, begin at random: {', '.join(new[:10])}"))
+
+
 def choose_text_encoder(config: TrainingConfig, captions: Sequence[str], base: Pipeline | None) -> tuple[Any, Any]:
     """Returns the tokenizer and the text encoder of a run, which is frozen if `--text_encoder` names it.
 
     Those of a checkpoint that the run is resumed from, or of the model that it begins from, stay: their words have the
-    numbers that the network has learned. Prints which words of the captions they do not know.
+    numbers that the network has learned. New words are added to those of the model, unless its text encoder is frozen.
+    Prints which words of the captions stay unknown.
 
     Raises `UserInputError` if there is no such text encoder, or the network has learned another one.
     """
@@ -104,6 +121,7 @@ def choose_text_encoder(config: TrainingConfig, captions: Sequence[str], base: P
         if PartialState().is_main_process:
             note = f"the text encoder of {config.init_from} is trained further; --text_encoder besides would keep it"
             print(printable(mask_secrets(note)))
+        add_words(tokenizer, text_encoder, captions)
     else:
         tokenizer = build_tokenizer(captions)
         text_encoder = build_text_encoder(tokenizer)
