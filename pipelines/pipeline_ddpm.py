@@ -57,10 +57,11 @@ class _DDPMPipeline(DiffusionPipeline):
     """What generation by class, by prompt and without either has in common: the denoising loop, and saving."""
 
     model_cpu_offload_seq = "unet"
-    is_conditional = False  # whether images can be asked for, so that guidance has a meaning
+    is_conditional = False  # whether images can be asked for, by class or by prompt
     _callback_tensor_inputs = ("latents", "pred_original_sample")
     _model_kwargs: Mapping[str, torch.Tensor] = {}  # what the network is told of the images, besides the timestep
     _guidance_scale = 1.0
+    _guide: ModelMixin | None = None
 
     def __init__(self, unet: ModelMixin, scheduler: SchedulerMixin):
         super().__init__()
@@ -211,15 +212,11 @@ class _DDPMPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    @contextmanager
-    def conditioned_on(self) -> Iterator[None]:
-        """Conditions every prediction inside of the `with` on what its arguments name: here on nothing."""
-        yield
-
     def predict(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         r"""
         Returns the network's prediction as [`conditioned_on`] says, guided by equation 6 of Ho and Salimans 2022,
-        https://huggingface.co/papers/2207.12598, with w = 1 + their w.
+        https://huggingface.co/papers/2207.12598, with w = 1 + their w. With a guide, its prediction takes the place of
+        the unconditional one: Karras et al. 2024, https://huggingface.co/papers/2406.02507.
 
         Args:
             sample (`torch.Tensor` of shape `(batch_size, channels, height, width)`): Noisy images.
@@ -230,6 +227,9 @@ class _DDPMPipeline(DiffusionPipeline):
         """
         if self._guidance_scale == 1:
             return self.unet(sample, timestep, **self._model_kwargs).sample.float()  # (B, C, H, W)
+        if self._guide is not None:
+            prediction, weaker = (unet(sample, timestep).sample.float() for unet in (self.unet, self._guide))
+            return weaker + self._guidance_scale * (prediction - weaker)
         model_input = torch.cat([sample, sample])  # with and without the condition: (2B, C, H, W)
         conditional, unconditional = self.unet(model_input, timestep, **self._model_kwargs).sample.float().chunk(2)
         return unconditional + self._guidance_scale * (conditional - unconditional)
@@ -319,6 +319,36 @@ class UnconditionalDDPMPipeline(_DDPMPipeline):
             their config.
     """
 
+    @torch.no_grad()
+    def __call__(self, *args: Any, guide: ModelMixin | None = None, guidance_scale: float = 1.0, **kwargs: Any) -> Any:
+        r"""
+        Generates images, or changes given ones.
+
+        Args:
+            guide ([`~diffusers.ModelMixin`], *optional*):
+                A weaker network for the same images and the same process, such as that of an earlier checkpoint.
+            guidance_scale (`float`, defaults to 1):
+                `w` in `weaker + w * (prediction - weaker)`: above 1 each prediction goes on from the guide's through
+                the network's own, which mends some of what both do badly; 2 is usual. At 1 the guide is not called.
+            *args, **kwargs: The other arguments of `_DDPMPipeline`'s call.
+
+        Returns:
+            [`~diffusers.ImagePipelineOutput`] or `tuple`: the images.
+
+        Raises:
+            ValueError: For guidance without a guide, or an argument that does not fit the others or the model.
+        """
+        if guidance_scale != 1 and guide is None:
+            raise ValueError(f"`guidance_scale` is {guidance_scale}: an unconditional model needs a `guide` for it")
+        with self.conditioned_on(guide, guidance_scale):
+            return super().__call__(*args, **kwargs)
+
+    @contextmanager
+    def conditioned_on(self, guide: ModelMixin | None = None, guidance_scale: float = 1.0) -> Iterator[None]:
+        """Guides every prediction inside of the `with` away from that of a weaker network, if there is one."""
+        self._guide, self._guidance_scale = guide, guidance_scale
+        yield
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         r"""
         Saves weights and configs so that plain `DiffusionPipeline.from_pretrained` loads them.
@@ -404,7 +434,7 @@ class ConditionalDDPMPipeline(_DDPMPipeline):
                 unconditional half is not computed.
             batch_size (`int`, *optional*):
                 The number of images; that of the classes if not given.
-            **kwargs: The other arguments of [`UnconditionalDDPMPipeline`]'s call.
+            **kwargs: The other arguments of `_DDPMPipeline`'s call.
 
         Returns:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: the images.
@@ -459,9 +489,7 @@ class ConditionalDDPMPipeline(_DDPMPipeline):
         return context.expand(max(batch_size, 0), -1)
 
     @contextmanager
-    def conditioned_on(  # type: ignore[override]  # each pipeline has its own arguments
-        self, context: torch.Tensor, guidance_scale: float = 1.0
-    ) -> Iterator[None]:
+    def conditioned_on(self, context: torch.Tensor, guidance_scale: float = 1.0) -> Iterator[None]:
         """Conditions every prediction on class weights (B, K), and guides it there from no class."""
         if guidance_scale != 1:
             context = torch.cat([context, torch.zeros_like(context)])  # (2B, K)
@@ -568,7 +596,7 @@ class TextToImageDDPMPipeline(_DDPMPipeline):
                 What [`encode_prompt`] returns, in place of `prompt`.
             negative_prompt_embeds (`torch.Tensor` of shape `(batch_size, tokens, features)`, *optional*):
                 The same in place of `negative_prompt`.
-            **kwargs: The other arguments of [`UnconditionalDDPMPipeline`]'s call.
+            **kwargs: The other arguments of `_DDPMPipeline`'s call.
 
         Returns:
             [`~diffusers.ImagePipelineOutput`] or `tuple`: the images.
@@ -619,7 +647,7 @@ class TextToImageDDPMPipeline(_DDPMPipeline):
         return self.text_encoder(tokens.input_ids.to(device), attention_mask=tokens.attention_mask.to(device))[0]
 
     @contextmanager
-    def conditioned_on(  # type: ignore[override]  # each pipeline has its own arguments
+    def conditioned_on(
         self,
         prompt_embeds: torch.Tensor,
         guidance_scale: float = 1.0,

@@ -662,6 +662,13 @@ def read_metrics(folder: Path) -> dict:
 class TestCalculateMetrics:
     FLAGS = "--num_images 20 --num_inference_steps 2"
 
+    def test_a_guide_is_named_in_the_card(self, runs, run_script, tmp_path):
+        folder, guide = (shutil.copytree(runs / "train_unconditional", tmp_path / name) for name in ("run", "weaker"))
+        run_script("calculate_metrics", f"{folder} {self.FLAGS} --guide {guide}")
+        metrics = read_metrics(folder)
+        assert (metrics["guide"], metrics["guidance_scale"]) == ("weaker", 2)
+        assert "by `ddim:2`, guidance 2 by weaker, against" in (folder / "README.md").read_text()
+
     def test_a_run_by_what_it_was_trained_on(self, runs, run_script, capsys, tmp_path):
         folder = runs / "train_conditional"
         run_script("calculate_metrics", f"{folder} {self.FLAGS} --guidance_scale 2")

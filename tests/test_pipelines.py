@@ -313,6 +313,29 @@ def test_guidance_is_the_formula_in_one_batch(conditional):
     torch.testing.assert_close(seen[0], 3 * cond - 2 * uncond, atol=1e-4, rtol=1e-4)
 
 
+def test_a_guide_is_led_away_from(unconditional):
+    """Karras et al. 2024: w times the network's prediction, and 1 - w times the guide's."""
+    guide = tiny_unet()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+
+    def run(**kwargs):
+        return unconditional(2, 3, seeds(0, 1), output_type="np", **kwargs).images
+
+    sample, t = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(500)
+    with torch.no_grad(), unconditional.conditioned_on(guide, 3.0):
+        own, weaker = unconditional.unet(sample, t).sample, guide(sample, t).sample
+        torch.testing.assert_close(unconditional.predict(sample, t), 3 * own - 2 * weaker, atol=1e-5, rtol=1e-5)
+    guided, plain = run(guide=guide, guidance_scale=3.0), run()
+    assert np.abs(guided - plain).max() > 1e-2
+    for same in ({"guide": guide}, {"guide": unconditional.unet, "guidance_scale": 3.0}):
+        np.testing.assert_array_equal(run(**same), plain)
+    with pytest.raises(ValueError, match="an unconditional model needs a `guide`"):
+        run(guidance_scale=2.0)
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("negative_prompt", [None, "blue cat"])
 def test_prompts_and_guidance_are_those_of_stable_diffusion(by_prompt, guidance_scale, negative_prompt):

@@ -41,6 +41,7 @@ from sprite_diffusion.sampling.generation import (
     to_unit_range,
 )
 from sprite_diffusion.sampling.pictures import to_pixels
+from sprite_diffusion.sampling.pipeline_loading import load_pipeline
 from sprite_diffusion.sampling.samplers import make_sampler
 
 NAMES = ("hero", "non-hero", "food")
@@ -120,6 +121,9 @@ def conditional_pipeline(seed: int = 0) -> ConditionalDDPMPipeline:
 def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     UnconditionalDDPMPipeline(unet(0), random_process()).save_pretrained(folder / "unconditional")
+    UnconditionalDDPMPipeline(unet(1), random_process()).save_pretrained(folder / "weaker")
+    other = ClosedFormDDPMScheduler(prediction_type="v_prediction", num_train_timesteps=500)
+    UnconditionalDDPMPipeline(unet(1), other).save_pretrained(folder / "of_fewer_steps")
     UnconditionalDDPMPipeline(unet(0, num_channels=4), random_process()).save_pretrained(folder / "transparent")
     conditional_pipeline().save_pretrained(folder / "conditional")
     for epoch in (4, 8):
@@ -317,6 +321,30 @@ def test_files_say_how_they_were_made(sample, folders):
     assert np.abs(pixels("again/00000.png") - pixels("out/00001.png")).max() <= 1
     sample("conditional", "--class food --num_images 2 --num_inference_steps 2 --output grid.png")
     assert json.loads(Image.open("grid.png").text["images"]) == json.loads(Path("grid.json").read_text())["images"]
+
+
+def test_a_guide_is_a_model_of_the_same_images_and_process(sample, folders, capsys):
+    flags = "--num_images 2 --num_inference_steps 3 --scale 1"
+    sample("unconditional", f"{flags} --guide {folders / 'weaker'} --output guided")
+    record = json.loads(Path("guided/samples.json").read_text())
+    assert (record["guide"], record["guidance_scale"]) == (str(folders / "weaker"), 2)
+    pipelines = [load_pipeline(str(folders / name)) for name in ("unconditional", "weaker")]
+    noise = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    expected = pipelines[0](2, 3, noise, guide=pipelines[1].unet, guidance_scale=2.0, output_type="np").images
+    for i, image in enumerate(expected):
+        assert np.abs(pixels(f"guided/0000{i}.png") - 255 * image).max() <= 1
+    sample("unconditional", f"{flags} --guide {folders / 'unconditional'} --guidance_scale 7 --output same")
+    sample("unconditional", f"{flags} --output plain")
+    assert (pixels("same/00000.png") == pixels("plain/00000.png")).all()
+    assert np.abs(pixels("guided/00000.png") - pixels("plain/00000.png")).max() > 10
+    for model, message in {
+        "transparent": "it draws images of another size or mode",
+        "of_fewer_steps": "its num_train_timesteps is 500, that of",
+    }.items():
+        with pytest.raises(SystemExit):
+            sample("unconditional", f"{flags} --guide {folders / model} --output wrong")
+        assert message in capsys.readouterr().err
+    assert not Path("wrong").exists()
 
 
 def test_scale(sample):

@@ -29,6 +29,7 @@ from sprite_diffusion.metrics.extractors import make_extractor
 from sprite_diffusion.metrics.obedience import choose_groups, measure_obedience
 from sprite_diffusion.metrics.real_images import RealImages
 from sprite_diffusion.metrics.report import Report
+from sprite_diffusion.sampling.guidance import choose_guidance
 from sprite_diffusion.sampling.pipeline_loading import Pipeline, find_model_kind, load_pipeline, speed_up
 
 
@@ -41,7 +42,11 @@ def calculate(
     None but on the main process. Raises `UserInputError` if the model or the data can't be used.
     """
     state = join_processes()
-    pipeline = None if is_image_folder(args.model) else open_pipeline(args, state.device)
+    pipeline = None
+    if not is_image_folder(args.model):
+        pipeline = load_pipeline(args.model, getattr(torch, args.dtype), args.process).to(state.device)
+        speed_up(pipeline, args.compile, args.num_threads)
+        guide, guidance_scale = choose_guidance(args, pipeline)
     resolution = choose_resolution(pipeline, args.model, config, data_flags)
     config, table = replace(config, resolution=resolution), None
     if pipeline is not None:
@@ -68,11 +73,14 @@ def calculate(
             pipeline,
             sampler,
             batch_size=args.batch_size,
-            guidance_scale=args.guidance_scale,
+            guidance_scale=guidance_scale,
             seed=args.seed,
+            guide=guide,
         )
         images = draw(match_conditions(pipeline, real, num_images))
-        facts |= sampling_facts(pipeline, sampler, args.guidance_scale, args.seed)
+        facts |= sampling_facts(pipeline, sampler, guidance_scale, args.seed)
+        if guide is not None:
+            facts |= {"guidance_scale": guidance_scale, "guide": Path(args.guide).name}
         sampled_by = f" by {sampler.label}"
     with state.local_main_process_first():
         extractor = make_extractor(args.extractor, args.clip_model, real, state.device)
@@ -96,15 +104,6 @@ def is_image_folder(model: str) -> bool:
     """Returns whether a name is that of a folder of images: one that holds no model, and no run to have one yet."""
     path = Path(model)
     return path.is_dir() and find_model_kind(path) is None and not (path / CONFIG_FILE).is_file()
-
-
-def open_pipeline(args: argparse.Namespace, device: torch.device) -> Pipeline:
-    """Loads the pipeline to be measured. Raises `UserInputError` if it can't be loaded, or guided as the flags say."""
-    pipeline = load_pipeline(args.model, getattr(torch, args.dtype), args.process).to(device)
-    speed_up(pipeline, args.compile, args.num_threads)
-    if args.guidance_scale != 1 and not pipeline.is_conditional:
-        raise UserInputError(f"--guidance_scale: {args.model} is unconditional, it has no classes")
-    return pipeline
 
 
 def choose_resolution(pipeline: Pipeline | None, model: str, config: DataConfig, data_flags: list[str]) -> str:

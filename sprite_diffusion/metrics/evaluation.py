@@ -138,6 +138,7 @@ def generate(
     batch_size: int,
     guidance_scale: float,
     seed: int,
+    guide: Any = None,
 ) -> Iterator[Batch]:
     """Yields this process's share of the images to be evaluated, one for each condition, the i-th from `seed` + i."""
     state = PartialState()
@@ -158,6 +159,7 @@ def generate(
             conditions=[conditions[i] for i in rows],
             batch_size=batch_size,
             guidance_scale=guidance_scale,
+            guide=guide,
         )
         images = sample_images(pipeline, sampler, request, show_progress=False)
         yield torch.tensor(rows), premultiply(to_pixels(images, scale=1))  # as a file of them would be read

@@ -11,6 +11,7 @@ from sprite_diffusion.sampling.flags import (
     MODEL_HELP,
     SAMPLERS,
     UP_TO_A_MILLION,
+    add_guidance_flags,
     add_process_flags,
     add_speed_flags,
     check_sampler,
@@ -40,7 +41,7 @@ def parse_args(description: str | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--num_images", type=int, default=5000, help="At most; and at most half of the real images.")
     parser.add_argument("--scheduler", metavar="NAME", help=f"{', '.join(SAMPLERS)}; default: ddim.")
     parser.add_argument("--num_inference_steps", type=int, help="Default: 50; of the model's own scheduler, all.")
-    parser.add_argument("--guidance_scale", type=float, default=1.0, help="Classifier-free guidance; 1 = none.")
+    add_guidance_flags(parser)
     parser.add_argument("--batch_size", type=int, default=64, help="Images at a time; changes speed only.")
     add_speed_flags(parser)
     add_process_flags(parser)

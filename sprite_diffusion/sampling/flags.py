@@ -150,7 +150,7 @@ def _add_process_flags(parser: argparse.ArgumentParser) -> None:
     process.add_argument("--scheduler", metavar="NAME", help=f"{', '.join(SAMPLERS)}; default: the model's own.")
     process.add_argument("--num_inference_steps", type=int, help="Default: all of the model's process; else 50.")
     process.add_argument("--eta", type=float, default=0.0, help="DDIM: share of DDPM's noise at each step, 0 to 1.")
-    process.add_argument("--guidance_scale", type=float, help="Classifier-free guidance; 1 = none, the default.")
+    add_guidance_flags(process)
     process.add_argument("--batch_size", type=int, default=64, help="Images at a time; changes speed only.")
     add_speed_flags(process)
     add_process_flags(parser)
@@ -183,6 +183,18 @@ def _add_view_flags(parser: argparse.ArgumentParser) -> None:
         help="What a run had learned at each snapshot: samples or, with --predict, predictions.",
     )
     group.add_argument("--resolution", help="Of --forward without a model; default: 16 for 'sprites', else 64.")
+
+
+def add_guidance_flags(parser: argparse._ActionsContainer) -> None:
+    """Adds `--guidance_scale` and `--guide`, for `choose_guidance`."""
+    parser.add_argument(
+        "--guidance_scale",
+        type=float,
+        help="By class, prompt or --guide; 1 = none; default: 1, with a guide 2.",
+    )
+    parser.add_argument(
+        "--guide", metavar="MODEL", help="Of a model without classes: a weaker one, such as an earlier checkpoint."
+    )
 
 
 def add_speed_flags(parser: argparse._ActionsContainer) -> None:

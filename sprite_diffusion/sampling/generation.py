@@ -45,6 +45,7 @@ class Request:
     guidance_scale: float = 1.0
     eta: float = 0.0  # of DDIM
     negative: Condition | None = None  # a prompt that guidance leads away from
+    guide: Any = None  # the network that it leads away from where there are neither classes nor prompts
     edit: Edit | None = None  # of an image, which all of these are then variants of
 
     @property
@@ -206,6 +207,8 @@ def _sample_batch(
     if noise is not None:
         latents = noise
     kwargs = join_arguments(request.conditions[batch])
+    if request.guide is not None:
+        kwargs["guide"] = request.guide
     if kwargs:
         kwargs["guidance_scale"] = request.guidance_scale
     if request.negative is not None:

@@ -27,6 +27,7 @@ from sprite_diffusion.sampling.figures import (
     show_steps,
 )
 from sprite_diffusion.sampling.generation import Request, Trajectory, sample_images
+from sprite_diffusion.sampling.guidance import choose_guidance
 from sprite_diffusion.sampling.palettes import Finish, choose_palette
 from sprite_diffusion.sampling.pictures import (
     check_size,
@@ -161,10 +162,9 @@ def _make_noise_figure(args: argparse.Namespace, pipeline: Pipeline) -> Figure:
 def make_request(args: argparse.Namespace, pipeline: Pipeline) -> Request:
     """Returns the images to sample: for each class, mix and prompt as many as asked for.
 
-    Raises `UserInputError` for what the model can't be asked for, and for guidance where it has none.
+    Raises `UserInputError` for what the model can't be asked for.
     """
-    if args.guidance_scale is not None and not pipeline.is_conditional:
-        raise UserInputError(f"--guidance_scale: {args.model or args.snapshots} is unconditional, it has no classes")
+    guide, guidance_scale = choose_guidance(args, pipeline)
     conditions = choose_conditions(pipeline, args.classes, args.mixes, args.prompts, args.no_class)
     negative = None
     if args.negative_prompt is not None:
@@ -179,9 +179,10 @@ def make_request(args: argparse.Namespace, pipeline: Pipeline) -> Request:
         seeds=[args.seed + i for i in range(len(repeated))],
         conditions=repeated,
         batch_size=args.batch_size,
-        guidance_scale=1.0 if args.guidance_scale is None else args.guidance_scale,
+        guidance_scale=guidance_scale,
         eta=args.eta,
         negative=negative,
+        guide=guide,
         edit=None if args.image is None else read_edit(pipeline, args.image, args.strength, args.mask),
     )
 
@@ -215,4 +216,5 @@ def _picture_path(args: argparse.Namespace) -> Path:
 
 def _record_of_model(args: argparse.Namespace) -> dict[str, str]:
     model = args.model or args.snapshots
-    return {} if model is None else {"model": str(model), "dtype": args.dtype}
+    guide = {} if args.guide is None else {"guide": args.guide}
+    return {} if model is None else {"model": str(model), **guide, "dtype": args.dtype}

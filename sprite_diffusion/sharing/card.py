@@ -261,6 +261,7 @@ def _metrics_section(run: RunRecord) -> str:
     parts = []
     if run.report is not None:
         guidance = "" if run.guidance_scale is None else f", guidance {run.guidance_scale:g}"
+        guidance += "" if run.guide is None else f" by {escape(run.guide)}"
         rows = [
             table_row(TITLES[name], f"{figure.value:.4g}", figure.format_interval(), f"{figure.real:.4g}")
             for name, figure in run.report.figures.items()

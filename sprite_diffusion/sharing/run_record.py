@@ -63,7 +63,8 @@ class RunRecord:
     newest_grid: str | None  # path in the run's folder
     report: Report | None  # None if these weights were not measured
     sampler: str | None  # of the measured images
-    guidance_scale: float | None  # of the measured images; None of an unconditional model
+    guidance_scale: float | None  # of the measured images; None where they were not guided
+    guide: str | None  # the name of the model that they were guided by
 
 
 def read_run(run_dir: Path) -> RunRecord:
@@ -92,6 +93,7 @@ def read_run(run_dir: Path) -> RunRecord:
             "report": Report.from_dict(metrics) if metrics else None,
             "sampler": _check_type("sampler", metrics["sampler"], str) if metrics else None,
             "guidance_scale": float(metrics["guidance_scale"]) if "guidance_scale" in metrics else None,
+            "guide": _check_type("guide", metrics.get("guide"), str | None) if metrics else None,
         }
         types = {name: kind for name, kind in get_type_hints(RunRecord).items() if name not in combined}
         return RunRecord(**{name: _check_type(name, saved[name], kind) for name, kind in types.items()}, **combined)
