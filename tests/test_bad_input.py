@@ -54,6 +54,9 @@ def folder(tmp_path_factory, run_script):
 # Each case has flags and the fragments that the line of error must have; {1} is a folder of the test.
 TRAIN_UNCONDITIONAL = [
     ("--rescale_betas_zero_snr true", "--rescale_betas_zero_snr needs --prediction_type"),
+    ("--snr_floor 1 --prediction_type epsilon", "--snr_floor needs --prediction_type"),
+    ("--snr_floor 6 --snr_gamma 5 --prediction_type sample", "--snr_floor is 6", "--snr_gamma, 5"),
+    ("--snr_floor=-1", "--snr_floor is -1"),
     (
         "--train_data_dir {0}/pictures --streaming --max_train_steps 1 --lr_scheduler_interval epoch",
         "--lr_scheduler_inte",

@@ -185,6 +185,7 @@ def test_process_and_schedule_follow_from_the_model_and_flags_win(tmp_path, caps
     config = start_from(tmp_path / "model")
     assert (config.prediction_type, config.ddpm_num_steps, config.ddpm_num_inference_steps) == ("v_prediction", 20, 20)
     assert (config.resolution, config.block_out_channels, config.ddpm_beta_schedule) == ("8", [8], "linear")
+    assert config.resnet_time_scale_shift == "default"  # the preset's network is told of the time in another way
     assert (config.learning_rate, config.max_train_steps) < (1e-3, 1200)  # the preset's
     assert config.output_dir == "runs/model-tuned"
     assert "--prediction_type=v_prediction" in capsys.readouterr().out

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers.models.resnet import ResnetBlock2D
 from launching import PYTHON, REPOSITORY, run_command
 from PIL import Image
 
@@ -431,6 +432,25 @@ def test_default_network_is_the_official_one():
     assert list(config.down_block_types) == ["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"]
     assert list(config.up_block_types) == ["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4
     assert (config.layers_per_block, config.attention_head_dim, config.norm_num_groups) == (2, 8, 32)
+
+
+@pytest.mark.parametrize("words", [None, 24])
+@pytest.mark.parametrize(("way", "numbers"), [("default", 1), ("scale_shift", 2)])
+def test_the_time_enters_the_blocks_as_the_flag_says(way, numbers, words):
+    """Behind the second norm by two numbers for each channel, before it by one."""
+    config = TrainingConfig(
+        model_class="UNet2DModel" if words is None else "UNet2DConditionModel",
+        block_out_channels=[32, 64],
+        attention_levels=[2],
+        resnet_time_scale_shift=way,
+    )
+    with torch.device("meta"):
+        unet = build_model(config, 3, cross_attention_dim=words)
+    blocks = [module for module in unet.modules() if isinstance(module, ResnetBlock2D)]
+    assert len(blocks) == 12  # two of each level on the way down, two in the middle, three on the way up
+    for block in blocks:
+        assert block.time_embedding_norm == way
+        assert block.time_emb_proj.out_features == numbers * block.out_channels
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,18 @@ def test_ddpm_loss_is_the_formula(batch, prediction_type, snr_gamma):
     assert loss.item() == pytest.approx((weight * (guess - target) ** 2).mean(), rel=1e-4)
 
 
+@pytest.mark.parametrize(("prediction_type", "divisor"), [("sample", 0.0), ("v_prediction", 1.0)])
+def test_a_floor_holds_the_weight_of_an_image_where_there_is_little_but_noise(prediction_type, divisor):
+    """Salimans and Ho 2022, section 4: max(SNR, 1) times the squared error of the image; of v, that over SNR + 1."""
+    scheduler = ClosedFormDDPMScheduler(prediction_type=prediction_type)
+    alpha_bar = alpha_bar_float64()
+    snr = alpha_bar / (1 - alpha_bar)
+    of_v = snr + 1 if divisor else np.ones_like(snr)
+    for gamma, weights in ((None, np.maximum(snr, 1)), (5.0, np.clip(snr, 1, 5))):
+        found = loss_weights(scheduler, torch.arange(1000), gamma, snr_floor=1.0)
+        np.testing.assert_allclose(found.numpy(), weights / of_v, rtol=1e-5)  # float32, good to some 1e-7
+
+
 def test_min_snr_caps_the_weight_of_nearly_clean_images(batch):
     scheduler = ClosedFormDDPMScheduler()
     timesteps = torch.arange(1000)

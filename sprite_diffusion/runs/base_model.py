@@ -22,6 +22,7 @@ SHAPE_FLAGS = (
     "attention_levels",
     "layers_per_block",
     "attention_head_dim",
+    "resnet_time_scale_shift",
     "norm_type",
 )
 # Of the flags of the process, those that name its options as they are called.
@@ -71,6 +72,7 @@ def flags_of_model(base: Pipeline) -> dict[str, Any]:
             "block_out_channels": list(network["block_out_channels"]),
             "attention_levels": levels or [0],
             "layers_per_block": network["layers_per_block"],
+            "resnet_time_scale_shift": network["resnet_time_scale_shift"],
             # None is one head of all channels.
             "attention_head_dim": network["attention_head_dim"] or network["block_out_channels"][-1],
         }

@@ -84,7 +84,7 @@ class TrainingConfig(DataConfig):
         "and stays as it is. Default: a small one, trained with the network.",
     )
     model_config_name_or_path: str | None = flag(
-        None, "A config.json of a UNet2DModel, its folder or its Hub id; in place of the next four."
+        None, "A config.json of a UNet2DModel, its folder or its Hub id; in place of the flags of its shape."
     )
     block_out_channels: list[int] = flag(
         [128, 128, 256, 256, 512, 512],
@@ -101,6 +101,11 @@ class TrainingConfig(DataConfig):
     )
     attention_head_dim: int = flag(
         8, "Channels per attention head; 32 or 64 is faster than the default.", at_least=1, at_most=MAX_CHANNELS
+    )
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = flag(
+        "default",
+        "How residual blocks are told the time, class and caption: by what is added to their features, or by what "
+        "they are scaled and shifted with.",
     )
     norm_type: Literal["group", "batch"] = flag("group", "Normalisation of ContextUNet2DModel.")
     gradient_checkpointing: bool = flag(
@@ -154,6 +159,11 @@ class TrainingConfig(DataConfig):
     adam_epsilon: float = flag(1e-8, "AdamW's epsilon.", above=0)
     max_grad_norm: float = flag(1.0, "Gradients are scaled down to this norm.", above=0)
     snr_gamma: float | None = flag(None, "Min-SNR weighting of the loss with this gamma (5 is usual).", above=0)
+    snr_floor: float = flag(
+        0.0,
+        "Least weight of an error of the predicted image, 1 for captions: words are learned at high noise.",
+        at_least=0,
+    )
     label_dropout: float = flag(
         0.1,
         "Share of labels or captions left out, so that 'no class' is learned as well (train_conditional.py): what "
@@ -311,6 +321,13 @@ class TrainingConfig(DataConfig):
                 "--rescale_betas_zero_snr needs --prediction_type v_prediction or sample: a process that ends "
                 "in pure noise can't be learned by predicting the noise"
             )
+        if self.snr_floor and self.prediction_type == "epsilon":
+            raise UserInputError(
+                "--snr_floor needs --prediction_type v_prediction or sample: an error of the predicted noise would "
+                "weigh 1 / SNR, which has no bound"
+            )
+        if self.snr_gamma is not None and self.snr_floor > self.snr_gamma:
+            raise UserInputError(f"--snr_floor is {self.snr_floor:g}: it can't exceed --snr_gamma, {self.snr_gamma:g}")
         if self.streaming and self.evaluate_every is not None:
             raise UserInputError("--evaluate_every does not go with --streaming: metrics need all images at hand")
         if self.keep_best_checkpoint and self.evaluate_every is None:

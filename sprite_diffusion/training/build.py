@@ -151,6 +151,7 @@ def _build_unet2d(config: TrainingConfig, shape: dict[str, Any]) -> torch.nn.Mod
             up_block_types=tuple(f"{prefix}UpBlock2D" for prefix in reversed(prefixes)),
             attention_head_dim=head_dim,
             norm_num_groups=_choose_num_groups(channels),
+            resnet_time_scale_shift=config.resnet_time_scale_shift,
             dropout=config.dropout,
         )
     return _finish_unet2d(model, config)

@@ -88,7 +88,9 @@ def train(
         caption_ids = torch.where(draws.uniform < config.label_dropout, NO_CAPTION, batch.caption_ids)
         images, kwargs = augment_as_asked(batch.images, draws.augmentation, config)
         kwargs |= {name: values[caption_ids.to(values.device)].to(images.device) for name, values in read.items()}
-        return ddpm_loss(model, noise_scheduler, images, draws.noise, draws.timesteps, kwargs, config.snr_gamma)
+        return ddpm_loss(
+            model, noise_scheduler, images, draws.noise, draws.timesteps, kwargs, config.snr_gamma, config.snr_floor
+        )
 
     prompts = choose_examples(captions)
 

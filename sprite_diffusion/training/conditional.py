@@ -56,7 +56,9 @@ def train(
         class_labels = torch.where(draws.uniform < config.label_dropout, null_class, batch.class_labels)
         images, kwargs = augment_as_asked(batch.images, draws.augmentation, config)
         kwargs["class_labels"] = class_labels
-        return ddpm_loss(model, noise_scheduler, images, draws.noise, draws.timesteps, kwargs, config.snr_gamma)
+        return ddpm_loss(
+            model, noise_scheduler, images, draws.noise, draws.timesteps, kwargs, config.snr_gamma, config.snr_floor
+        )
 
     def make_pipeline(unet: Any) -> ConditionalDDPMPipeline:
         scheduler = type(noise_scheduler).from_config(noise_scheduler.config)

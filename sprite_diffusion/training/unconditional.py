@@ -41,7 +41,9 @@ def train(config: TrainingConfig, data: ImageData | None = None) -> Unconditiona
         if config.noise_scheduler_class == "LinearCorruptionScheduler":
             return corruption_loss(model, noise_scheduler, batch.images, draws.noise, draws.timesteps)
         images, kwargs = augment_as_asked(batch.images, draws.augmentation, config)
-        return ddpm_loss(model, noise_scheduler, images, draws.noise, draws.timesteps, kwargs, config.snr_gamma)
+        return ddpm_loss(
+            model, noise_scheduler, images, draws.noise, draws.timesteps, kwargs, config.snr_gamma, config.snr_floor
+        )
 
     def make_pipeline(unet: Any) -> UnconditionalDDPMPipeline:
         scheduler = type(noise_scheduler).from_config(noise_scheduler.config)
