@@ -389,6 +389,8 @@ SAMPLE = [
     ("{0}/run --guide {0}/by_class", "--guide {0}/by_class", "it has classes or prompts"),
     ("{0}/by_class --guide {0}/run", "--guide: {0}/by_class is guided by its classes or prompts"),
     ("{0}/run --guide {0}/toy", "--guide {0}/toy"),
+    ("{0}/run --predict sprites --guide {0}/run", "--guidance_scale and --guide are for samples, not for --predict"),
+    ("{0}/by_class --forward sprites --guidance_scale 2", "are for samples, not for --forward"),
     ("{0}/by_class --guidance_scale nan", "--guidance_scale"),
     ("{0}/by_class --guidance_scale inf", "--guidance_scale"),
     ("{0}/by_class --class dragon", "unknown class 'dragon': this model's classes are hero, non-hero"),

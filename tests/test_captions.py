@@ -45,6 +45,7 @@ from sprite_diffusion.training.captioned import train
 from sprite_diffusion.training.steps import make_dataloader
 from sprite_diffusion.training.text_encoder import (
     MAX_TOKENS,
+    add_words,
     build_text_encoder,
     build_tokenizer,
     embed_once,
@@ -315,6 +316,24 @@ def test_two_processes_train_what_one_trains(run_script, tmp_path):
         one, two = (weights(tmp_path / folder, name) for folder in ("one", "two"))
         for key in one:  # the order of sums differs, which grows over ten steps
             torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-5)
+
+
+def test_new_words_are_added_as_they_are_read():
+    tokenizer = build_tokenizer(["a red hero", "a blue dragon, with fire"])
+    text_encoder = build_text_encoder(tokenizer)
+    known = tokenizer.get_vocab()
+    captions = ["a Gr\u00fcn zebra!", "a gru\u0308n hero", "zebra"]  # the same letter, written in two ways
+    add_words(tokenizer, text_encoder, captions)
+    words = tokenizer.get_vocab()
+    assert words.keys() - known.keys() == {"gr\u00fcn", "zebra", "!"}
+    assert known.items() < words.items()
+    assert sorted(words.values()) == list(range(len(words)))
+    assert text_encoder.config.vocab_size == len(text_encoder.get_input_embeddings().weight) == len(words)
+    assert not find_unknown_words(tokenizer, " ".join(captions))
+    before = {name: value.clone() for name, value in text_encoder.state_dict().items()}
+    add_words(tokenizer, text_encoder, ["a zebra"])  # nothing is new
+    assert tokenizer.get_vocab() == words
+    assert_same_weights(before, text_encoder.state_dict())
 
 
 def test_a_model_that_is_begun_from_keeps_its_words_and_gets_new_ones(run, run_script, tmp_path, capsys):

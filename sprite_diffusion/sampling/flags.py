@@ -348,6 +348,9 @@ def _contradictions(args: argparse.Namespace) -> dict[str, bool]:
             args.animate is not None and args.strength == 0
         ),
         f"--image does not go with {figure_flag}": args.image is not None and args.view not in EDITING_VIEWS,
+        f"--guidance_scale and --guide are for samples, not for {figure_flag}": (
+            args.view in ("forward", "predict") and (args.guidance_scale, args.guide) != (None, None)
+        ),
         "--eta is for --scheduler ddim": args.eta > 0 and not samples_with_ddim,
         "--logger belongs to --compare": args.logger != "none" and args.compare is None,
     }

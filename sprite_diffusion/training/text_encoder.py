@@ -83,12 +83,14 @@ def add_words(tokenizer: Any, text_encoder: Any, captions: Sequence[str]) -> Non
 
     The vectors of new words begin at random, so that they are told apart. Prints which they are.
     """
-    backend = tokenizer.backend_tokenizer
     new = find_unknown_words(tokenizer, " ".join(captions))[: max(0, MAX_WORDS - len(tokenizer))]
-    if not new or not isinstance(backend.model, models.WordLevel):
+    if not new or not isinstance(tokenizer.backend_tokenizer.model, models.WordLevel):
         return
+    # As the tokenizer reads them: one letter of Unicode may be written in several ways.
+    normalize = getattr(tokenizer.backend_tokenizer.normalizer, "normalize_str", str)
+    new = list(dict.fromkeys(map(normalize, new)))
     vocabulary = tokenizer.get_vocab() | {word: len(tokenizer) + i for i, word in enumerate(new)}
-    backend.model = models.WordLevel(vocabulary, unk_token=tokenizer.unk_token)
+    tokenizer.backend_tokenizer.model = models.WordLevel(vocabulary, unk_token=tokenizer.unk_token)
     text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # at the mean, all would begin as one
     if PartialState().is_main_process:
         print(printable(f"new words, {len(new)}, begin at random: {', '.join(new[:10])}"))
