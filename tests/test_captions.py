@@ -314,8 +314,13 @@ def test_two_processes_train_what_one_trains(run_script, tmp_path):
     finish(start("train_conditional", f"{WORDS_FLAGS} --train_batch_size 2", tmp_path / "two", LAUNCH_TWO))
     for name in ("unet/diffusion_pytorch_model.safetensors", TEXT_WEIGHTS):
         one, two = (weights(tmp_path / folder, name) for folder in ("one", "two"))
-        for key in one:  # the order of sums differs, which grows over ten steps
-            torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=1e-5)
+        assert one.keys() == two.keys()
+        flat = [torch.cat([part[key].flatten() for key in one]) for part in (one, two)]
+        # The order of sums differs, which grows over ten steps. Where a gradient is next to 0, AdamW makes steps of it
+        # whose sign is that of the rounding: so a few weights differ by more, and those by less than a step of 1e-3.
+        far = ~torch.isclose(*flat, rtol=1e-3, atol=1e-5)
+        assert far.float().mean() < 1e-3
+        torch.testing.assert_close(*flat, rtol=0, atol=1e-3)
 
 
 def test_new_words_are_added_as_they_are_read():
