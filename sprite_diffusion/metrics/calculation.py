@@ -78,9 +78,7 @@ def calculate(
             guide=guide,
         )
         images = draw(match_conditions(pipeline, real, num_images))
-        facts |= sampling_facts(pipeline, sampler, guidance_scale, args.seed)
-        if guide is not None:
-            facts |= {"guidance_scale": guidance_scale, "guide": Path(args.guide).name}
+        facts |= sampling_facts(pipeline, sampler, guidance_scale, args.seed, args.guide)
         sampled_by = f" by {sampler.label}"
     with state.local_main_process_first():
         extractor = make_extractor(args.extractor, args.clip_model, real, state.device)

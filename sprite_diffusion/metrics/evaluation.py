@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -124,9 +125,15 @@ def make_evaluation_sampler(pipeline: Pipeline, name: str | None, num_inference_
     return make_sampler("--scheduler", pipeline, name, num_inference_steps)
 
 
-def sampling_facts(pipeline: Pipeline, sampler: Sampler, guidance_scale: float, seed: int) -> dict[str, Any]:
-    """Returns the entries about sampling in the record of an evaluation."""
-    guidance = {"guidance_scale": guidance_scale} if pipeline.is_conditional else {}
+def sampling_facts(
+    pipeline: Pipeline, sampler: Sampler, guidance_scale: float, seed: int, guide: str | None = None
+) -> dict[str, Any]:
+    """Returns the entries about sampling in the record of an evaluation, with the model of `--guide` by its name."""
+    guidance: dict[str, Any] = {}
+    if pipeline.is_conditional or guide is not None:
+        guidance["guidance_scale"] = guidance_scale
+    if guide is not None:
+        guidance["guide"] = Path(guide).name  # the folders above it are nobody's business
     dtype = str(pipeline.unet.dtype).removeprefix("torch.")
     return {"sampler": sampler.label, **guidance, "seed": seed, "dtype": dtype}
 
