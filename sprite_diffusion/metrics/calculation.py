@@ -32,6 +32,8 @@ from sprite_diffusion.metrics.report import Report
 from sprite_diffusion.sampling.guidance import choose_guidance
 from sprite_diffusion.sampling.pipeline_loading import Pipeline, find_model_kind, load_pipeline, speed_up
 
+SAMPLING_FLAGS = ("scheduler", "num_inference_steps", "guidance_scale", "guide")
+
 
 def calculate(
     args: argparse.Namespace, config: DataConfig, data_flags: list[str], run_facts: dict[str, Any]
@@ -43,7 +45,9 @@ def calculate(
     """
     state = join_processes()
     pipeline = None
-    if not is_image_folder(args.model):
+    if is_image_folder(args.model):
+        refuse_sampling_flags(args)
+    else:
         pipeline = load_pipeline(args.model, getattr(torch, args.dtype), args.process).to(state.device)
         speed_up(pipeline, args.compile, args.num_threads)
         guide, guidance_scale = choose_guidance(args, pipeline)
@@ -102,6 +106,13 @@ def is_image_folder(model: str) -> bool:
     """Returns whether a name is that of a folder of images: one that holds no model, and no run to have one yet."""
     path = Path(model)
     return path.is_dir() and find_model_kind(path) is None and not (path / CONFIG_FILE).is_file()
+
+
+def refuse_sampling_flags(args: argparse.Namespace) -> None:
+    """Raises `UserInputError` if flags say how images are to be sampled that are there already."""
+    given = [name for name in SAMPLING_FLAGS if getattr(args, name) is not None] + [*args.process]
+    if given:
+        raise UserInputError(f"--{given[0]}: the images of {args.model} have been drawn already, leave the flag out")
 
 
 def choose_resolution(pipeline: Pipeline | None, model: str, config: DataConfig, data_flags: list[str]) -> str:
