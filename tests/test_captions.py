@@ -236,6 +236,17 @@ def test_each_word_is_a_token():
     assert build_text_encoder(long).config.max_position_embeddings == MAX_TOKENS
 
 
+def test_a_new_text_encoder_tells_words_apart():
+    captions = draw_sprites(200)[2][:100]
+    tokenizer = build_tokenizer(captions)
+    text_encoder = build_text_encoder(tokenizer)
+    changed = [caption.replace(caption.split()[1], "helmet", 1) for caption in captions]
+    with torch.no_grad():
+        first, second = (text_encoder(**tokenize(tokenizer, texts))[0][:, 2] for texts in (captions, changed))
+    # Vectors that have nothing in common are sqrt(2) of their length apart; those of which half is, 1.
+    assert ((first - second).norm(dim=1) / first.norm(dim=1)).mean() > 1
+
+
 def test_heads_of_the_attention_to_words_have_the_channels_that_the_flag_says():
     config = TrainingConfig(
         model_class="UNet2DConditionModel", block_out_channels=[32, 64], attention_levels=[2], attention_head_dim=16
@@ -360,8 +371,8 @@ def test_a_model_that_is_begun_from_keeps_its_words_and_gets_new_ones(run, run_s
     before, after = (weights(folder, TEXT_WEIGHTS) for folder in (run, tmp_path / "tuned"))
     old_rows, rows = before.pop(WORD_ROWS), after.pop(WORD_ROWS)
     assert torch.equal(rows[: len(known)], old_rows)
-    apart = torch.cdist(rows, rows) + torch.eye(len(rows))
-    assert (apart[len(known) :] > 0.1).all()  # two of 128 numbers of standard deviation 0.02 are 0.32 apart
+    apart = torch.cdist(rows, rows) + 16 * torch.eye(len(rows))
+    assert (apart[len(known) :] > 8).all()  # two of 128 standard normal numbers are 16 apart, give or take 1
     assert_same_weights(before, after)
     name = "unet/diffusion_pytorch_model.safetensors"
     assert_same_weights(weights(run, name), weights(tmp_path / "tuned", name))

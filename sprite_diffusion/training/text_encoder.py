@@ -24,7 +24,7 @@ from sprite_diffusion.sampling.text_encoders import is_left_out, load_text_encod
 MAX_TOKENS = 77  # of a caption, as CLIP has it; the rest of a longer one is not read
 MAX_WORDS = 2**15  # the most frequent ones
 BEGIN, END, UNKNOWN = "<|startoftext|>", "<|endoftext|>", "<|unknown|>"
-HIDDEN_SIZE, NUM_LAYERS, NUM_HEADS = 128, 2, 4
+HIDDEN_SIZE, NUM_LAYERS, NUM_HEADS = 128, 1, 4
 EMBEDDED_AT_ONCE = 256  # captions
 EMBEDDINGS_FILE = "embeddings.bin"
 
@@ -75,13 +75,16 @@ def build_text_encoder(tokenizer: Any) -> transformers.CLIPTextModel:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return transformers.CLIPTextModel(config)
+    text_encoder: Any = transformers.CLIPTextModel(config)
+    # As long as what the layers add. CLIP's own 0.02 is drowned in it, and words are told apart late: docs/quality.md.
+    torch.nn.init.normal_(text_encoder.get_input_embeddings().weight)
+    return text_encoder
 
 
 def add_words(tokenizer: Any, text_encoder: Any, captions: Sequence[str]) -> None:
     """Gives a tokenizer for which each word is a token, and its text encoder, the words of captions that are new.
 
-    The vectors of new words begin at random, so that they are told apart. Prints which they are.
+    The vectors of new words begin at random, as far apart as those of the known ones. Prints which they are.
     """
     new = find_unknown_words(tokenizer, " ".join(captions))[: max(0, MAX_WORDS - len(tokenizer))]
     if not new or not isinstance(tokenizer.backend_tokenizer.model, models.WordLevel):
@@ -91,7 +94,10 @@ def add_words(tokenizer: Any, text_encoder: Any, captions: Sequence[str]) -> Non
     new = list(dict.fromkeys(map(normalize, new)))
     vocabulary = tokenizer.get_vocab() | {word: len(tokenizer) + i for i, word in enumerate(new)}
     tokenizer.backend_tokenizer.model = models.WordLevel(vocabulary, unk_token=tokenizer.unk_token)
-    text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # at the mean, all would begin as one
+    spread = text_encoder.get_input_embeddings().weight.std().item()
+    text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        text_encoder.get_input_embeddings().weight[-len(new) :].normal_(std=spread)
     if PartialState().is_main_process:
         print(printable(f"new words, {len(new)}, begin at random: {', '.join(new[:10])}"))
 
