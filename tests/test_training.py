@@ -197,5 +197,9 @@ def test_randomness_is_that_of_the_named_distributions_and_differs_by_step():
     assert len(counts) == 10
     assert (counts - 400).abs().max() < 5 * (4000 * 0.09) ** 0.5
     assert abs(uniform.mean() - 0.5) < 5 / (12 * 4000) ** 0.5
+    counts = draw_randomness((0, 0), batch, 10, 4000, timestep_power=3).timesteps.bincount(minlength=10)
+    shares = torch.arange(11, dtype=torch.float64).div(10).pow(3).diff()  # of a density of 3 t^2, by integrating it
+    assert len(counts) == 10
+    assert ((counts - 4000 * shares).abs() < 5 * (4000 * shares * (1 - shares)).sqrt() + 1).all()
     for other in [(1, 0), (0, 1)]:
         assert not torch.equal(draw_randomness(other, batch, 10, 4000)[0], noise)

@@ -164,6 +164,9 @@ class TrainingConfig(DataConfig):
         "Least weight of an error of the predicted image, 1 for captions: words are learned at high noise.",
         at_least=0,
     )
+    timestep_power: float = flag(
+        1.0, "Timesteps are drawn as often as t^(this - 1): 1 evenly, 3 for captions.", above=0, at_most=10
+    )
     label_dropout: float = flag(
         0.1,
         "Share of labels or captions left out, so that 'no class' is learned as well (train_conditional.py): what "
