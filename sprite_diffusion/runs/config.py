@@ -165,7 +165,7 @@ class TrainingConfig(DataConfig):
         at_least=0,
     )
     timestep_power: float = flag(
-        1.0, "Timesteps are drawn as often as t^(this - 1): 1 evenly, 3 for captions.", above=0, at_most=10
+        1.0, "Timesteps are drawn as often as t^(this - 1): 1 evenly, 2 for captions.", above=0, at_most=10
     )
     label_dropout: float = flag(
         0.1,

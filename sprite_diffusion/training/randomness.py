@@ -26,7 +26,7 @@ def draw_randomness(
     They are a function of `entropy` = (seed, step) and the image's row among the `step_size` images of the step: all
     rows are drawn and those of the batch are kept, so that it does not matter how a step is divided among processes
     and micro-batches. The density of the timesteps grows as t^(`timestep_power` - 1): at 1 they are uniform (Ho et al.
-    2020, algorithm 1), and at 3 more than half of them are among the noisiest quarter.
+    2020, algorithm 1), and at 2 three quarters of them are in the noisier half.
     """
     seed, model_seed = (int(s) for s in np.random.SeedSequence(entropy).generate_state(2, np.uint64))
     device = batch.images.device
