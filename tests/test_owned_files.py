@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from sprite_diffusion.common.errors import UserInputError
 from sprite_diffusion.common.owned_files import LOCK_FILE, LOCK_OWNER_FILE, OwnedFiles
-from sprite_diffusion.common.run_files import LIST_FILE
+from sprite_diffusion.common.run_files import LIST_FILE, list_checkpoints
 from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.runs.folder import prepare_output_dir, read_folder_state
 from sprite_diffusion.runs.manifest import find_damage
@@ -225,6 +225,18 @@ def test_a_warm_up_longer_than_the_run_is_told_before_the_first_step(run_script,
     run_script("train_unconditional", f"{TINY} --num_epochs 1 --lr_warmup_steps 4", tmp_path)
     err = capsys.readouterr().err
     assert "--lr_warmup_steps 4 of 4 steps" in err
+
+
+def test_a_folder_that_goes_at_the_wrong_moment(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    (folder / "checkpoint-20").mkdir(parents=True)
+    files = OwnedFiles(folder)
+    with monkeypatch.context() as patch:  # pathlib has seen the folder, and then there is none
+        patch.setattr(os, "scandir", lambda path: os.listdir(tmp_path / "no-such"))
+        assert list_checkpoints(folder) == []
+    shutil.rmtree(folder)
+    with pytest.raises(UserInputError, match=r"checkpoint-20 can't be written.*is lost"):
+        files.remove_folder(folder / "checkpoint-20")
 
 
 @pytest.mark.parametrize("change", ["removed", "moved"])

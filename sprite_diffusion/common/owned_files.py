@@ -69,13 +69,14 @@ class OwnedFiles:
 
     def remove_folder(self, path: Path) -> list[Path]:
         """Removes a folder with nothing but the run's files in it, else returns those that are not the run's."""
-        others = self.others(path)
-        if not others:
-            with suppress(DiskFullError):  # removing makes room
-                self._add(f"{self._name(path)}{REMOVED}/")
-            remove_whole(path)
-            with suppress(DiskFullError):
-                self._add()
+        with _reports_lost_folder(self.folder):
+            others = self.others(path)
+            if not others:
+                with suppress(DiskFullError):  # removing makes room
+                    self._add(f"{self._name(path)}{REMOVED}/")
+                remove_whole(path)
+                with suppress(DiskFullError):
+                    self._add()
         return others
 
     def write_text(self, path: Path, text: str) -> None:

@@ -1,5 +1,6 @@
 """The names of the files in a run's folder, and how the folder is found from one of them."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,9 @@ def read_saved_config(run_dir: Path) -> dict[str, Any] | None:
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Returns the checkpoints of a run, oldest first, without the best one."""
-    found = [p for p in output_dir.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal()]
+    found: list[Path] = []
+    with suppress(FileNotFoundError):  # of a folder that goes while it is listed
+        found = [p for p in output_dir.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal()]
     return sorted(found, key=step_of)
 
 
