@@ -232,8 +232,10 @@ def test_a_folder_that_goes_at_the_wrong_moment(tmp_path, monkeypatch):
     (folder / "checkpoint-20").mkdir(parents=True)
     files = OwnedFiles(folder)
     with monkeypatch.context() as patch:  # pathlib has seen the folder, and then there is none
-        patch.setattr(os, "scandir", lambda path: os.listdir(tmp_path / "no-such"))
+        patch.setattr(os, "scandir", lambda path: os.listdir(folder / "no-such"))
         assert list_checkpoints(folder) == []
+        with pytest.raises(UserInputError, match="is lost"):
+            files.claim_all_but(folder, earlier=set())
     shutil.rmtree(folder)
     with pytest.raises(UserInputError, match=r"checkpoint-20 can't be written.*is lost"):
         files.remove_folder(folder / "checkpoint-20")

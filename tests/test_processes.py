@@ -17,6 +17,7 @@ from inspecting import assert_same_weights, read_scalars, weights
 from launching import LAUNCH, LAUNCH_TWO, REPOSITORY, finish, start
 from PIL import Image
 
+from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.training.randomness import draw_randomness
 from sprite_diffusion.training.steps import Batch, Step, take_share
 
@@ -198,8 +199,9 @@ def test_shares_of_a_stream_are_what_it_gives():
 
 def test_processes_and_micro_batches_draw_what_one_batch_draws():
     images = torch.zeros(6, 3, 4, 4)
-    whole = draw_randomness((7, 100), Batch(images, None, None, 0, 6, 6), 1000, 6)
-    parts = [draw_randomness((7, 100), Batch(images[:2], None, None, row, 2, 6), 1000, 6) for row in (0, 2, 4)]
+    config = TrainingConfig()
+    whole = draw_randomness((7, 100), Batch(images, None, None, 0, 6, 6), config, 6)
+    parts = [draw_randomness((7, 100), Batch(images[:2], None, None, row, 2, 6), config, 6) for row in (0, 2, 4)]
     for expected, *drawn in zip(whole, *parts, strict=True):
         assert torch.equal(expected, torch.cat(drawn))
 

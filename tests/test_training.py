@@ -2,6 +2,7 @@
 
 import io
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from inspecting import assert_same_weights, read_events, read_scalars, weights
 from launching import LAUNCH, PYTHON, TINY, finish, run_command, start
 from PIL import Image
 
+from sprite_diffusion.runs.config import TrainingConfig
 from sprite_diffusion.sampling.pipeline_loading import load_pipeline
 from sprite_diffusion.sharing.report import read_training_log
 from sprite_diffusion.training.randomness import draw_randomness
@@ -188,7 +190,8 @@ def test_overwriting_removes_only_what_runs_write(run_script, tmp_path):
 
 def test_randomness_is_that_of_the_named_distributions_and_differs_by_step():
     batch = Batch(torch.zeros(4000, 1, 2, 2, dtype=torch.bfloat16), None, None, 0, 4000, 4000)
-    noise, timesteps, uniform, _ = draw_randomness((0, 0), batch, 10, 4000)
+    config = TrainingConfig(ddpm_num_steps=10, ddpm_num_inference_steps=10)
+    noise, timesteps, uniform, _ = draw_randomness((0, 0), batch, config, 4000)
     assert noise.dtype == torch.float32
     # The bounds are five standard errors of 16,000 normal numbers, and of 4,000 of the others.
     assert abs(noise.mean()) < 5 / 16000**0.5
@@ -197,9 +200,10 @@ def test_randomness_is_that_of_the_named_distributions_and_differs_by_step():
     assert len(counts) == 10
     assert (counts - 400).abs().max() < 5 * (4000 * 0.09) ** 0.5
     assert abs(uniform.mean() - 0.5) < 5 / (12 * 4000) ** 0.5
-    counts = draw_randomness((0, 0), batch, 10, 4000, timestep_power=3).timesteps.bincount(minlength=10)
+    noisier = draw_randomness((0, 0), batch, replace(config, timestep_power=3.0), 4000)
+    counts = noisier.timesteps.bincount(minlength=10)
     shares = torch.arange(11, dtype=torch.float64).div(10).pow(3).diff()  # of a density of 3 t^2, by integrating it
     assert len(counts) == 10
     assert ((counts - 4000 * shares).abs() < 5 * (4000 * shares * (1 - shares)).sqrt() + 1).all()
     for other in [(1, 0), (0, 1)]:
-        assert not torch.equal(draw_randomness(other, batch, 10, 4000)[0], noise)
+        assert not torch.equal(draw_randomness(other, batch, config, 4000)[0], noise)

@@ -50,7 +50,7 @@ class OwnedFiles:
 
     def claim_all_but(self, folder: Path, earlier: set[Path]) -> None:
         """Adds the files below `folder` that came after `earlier`: those of libraries, which choose the names."""
-        with suppress(DiskFullError):  # the next call adds them
+        with _reports_lost_folder(self.folder), suppress(DiskFullError):  # of a full disk, the next call adds them
             self._add(*(self._name(file) for file in folder.rglob("*") if _is_file(file) and file not in earlier))
 
     @contextmanager

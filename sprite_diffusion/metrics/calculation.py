@@ -109,7 +109,7 @@ def is_image_folder(model: str) -> bool:
 
 
 def refuse_sampling_flags(args: argparse.Namespace) -> None:
-    """Raises `UserInputError` if flags say how images are to be sampled that are there already."""
+    """Raises `UserInputError` if a flag says how to sample, of a folder whose images have been drawn already."""
     given = [name for name in SAMPLING_FLAGS if getattr(args, name) is not None] + [*args.process]
     if given:
         raise UserInputError(f"--{given[0]}: the images of {args.model} have been drawn already, leave the flag out")

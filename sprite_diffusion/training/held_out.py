@@ -65,7 +65,7 @@ def measure_losses(
 
 @torch.no_grad()
 def _measure(model: Any, batch: Batch, config: TrainingConfig, loss_fn: Any, number: int) -> float:
-    draws = draw_randomness((config.seed, number), batch, config.ddpm_num_steps, BATCH_SIZE, config.timestep_power)
+    draws = draw_randomness((config.seed, number), batch, config, BATCH_SIZE)
     kept = torch.ones_like(draws.uniform)  # is no less than any probability: no label is dropped, no image changed
     return loss_fn(model, batch, draws._replace(uniform=kept, augmentation=torch.ones_like(draws.augmentation))).item()
 

@@ -76,7 +76,8 @@ def build_text_encoder(tokenizer: Any) -> transformers.CLIPTextModel:
         pad_token_id=tokenizer.pad_token_id,
     )
     text_encoder: Any = transformers.CLIPTextModel(config)
-    # As long as what the layers add. CLIP's own 0.02 is drowned in it, and words are told apart late: docs/quality.md.
+    # Standard deviation 1, so that a token's vector is as long as what the layers add to it. With CLIP's own 0.02 what
+    # they add hides which token it is, and words are told apart late: docs/quality.md.
     torch.nn.init.normal_(text_encoder.get_input_embeddings().weight)
     return text_encoder
 

@@ -107,13 +107,7 @@ def training_loop(
             step = next(next_steps)
             for batch in step.batches:
                 with nullcontext() if batch is step.batches[-1] else accelerator.no_sync(model):
-                    draws = draw_randomness(
-                        (config.seed, state.global_step),
-                        batch,
-                        config.ddpm_num_steps,
-                        steps.size,
-                        config.timestep_power,
-                    )
+                    draws = draw_randomness((config.seed, state.global_step), batch, config, steps.size)
                     loss = loss_fn(train_model, batch, draws)
                     accelerator.backward(bad_steps.watch(step.loss_weight(batch, accelerator.num_processes) * loss))
                 meter.add_loss(loss, batch.num_images)
